@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations: trees of typed leaves generated from the classes that they build.
+
+A default is written once, in the field of a dataclass. `schema` turns a class into a
+locked ConfigDict with one leaf per field, `build` turns such a tree into the object.
+Plug-ins are chosen by name from the tables of KINDS, never by import path, so a
+`config.json` from somebody else is safe to load.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.data.pipeline import Input
+from mim_jax.data.sources import SOURCES
+from mim_jax.data.sources.base import Source
+from mim_jax.evals import EVALS
+from mim_jax.evals.base import Eval
+from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.maskings import MASKINGS
+from mim_jax.maskings.base import Masking
+from mim_jax.metrics import Log
+from mim_jax.models.vit import REMAT
+from mim_jax.objectives import OBJECTIVES
+from mim_jax.objectives.base import Objective
+from mim_jax.objectives.mae import MAE
+from mim_jax.optim import AdamW
+from mim_jax.sharding import Mesh
+
+KINDS: dict[type, tuple[str, dict[str, type]]] = {
+    Objective: ("objective", OBJECTIVES),
+    Masking: ("masking", MASKINGS),
+    Source: ("source", SOURCES),
+    Eval: ("eval", EVALS),
+}
+
+# Fields of any class that are set once for the whole experiment.
+SHARED = ("dtype", "remat")
+
+# Not part of a class's configuration: flax keeps its own bookkeeping in these.
+_FLAX = ("parent", "name")
+
+# A run may be resumed with another value here: none changes a number that is learned.
+FREE = ("stop_after", "log", "checkpoint", "compile_cache", "profile", "on_change")
+FREE_IN_DATA = ("workers", "threads", "prefetch")
+
+DTYPES = ("bfloat16", "float32", "float64")
+
+
+class ConfigError(ValueError):
+    """The user's configuration or data cannot work; the message says what would."""
+
+
+def _free(default):
+    return dataclasses.field(default=default)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Job "train": the one loop, for any objective.
+
+    Attributes:
+        seed: of parameters, data order, crops and masks.
+        epochs: passes over the source; `steps`, if set, decides instead and keeps the
+            warm-up's share of the run.
+        steps: optimiser steps of the whole run: its length and the schedule's horizon.
+        stop_after: end early, after this many steps in all; the schedule is unchanged.
+        batch_size: images per step, over all devices.
+        accumulate: micro-batches per step.
+        accumulate_coupled: let objectives whose examples depend on each other work per
+            micro-batch, which is another loss.
+        dtype: of activations; parameters, statistics and losses stay float32.
+        scan: run the blocks as one loop: compiles faster, same result.
+        remat: what the backward pass recomputes: none, dots (all but matmuls), full.
+        on_change: "refuse" or "accept" to resume a run with another config.
+        compile_cache: keep compiled programs under the work directory.
+        profile: "FIRST:COUNT" writes a trace of COUNT steps from step FIRST on.
+    """
+
+    seed: int = 0
+    epochs: float = 100.0
+    steps: int | None = None
+    stop_after: int | None = None
+    batch_size: int = 1024
+    accumulate: int = 1
+    accumulate_coupled: bool = False
+    dtype: str = "bfloat16"
+    scan: bool = True
+    remat: str = "dots"
+    objective: Objective = MAE()
+    data: Input
+    optim: AdamW = AdamW()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoints = Checkpoints()
+    log: Log = Log()
+    report: Eval = Reconstruction()
+    on_change: str = "refuse"
+    compile_cache: bool = True
+    profile: str = ""
+
+    def __post_init__(self):
+        for name in ("steps", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: want at least 1")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs={self.epochs}: want a number > 0")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: want 0 <= seed < 2**31")
+        if self.batch_size < 1 or self.accumulate < 1:
+            raise ValueError(
+                f"batch_size={self.batch_size}, accumulate={self.accumulate}: want "
+                "at least 1"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} in accumulate={self.accumulate} "
+                "micro-batches: want a multiple"
+            )
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("remat", self.remat, REMAT)
+        _one_of("on_change", self.on_change, ("refuse", "accept"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Job "eval": one evaluation of a run, which says itself what it is.
+
+    Attributes:
+        run: run directory; its own config decides architecture and data.
+        step: checkpoint to read; None is the newest.
+        eval: what to measure.
+    """
+
+    run: str = ""
+    step: int | None = None
+    eval: Eval = Reconstruction()
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError(
+                "run is empty: name a run directory, e.g. --config.run=runs/mae"
+            )
+
+
+JOBS = {"train": Train, "eval": Evaluate}
+
+
+def schema(cls: type) -> config_dict.ConfigDict:
+    """A locked tree with one typed leaf per field of a class, at its default."""
+    node = config_dict.ConfigDict()
+    for field in _fields(cls):
+        node[field.name] = _leaf(field, field.type)
+    return node.lock()
+
+
+def choose(kind: type, name: str, /, **values) -> config_dict.ConfigDict:
+    """The node of the plug-in `name` of an abstract class, with some values set.
+
+    Raises:
+        ConfigError: unknown name, with the known ones.
+    """
+    word, table = KINDS[kind]
+    if name not in table:
+        raise ConfigError(_unknown(word, name, table))
+    node = config_dict.ConfigDict({"name": name})
+    for field in _fields(table[name]):
+        node[field.name] = _leaf(field, field.type)
+    node.lock()
+    for key, value in values.items():
+        if key not in node:
+            raise ConfigError(_unknown(f"field of {word} {name!r}", key, node))
+        node[key] = value
+    return node
+
+
+def experiment(job: str, **choices: str) -> config_dict.ConfigDict:
+    """The whole tree of a job; `choices` names plug-ins, e.g. objective="mae".
+
+    Raises:
+        ConfigError: unknown job or plug-in, with the known ones.
+    """
+    if job not in JOBS:
+        raise ConfigError(_unknown("job", job, JOBS))
+    tree = config_dict.ConfigDict({"job": job})
+    for field in _fields(JOBS[job]):
+        tree[field.name] = _leaf(field, field.type)
+    tree.lock()
+    for kind, (word, _) in KINDS.items():
+        if word in choices:
+            node = tree.data if word == "source" else tree
+            with node.unlocked():
+                node[word] = choose(kind, choices.pop(word))
+    if choices:
+        words = [word for word, _ in KINDS.values()]
+        raise ConfigError(_unknown("kind of plug-in", next(iter(choices)), words))
+    return tree
+
+
+def variant(argument: str | None, presets: tuple[str, ...]) -> tuple[str, dict]:
+    """Reads what follows the colon in `--config=configs/mae.py:photos,masking=grid`.
+
+    Returns:
+        (preset or "", {kind: plug-in name}).
+    Raises:
+        ConfigError: unknown preset or kind, with the known ones.
+    """
+    preset, choices = "", {}
+    for word in filter(None, (argument or "").split(",")):
+        if "=" in word:
+            kind, name = word.split("=", 1)
+            kinds = [word for word, _ in KINDS.values()]
+            if kind not in kinds:
+                raise ConfigError(_unknown("kind of plug-in", kind, kinds))
+            choices[kind] = name
+        elif word not in presets:
+            raise ConfigError(_unknown("variant", word, presets))
+        else:
+            preset = word
+    return preset, choices
+
+
+def build(tree: config_dict.ConfigDict) -> Any:
+    """The job's dataclass, with every object below it built and its ranges checked.
+
+    Raises:
+        ConfigError: naming the leaf and what would be right.
+    """
+    job = tree.get_ref("job").get() if "job" in tree else None
+    if job not in JOBS:
+        raise ConfigError(_unknown("job", job, JOBS))
+    shared = {name: tree[name] for name in SHARED if name in tree}
+    return _build(JOBS[job], tree, "config", shared)
+
+
+def dumps(tree: config_dict.ConfigDict) -> str:
+    """The tree as JSON, every value stated."""
+    return json.dumps(tree.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def load(path: str | pathlib.Path) -> config_dict.ConfigDict:
+    """The tree of a saved `config.json`.
+
+    Leaves that the file lacks (it was written by an older version) get their defaults.
+
+    Raises:
+        ConfigError: the file names a plug-in or a field that does not exist.
+    """
+    saved = json.loads(pathlib.Path(path).read_text())
+    job = saved.get("job")
+    if job not in JOBS:
+        raise ConfigError(f"{path}: {_unknown('job', job, JOBS)}")
+    tree = experiment(job)
+    _fill(tree, JOBS[job], saved, f"{path}: config")
+    return tree
+
+
+def difference(old: config_dict.ConfigDict, new: config_dict.ConfigDict) -> list[str]:
+    """Lines "config.a.b: old -> new" of all leaves that a resumed run must not change."""
+
+    def flat(tree, prefix="config"):
+        for name, value in tree.items():
+            data_free = prefix == "config.data" and name in FREE_IN_DATA
+            if (prefix == "config" and name in FREE) or data_free:
+                continue
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}.{name}")
+            else:
+                yield f"{prefix}.{name}", _plain(value)
+
+    before, after = dict(flat(old.to_dict())), dict(flat(new.to_dict()))
+    missing = "(absent)"
+    return [
+        f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, missing) != after.get(name, missing)
+    ]
+
+
+def _fields(cls: type) -> list[dataclasses.Field]:
+    skip = _FLAX + (() if cls in JOBS.values() else SHARED)
+    return [field for field in dataclasses.fields(cls) if field.name not in skip]
+
+
+def _leaf(field: dataclasses.Field, kind: type) -> Any:
+    default = field.default
+    if kind in KINDS:
+        _, table = KINDS[kind]
+        if default is dataclasses.MISSING:
+            name = next(iter(table))
+            return choose(kind, name)
+        names = {cls: name for name, cls in table.items()}
+        node = choose(kind, names[type(default)])
+        return _default_values(node, default)
+    if dataclasses.is_dataclass(kind):
+        node = schema(kind)
+        if default is dataclasses.MISSING:
+            return node
+        return _default_values(node, default)
+    if default is dataclasses.MISSING:
+        raise TypeError(f"field {field.name!r} needs a default to have a config leaf")
+    if default is None:
+        (inner,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
+        return config_dict.placeholder(inner)
+    return default
+
+
+def _default_values(node: config_dict.ConfigDict, value: Any) -> config_dict.ConfigDict:
+    """A default object may differ from its class's defaults: Encoder(width=192)."""
+    for field in _fields(type(value)):
+        current = getattr(value, field.name)
+        if not isinstance(node.get(field.name), config_dict.ConfigDict):
+            if current is not None:
+                node[field.name] = current
+        else:
+            _default_values(node[field.name], current)
+    return node
+
+
+def _build(cls: type, node: config_dict.ConfigDict, path: str, shared: dict) -> Any:
+    values = {}
+    for field in _fields(cls):
+        below = f"{path}.{field.name}"
+        if field.name not in node:
+            raise ConfigError(f"{below} is missing")
+        value = node[field.name]
+        if field.type in KINDS:
+            word, table = KINDS[field.type]
+            if value["name"] not in table:
+                raise ConfigError(f"{below}: {_unknown(word, value['name'], table)}")
+            chosen = table[value["name"]]
+            strangers = set(value) - {f.name for f in _fields(chosen)} - {"name"}
+            if strangers:
+                raise ConfigError(
+                    f"{below}.name={value['name']!r} does not have the fields "
+                    f"{sorted(strangers)}: choose a {word} in the config file or by its "
+                    f"variant, --config=configs/FILE.py:{word}={value['name']}"
+                )
+            value = _build(chosen, value, below, shared)
+        elif dataclasses.is_dataclass(field.type):
+            value = _build(field.type, value, below, shared)
+        else:
+            value = _plain(value)
+            if typing.get_origin(field.type) is typing.Literal:
+                if value not in typing.get_args(field.type):
+                    known = typing.get_args(field.type)
+                    raise ConfigError(_unknown(below, value, known))
+        values[field.name] = value
+    if cls not in JOBS.values():
+        names = [field.name for field in dataclasses.fields(cls)]
+        values |= {name: value for name, value in shared.items() if name in names}
+    try:
+        return cls(**values)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"{path}.{error}" if _names_field(error, values) else f"{path}: {error}"
+        ) from error
+
+
+def _names_field(error: Exception, values: dict) -> bool:
+    return str(error).startswith(tuple(f"{name}=" for name in values))
+
+
+def _fill(tree, cls: type, saved: dict, path: str) -> None:
+    for field in _fields(cls):
+        if field.name not in saved:
+            continue
+        value = saved.pop(field.name)
+        if field.type in KINDS:
+            name = value.pop("name")
+            with tree.unlocked():
+                tree[field.name] = choose(field.type, name)
+            table = KINDS[field.type][1]
+            _fill(tree[field.name], table[name], value, f"{path}.{field.name}")
+        elif dataclasses.is_dataclass(field.type):
+            _fill(tree[field.name], field.type, value, f"{path}.{field.name}")
+        elif value is not None:
+            tree[field.name] = tuple(value) if isinstance(value, list) else value
+    strangers = set(saved) - {"job"}
+    if strangers:
+        raise ConfigError(_unknown(f"field of {path}", strangers.pop(), tree))
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_of(name: str, value: Any, known) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(known)}")
+
+
+def _unknown(word: str, name: Any, known) -> str:
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{word} {name!r} is unknown{hint}; known: {', '.join(known)}"

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a source to the batches of one host: seeded and endless, or one padded pass.
+
+Example i of a run is a pure function of (seed, i): step t reads examples t * batch to
+(t + 1) * batch, and each host its own rows of them. So the step number is the whole
+state of the data, and no number of hosts, workers or threads changes a byte.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from mim_jax.data import transforms
+from mim_jax.data.sources.base import Source
+
+Batch = dict[str, np.ndarray]
+_SUBSTITUTES = 20  # tried before a run gives up on a record
+_ENDLESS = 2**40  # steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """Where images come from and how they are brought to the model's size.
+
+    In memory at once: about workers x (2 x prefetch + 1) batches of this host, in
+    shared memory (/dev/shm), or prefetch + 1 batches without workers.
+    """
+
+    source: Source
+    image_size: tuple[int, int] = (224, 224)  # rows, columns
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    flip: bool = True  # left to right, one image of two
+    eval_crop_fraction: float = 0.875  # 224 of 256
+    workers: int = 8  # processes that read; 0: threads of this process
+    threads: int = 4  # that read one batch together, in each process
+    prefetch: int = 2  # batches held ready, per process
+    max_replaced: float = 0.01  # largest share of undecodable images; above, stop
+
+    def __post_init__(self):
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size={self.image_size}: want (rows, columns) >= 1")
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            pair = getattr(self, name)
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
+                raise ValueError(f"{name}={pair}: want 0 < least <= greatest <= {top}")
+        if not 0 < self.eval_crop_fraction <= 1:
+            raise ValueError(
+                f"eval_crop_fraction={self.eval_crop_fraction}: want 0 < it <= 1"
+            )
+        for name, least in (("workers", 0), ("threads", 1), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: want {name} >= {least}"
+                )
+        if not 0 <= self.max_replaced <= 1:
+            raise ValueError(f"max_replaced={self.max_replaced}: want 0 <= it <= 1")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of every image of a batch."""
+        return (*self.image_size, self.source.channels)
+
+
+def train_batches(
+    data: Input,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+) -> "Batches":
+    """This host's rows of the training batches of steps `start`, `start + 1`, ...
+
+    Records come in a new random order in every epoch, each once an epoch; a batch may
+    span two epochs.
+
+    Args:
+        seed: of the order, the crops and the flips; 0 <= seed < 2**32.
+        batch_size: of the GLOBAL batch, over all hosts.
+        start, stop: first step, and the step before which to end (None: never).
+        host, hosts: which part of each batch, of how many.
+    Returns:
+        Iterator of batches; `b` = batch_size / hosts, everything a pure function of
+        (seed, step, row): `image` uint8 (b, h, w, c); `label` int32 (b,), -1 if
+        unknown; `index` int32 (b,), the record asked for; `replaced` bool (b,), True
+        where that record could not be decoded and a substitute stands in.
+    Raises:
+        ValueError: a number out of range.
+    """
+    rows = _rows(batch_size, host, hosts)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: want 0 <= seed < 2**32")
+    stop = _ENDLESS if stop is None else stop
+    if not 0 <= start <= stop:
+        raise ValueError(f"start={start}, stop={stop}: want 0 <= start <= stop")
+    examples = (
+        grain.MapDataset.range(len(data.source))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(functools.partial(_train_example, data))
+    )
+    steps = grain.MapDataset.range(start, stop)
+    read = examples.__getitem__
+    return _read(data, steps, functools.partial(_load, read, rows, data.threads))
+
+
+def eval_batches(
+    data: Input,
+    *,
+    batch_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    source: Source | None = None,
+) -> "Batches":
+    """This host's rows of one pass over a source, in order, each record once.
+
+    Args:
+        batch_size: of the GLOBAL batch, over all hosts.
+        host, hosts: which part of each batch, of how many; all hosts get the same
+            number of batches.
+        source: what to read; None: the held-out split of the training source.
+    Returns:
+        Iterator of batches as in training, without randomness, and `valid` bool (b,):
+        False on the rows that fill the last batch (zeros, label and index -1) and on
+        records that cannot be decoded (zeros, their index, `replaced` True).
+    Raises:
+        ValueError: a number out of range.
+    """
+    rows = _rows(batch_size, host, hosts)
+    source = data.source.held_out() if source is None else source
+    steps = grain.MapDataset.range(-(-len(source) // batch_size))
+    read = functools.partial(_eval_example, data, source)
+    return _read(data, steps, functools.partial(_load, read, rows, data.threads))
+
+
+def check_replaced(replaced: int, seen: int, limit: float) -> None:
+    """Stops a run that replaced too many of the images it has read.
+
+    Raises:
+        RuntimeError: replaced / seen > limit.
+    """
+    if replaced > limit * seen:
+        raise RuntimeError(
+            f"{replaced} of {seen} images ({replaced / seen:.2%}) could not be decoded,"
+            f" more than data.max_replaced={limit:.2%}: check the data set, or raise"
+            " config.data.max_replaced"
+        )
+
+
+class Batches:
+    """Iterator of batches; `close` (or leaving a `with` block) stops its workers."""
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._open = [iter(dataset)]
+        # Closes also when it is forgotten, and before Python ends.
+        self._close = weakref.finalize(self, _close, self._open)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._open:
+            raise ValueError("these batches are closed; ask for new ones")
+        return next(self._open[0])
+
+    def close(self) -> None:
+        """Stops the workers; calling it again does nothing."""
+        self._close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+def _close(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()  # and let go of it: Grain closes once more when freed
+
+
+def _rows(batch_size: int, host: int, hosts: int) -> Callable[[int], range]:
+    """The function from a step to the positions this host reads for it."""
+    if not 0 <= host < hosts:
+        raise ValueError(f"host={host}: want 0 <= host < hosts={hosts}")
+    if batch_size < 1 or batch_size % hosts:
+        raise ValueError(
+            f"batch_size={batch_size}: want a multiple of the {hosts} hosts, >= 1"
+        )
+    return functools.partial(_positions, batch_size, batch_size // hosts, host)
+
+
+def _positions(batch_size: int, share: int, host: int, step: int) -> range:
+    first = step * batch_size + host * share
+    return range(first, first + share)
+
+
+def _load(
+    read: Callable[[int], Batch], rows: Callable[[int], range], threads: int, step: int
+) -> Batch:
+    """One batch. Threads read its rows side by side: Pillow releases the GIL."""
+    with futures.ThreadPoolExecutor(threads) as pool:
+        loaded = list(pool.map(read, rows(step)))
+    return {key: np.stack([row[key] for row in loaded]) for key in loaded[0]}
+
+
+def _train_example(data: Input, index: int, rng: np.random.Generator) -> Batch:
+    image, label, replaced = _decoded(data.source, index)
+    image = transforms.random_resized_crop(
+        image, data.image_size, data.crop_scale, data.crop_ratio, rng
+    )
+    if data.flip:
+        image = transforms.flip(image, rng)
+    return _example(image, label, index, replaced)
+
+
+def _eval_example(data: Input, source: Source, position: int) -> Batch:
+    blank = np.zeros((*data.image_size, source.channels), np.uint8)
+    if position >= len(source):
+        return {**_example(blank, -1, -1, False), "valid": np.bool_(False)}
+    record = source[position]
+    try:
+        image = transforms.decode(record["image"], source.channels)
+    except transforms.Undecodable:
+        # Not replaced by another record: that one would count twice.
+        example = _example(blank, record["label"], position, True)
+        return {**example, "valid": np.bool_(False)}
+    image = transforms.centre_crop(image, data.image_size, data.eval_crop_fraction)
+    example = _example(image, record["label"], position, False)
+    return {**example, "valid": np.bool_(True)}
+
+
+def _example(image: np.ndarray, label: int, index: int, replaced: bool) -> Batch:
+    numbers = {"label": np.int32(label), "index": np.int32(index)}
+    return {"image": image, **numbers, "replaced": np.bool_(replaced)}
+
+
+def _decoded(source: Source, index: int) -> tuple[np.ndarray, int, bool]:
+    """Record `index`, or the first sound one of its substitutes."""
+    tried = []
+    for candidate in _candidates(index, source):
+        record = source[candidate]
+        try:
+            image = transforms.decode(record["image"], source.channels)
+        except transforms.Undecodable as error:
+            tried.append(f"{candidate} ({error})")
+            continue
+        return image, record["label"], bool(tried)
+    raise RuntimeError(
+        f"record {index} and its {_SUBSTITUTES} substitutes cannot be decoded; check"
+        f" the data set: {'; '.join(tried)}"
+    )
+
+
+def _candidates(index: int, source: Source) -> Iterator[int]:
+    yield index
+    # Drawn from the index alone: the same substitutes in every epoch and every run.
+    rng = np.random.default_rng(index)
+    yield from rng.integers(len(source), size=_SUBSTITUTES).tolist()
+
+
+def _read(data: Input, steps: grain.MapDataset, load: Callable) -> Batches:
+    """Reads `load(step)` ahead, in worker processes or in a thread of this one."""
+    batches = steps.map(load)
+    if not data.workers:
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)
+        return Batches(batches.to_iter_dataset(ahead))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # in a notebook; Grain reads one of its own flags
+    # Worker w of n loads whole batches w, w + n, ...: one at a time, so that closing
+    # never waits for more than that.
+    now = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    many = grain.MultiprocessingOptions(
+        num_workers=data.workers, per_worker_buffer_size=data.prefetch
+    )
+    return Batches(
+        batches.to_iter_dataset(now).mp_prefetch(many, worker_init_fn=_start_worker)
+    )
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    del worker, workers
+    # The trainer decides when to stop: it saves first. Ctrl-C and some schedulers
+    # signal the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A worker never needs an accelerator, and must not take it from the trainer.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # came with Grain, and has read the variable already
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    # Grain's workers outlive a trainer that is killed, waiting on a queue forever.
+    threading.Thread(target=_follow_parent, name="follow-parent", daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every data source offers."""
+
+import abc
+import dataclasses
+from typing import Any
+
+
+class Source(abc.ABC):
+    """Random-access labelled images. A concrete one is a final frozen dataclass.
+
+    Its fields are its config. It checks at construction that the data are there,
+    and opens them at the first read, so that a worker process opens its own.
+    """
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of records, at least 1."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Record `index`; asking twice gives the same.
+
+        Returns:
+            `image`: uint8 array of rows, columns, channels, or an encoded image as
+            bytes. `label`: position in `classes`, -1 if unknown.
+        """
+
+    @property
+    @abc.abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their labels; () if unlabelled."""
+
+    @property
+    @abc.abstractmethod
+    def channels(self) -> int:
+        """Channels of a decoded image."""
+
+    @abc.abstractmethod
+    def held_out(self) -> "Source":
+        """The evaluation split of the same data."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed: plain JSON values, no paths."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Fields alone travel to a worker: open files and caches stay behind.
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        return {field.name: getattr(self, field.name) for field in fields}
+
+
+def check_split(split: str) -> None:
+    """Refuses a `split` other than the two that our own sources have."""
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split={split!r} is unknown; known: held_out, train")

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets prepared by TFDS as array_record, read without TensorFlow."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from mim_jax.data.sources.base import Source
+
+PREPARE = "python -m mim_jax.data.prepare"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tfds(Source):
+    """A prepared data set, e.g. ImageNet. `mim_jax.data.prepare` prepares one.
+
+    Only the bytes of the wanted record are read, and images stay encoded.
+    """
+
+    dataset: str = "imagenet2012"  # "name", "name/config" or "name:version"
+    split: str = "train"  # any split of TFDS, e.g. "train[:10%]"
+    held_out_split: str = "validation"
+    data_dir: str | None = None  # None: $TFDS_DATA_DIR, or ~/tensorflow_datasets
+    image_key: str = "image"
+    label_key: str = "label"
+
+    def __post_init__(self):
+        info = self._builder.info
+        if self.image_key not in info.features:
+            raise ValueError(
+                f"image_key={self.image_key!r} is not a feature of {self.dataset};"
+                f" known: {', '.join(sorted(info.features))}"
+            )
+        try:
+            count = info.splits[self.split].num_examples
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"split={self.split!r} is not a split of {self.dataset}; known:"
+                f" {', '.join(sorted(info.splits))}, or a part such as 'train[:10%]'"
+            ) from error
+        if not count:
+            raise ValueError(f"split={self.split!r} of {self.dataset} has no record")
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        # Slow to import: only when it is used.
+        from tensorflow_datasets.core import constants, read_only_builder, registered
+
+        home = self.data_dir or constants.DATA_DIR
+        try:
+            # Metadata alone. Nothing is downloaded and no builder code is run.
+            builder = read_only_builder.builder_from_files(self.dataset, data_dir=home)
+        except registered.DatasetNotFoundError as error:
+            name = self.dataset.split(":")[0]
+            raise FileNotFoundError(
+                f"data set {self.dataset!r} is not prepared: looked for"
+                f" {home}/{name}/<version>/dataset_info.json\n"
+                "Where it is, set data_dir (--config.data.source.data_dir=...) or"
+                " TFDS_DATA_DIR. If it is nowhere:\n"
+                f"  {PREPARE} {name} --data_dir={home}\n"
+                "    prepares it, once, on any machine; it needs TensorFlow:"
+                " pip install 'mim_jax[prepare]'\n"
+                f"  {PREPARE} convert --from=VERSION_DIR --to={home}\n"
+                "    converts a copy that TFDS prepared as TFRecord, there too\n"
+                "  --config=configs/mae.py:photos\n"
+                "    trains on photographs that need no download"
+            ) from error
+        found = builder.info.file_format
+        if found is None or found.value != "array_record":
+            where = builder.data_dir
+            raise ValueError(
+                f"{where} holds {found.value if found else 'unknown'} files, which have"
+                " no random access; convert them once to array_record, where TensorFlow"
+                " is installed (pip install 'mim_jax[prepare]'):\n"
+                f"  {PREPARE} convert --from={where} --to=OTHER_DATA_DIR\n"
+                "and set data_dir=OTHER_DATA_DIR (--config.data.source.data_dir=...)"
+            )
+        return builder
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        feature = self._builder.info.features[self.image_key]
+        encoded = isinstance(feature, tfds.features.Image)
+        decoders = {self.image_key: tfds.decode.SkipDecoding()} if encoded else None
+        return self._builder.as_data_source(split=self.split, decoders=decoders)
+
+    def __len__(self) -> int:
+        return self._builder.info.splits[self.split].num_examples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        label = int(record.get(self.label_key, -1))
+        return {"image": record[self.image_key], "label": label}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        features = self._builder.info.features
+        if self.label_key not in features:
+            return ()
+        return tuple(getattr(features[self.label_key], "names", None) or ())
+
+    @property
+    def channels(self) -> int:
+        return self._builder.info.features[self.image_key].shape[-1] or 3
+
+    def held_out(self) -> "Tfds":
+        return dataclasses.replace(self, split=self.held_out_split)
+
+    def fingerprint(self) -> dict[str, Any]:
+        info = self._builder.info
+        return {
+            "name": "tfds",
+            "dataset": info.full_name,  # with config and version
+            "split": self.split,
+            "count": len(self),
+        }

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program: python -m mim_jax.main --config=configs/mae.py --workdir=runs/mae."""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mim_jax import config as configs
+from mim_jax import evaluate, train
+from mim_jax.interrupt import EXIT_INTERRUPTED, Interrupted
+
+JOBS = {"train": train.run, "eval": evaluate.run}
+
+EXIT_CONFIG, EXIT_NON_FINITE = 2, 3
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/FILE.py[:variant]; any leaf: --config.LEAF=VALUE"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if absent.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One process of several: call jax.distributed.initialize."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Run the job that the config names; exit codes are listed in README."""
+    if len(argv) > 1:
+        _leave(f"unexpected arguments {argv[1:]}: want --config and --workdir", 2)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries tell of every file closed
+    if _DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
+    config = _CONFIG.value
+    try:
+        if config.job not in JOBS:
+            configs.build(config)  # says which jobs there are
+        JOBS[config.job](config, pathlib.Path(_WORKDIR.value))
+    except configs.ConfigError as error:
+        _leave(f"error: {error}", EXIT_CONFIG)
+    except train.NonFiniteError as error:
+        _leave(f"error: {error}", EXIT_NON_FINITE)
+    except Interrupted:
+        # A compilation may still hold a thread, and has nothing left to give.
+        _leave("saved; the same command goes on from here", EXIT_INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maskings by name."""
+
+from mim_jax.maskings.block import Block
+from mim_jax.maskings.grid import GridMasking
+from mim_jax.maskings.random import Random
+
+MASKINGS = {"random": Random, "block": Block, "grid": GridMasking}

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random rectangles, laid one over the other until enough is hidden."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.ops.masking import Mask, cut
+from mim_jax.ops.patches import Grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block(Masking):
+    """Hides rectangles in the manner of BEiT (arXiv:2106.08254, algorithm 1).
+
+    Departure from the paper: the count of hidden patches is the same for every image,
+    so the last rectangle is cut at random rather than shrunk or dropped.
+
+    Attributes:
+        ratio: share of patches that is hidden, 0 < ratio < 1.
+        least: area of the smallest rectangle in patches.
+        aspect: height / width is log-uniform in (aspect, 1 / aspect), 0 < aspect <= 1.
+        rectangles: drawn per image; what they leave uncovered is hidden at random if
+            the ratio is still not met.
+    """
+
+    ratio: float = 0.4
+    least: int = 16
+    aspect: float = 0.3
+    rectangles: int = 32
+
+    def __post_init__(self):
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio={self.ratio}: want 0 < ratio < 1")
+        if self.least < 1 or self.rectangles < 1 or not 0 < self.aspect <= 1:
+            raise ValueError(
+                f"least={self.least}, rectangles={self.rectangles}, "
+                f"aspect={self.aspect}: want at least 1, at least 1, and in (0, 1]"
+            )
+
+    def kept(self, grid: Grid) -> int:
+        kept = int(grid.size * (1 - self.ratio) + 1e-6)
+        if not 0 < kept < grid.size:
+            raise ValueError(
+                f"ratio={self.ratio} leaves {kept} of {grid.size} patches visible: "
+                "want at least one visible and one hidden"
+            )
+        if self.least > grid.size - kept:
+            raise ValueError(
+                f"least={self.least}: want at most the {grid.size - kept} patches that "
+                f"ratio={self.ratio} hides"
+            )
+        return kept
+
+    def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
+        kept = self.kept(grid)
+        return cut(jax.vmap(lambda key: self._order(key, grid, kept))(keys), kept)
+
+    def _order(self, key: Key[Array, ""], grid: Grid, kept: int) -> Int[Array, " n"]:
+        area_key, aspect_key, row_key, col_key, tie_key = jax.random.split(key, 5)
+        shape = (self.rectangles,)
+        most = float(grid.size - kept)
+        area = jax.random.uniform(area_key, shape, minval=self.least, maxval=most)
+        bound = -jnp.log(self.aspect)
+        ratio = jnp.exp(
+            jax.random.uniform(aspect_key, shape, minval=-bound, maxval=bound)
+        )
+        height = jnp.clip(jnp.round(jnp.sqrt(area * ratio)), 1, grid.rows)
+        width = jnp.clip(jnp.round(jnp.sqrt(area / ratio)), 1, grid.cols)
+        top = jnp.floor(jax.random.uniform(row_key, shape) * (grid.rows - height + 1))
+        left = jnp.floor(jax.random.uniform(col_key, shape) * (grid.cols - width + 1))
+        row, col = jnp.divmod(jnp.arange(grid.size), grid.cols)
+        covers = (
+            (row >= top[:, None])
+            & (row < (top + height)[:, None])
+            & (col >= left[:, None])
+            & (col < (left + width)[:, None])
+        )
+        first = jnp.where(covers.any(axis=0), covers.argmax(axis=0), self.rectangles)
+        # Visible first: uncovered patches, then those of ever earlier rectangles.
+        noise = jax.random.bits(tie_key, (grid.size,))
+        return jnp.lexsort((noise, -first)).astype(jnp.int32)

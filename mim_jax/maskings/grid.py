@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One visible patch in every cell of a regular grid."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.ops.masking import Mask, from_scores
+from mim_jax.ops.patches import Grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridMasking(Masking):
+    """Keeps one patch, at random, of every cell x cell block: ratio 1 - 1 / cell**2.
+
+    Attributes:
+        cell: patches along the side of a cell, >= 2; divides both grid sides.
+    """
+
+    cell: int = 2
+
+    def __post_init__(self):
+        if self.cell < 2:
+            raise ValueError(f"cell={self.cell}: want at least 2 patches")
+
+    def kept(self, grid: Grid) -> int:
+        if grid.rows % self.cell or grid.cols % self.cell:
+            raise ValueError(
+                f"cell={self.cell} does not tile a grid of {grid.rows}x{grid.cols} "
+                "patches: choose a divisor of both"
+            )
+        return grid.size // self.cell**2
+
+    def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
+        rows, cols, side = grid.rows // self.cell, grid.cols // self.cell, self.cell
+        choice = jax.vmap(
+            lambda key: jax.random.randint(key, (rows, 1, cols, 1), 0, side * side)
+        )(keys)
+        inner = jnp.arange(side * side, dtype=choice.dtype).reshape(1, 1, side, 1, side)
+        hidden = (inner != choice).reshape(keys.shape[0], grid.size)
+        return from_scores(hidden.astype(jnp.int32), self.kept(grid))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uniform random masking of square units, independent of the ViT patch."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.ops.masking import Mask, cut, order_units
+from mim_jax.ops.patches import Grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Random(Masking):
+    """Hides a fixed share of the units of every image, uniformly at random.
+
+    MAE is one patch per unit (arXiv:2111.06377); units larger than a patch are the mask
+    sizes of arXiv:2306.04898, section 3.
+
+    Attributes:
+        ratio: share of units that is hidden, 0 < ratio < 1. Counts are
+            floor(units * (1 - ratio) + 1e-6) visible, the rest hidden.
+        unit: side in PIXELS of the squares that are hidden together, a multiple of the
+            ViT patch; None is one patch.
+        partial_units: "round" hides whole units only, and wants them to tile the
+            image; "allow" counts patches instead, so that one unit may be cut and
+            units may reach over the border, as in long-sequence MAE (arXiv:2210.07224).
+    """
+
+    ratio: float = 0.75
+    unit: int | None = None
+    partial_units: Literal["round", "allow"] = "round"
+
+    def __post_init__(self):
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio={self.ratio}: want 0 < ratio < 1")
+        if self.unit is not None and self.unit < 1:
+            raise ValueError(f"unit={self.unit}: want a side in pixels, at least 1")
+
+    def kept(self, grid: Grid) -> int:
+        side = self._side(grid)
+        per_unit = 1
+        total = grid.size
+        if self.partial_units == "round":
+            if grid.rows % side or grid.cols % side:
+                raise ValueError(
+                    f"unit={self.unit} pixels does not tile an image of "
+                    f"{grid.rows * grid.patch}x{grid.cols * grid.patch}: choose a "
+                    "divisor of both sides, or partial_units='allow'"
+                )
+            per_unit = side * side
+            total = grid.size // per_unit
+        kept = int(total * (1 - self.ratio) + 1e-6)  # int(10 * (1 - .9)) is 0
+        if not 0 < kept < total:
+            raise ValueError(
+                f"ratio={self.ratio} leaves {kept} of {total} units visible: want at "
+                f"least one visible and one hidden, {1 / total:.3g} <= 1 - ratio < 1"
+            )
+        return kept * per_unit
+
+    def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
+        side = self._side(grid)
+        units = -(-grid.rows // side) * -(-grid.cols // side)
+        # 32 random bits: float32 noise has 2**23 values and ties favour low positions.
+        scores = jax.vmap(lambda key: jax.random.bits(key, (units,)))(keys)
+        return cut(order_units(scores, grid, side), self.kept(grid))
+
+    def _side(self, grid: Grid) -> int:
+        unit = grid.patch if self.unit is None else self.unit
+        if unit % grid.patch:
+            raise ValueError(
+                f"unit={unit} pixels with a ViT patch of {grid.patch}: want a multiple "
+                f"of the patch, e.g. {max(1, unit // grid.patch) * grid.patch}"
+            )
+        return unit // grid.patch

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: JSON lines, TensorBoard events, a progress bar or plain lines."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is written how often; never changes what is learned.
+
+    Attributes:
+        every: steps between lines of metrics.jsonl; a line's values are means over the
+            steps since the last one.
+        tensorboard: write event files too.
+        progress: "auto" shows a bar on a terminal and plain lines elsewhere; "bar",
+            "lines" or "none" decide.
+    """
+
+    every: int = 50
+    tensorboard: bool = True
+    progress: str = "auto"
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: want at least 1 step")
+        if self.progress not in ("auto", "bar", "lines", "none"):
+            raise ValueError(
+                f"progress={self.progress!r} is unknown; known: auto, bar, lines, none"
+            )
+
+
+class Window:
+    """Sums since the last logged step; saved with a checkpoint, so that a resumed run
+    logs the same means."""
+
+    def __init__(self, saved: dict | None = None):
+        self.sums: dict[str, float] = dict(saved["sums"]) if saved else {}
+        self.steps: int = saved["steps"] if saved else 0
+
+    def add(self, values: dict[str, float]) -> None:
+        """One step's values."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, and a new window."""
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+    def saved(self) -> dict[str, Any]:
+        """Plain JSON values; floats survive exactly."""
+        return {"sums": dict(self.sums), "steps": self.steps}
+
+
+class Writer:
+    """metrics.jsonl and TensorBoard events of one run, continued after `step`.
+
+    Lines of later steps and a torn last line, left by a killed process, are dropped:
+    the resumed run writes them again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, log: Log, step: int):
+        path = workdir / "metrics.jsonl"
+        lines = []
+        if path.exists():
+            for line in path.read_text().splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                lines.append(line)
+            replacement = path.with_suffix(".tmp")
+            replacement.write_text("".join(lines))
+            replacement.replace(path)
+        self._file = path.open("a")
+        self._events = None
+        if log.tensorboard:
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+            )
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One object: {"step": step, **values}."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close; later writes fail."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere, nothing on hosts but the first."""
+
+    def __init__(self, mode: str, start: int, total: int):
+        if mode == "auto":
+            mode = "bar" if sys.stderr.isatty() else "lines"
+        self._mode, self._total = mode, total
+        self._started, self._first = time.monotonic(), start
+        self._bar = None
+        if mode == "bar":
+            self._bar = tqdm.tqdm(
+                total=total, initial=start, unit="step", dynamic_ncols=True
+            )
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Values of a logged step."""
+        loss, rate = values["loss"], values["images_per_second"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        elif self._mode == "lines":
+            pace = (time.monotonic() - self._started) / max(step - self._first, 1)
+            left = tqdm.tqdm.format_interval(pace * (self._total - step))
+            print(
+                f"step {step}/{self._total}  loss {loss:.4f}  {rate:.0f} images/s  "
+                f"{left} left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mask-token decoder of masked autoencoders."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mim_jax.models.vit import check_width, layer_flops, layer_norm, run_blocks, xavier
+from mim_jax.ops.masking import Mask
+from mim_jax.ops.patches import Grid
+from mim_jax.ops.posembed import sincos_2d
+
+
+class Decoder(nn.Module):
+    """Small ViT that fills mask tokens in, arXiv:2111.06377, section 3.
+
+    Tokens stay in the order class, visible, hidden: attention does not care for order,
+    so nothing is ever put back into grid order in training.
+
+    Attributes:
+        width, depth, heads: token width, number of blocks, attention heads.
+        mlp_ratio: hidden width of the MLP over the token width.
+        dtype, remat: as in Encoder.
+    """
+
+    width: int = 512
+    depth: int = 8
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "b t d"],
+        mask: Mask,
+        grid: Grid,
+        outputs: int,
+        predict: Literal["hidden", "all"] = "hidden",
+    ) -> Float[Array, "b m {outputs}"]:
+        """Predictions at hidden patches, in the order of `mask.drop`.
+
+        Args:
+            tokens: encoder output, the class token first, then the visible patches in
+                the order of `mask.keep`.
+            outputs: numbers per patch.
+            predict: "all" predicts visible patches as well, in the order keep, drop
+                (`mim_jax.ops.masking.unshuffle` gives grid order).
+        """
+        table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32)
+        x = xavier(self.width, self.dtype, name="embed")(tokens)
+        table = table.astype(x.dtype)
+        hole = self.param(
+            "mask_token", nn.initializers.normal(0.02), (1, 1, self.width)
+        )
+        # The class token has position zero; visible tokens get their position anew.
+        x = jnp.concatenate(
+            [
+                x[:, :1],
+                x[:, 1:] + table[mask.keep],
+                hole.astype(x.dtype) + table[mask.drop],
+            ],
+            axis=1,
+        )
+        x, _ = run_blocks(
+            self,
+            x,
+            depth=self.depth,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        first = 1 if predict == "all" else 1 + mask.keep.shape[1]
+        x = layer_norm(self.dtype, name="norm")(x[:, first:])
+        return xavier(outputs, self.dtype, name="predict")(x)
+
+    def check(self) -> None:
+        """ValueError if the sizes do not fit together."""
+        check_width("decoder", self.width, self.heads)
+
+    def flops(
+        self, visible: int, grid: Grid, encoder_width: int, outputs: int
+    ) -> float:
+        """FLOPs of one forward pass that predicts the hidden patches of one image."""
+        embed = 2 * (visible + 1) * encoder_width * self.width
+        layer = layer_flops(grid.size + 1, self.width, self.mlp_ratio)
+        predict = 2 * (grid.size - visible) * self.width * outputs
+        return embed + self.depth * layer + predict

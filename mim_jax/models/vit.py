@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision transformer that sees a chosen subset of patches, in the details of MAE.
+
+Parameter names are public, since checkpoints depend on them. They are per block,
+`block00/attn/qkv/kernel`; a tree whose blocks are stacked under `blocks` (see
+`mim_jax.state.stack_blocks`) runs the same network as one scanned loop.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mim_jax.ops.patches import Grid
+from mim_jax.ops.posembed import sincos_2d
+
+SIZES = {
+    "Ti": dict(width=192, depth=12, heads=3),
+    "S": dict(width=384, depth=12, heads=6),
+    "B": dict(width=768, depth=12, heads=12),
+    "L": dict(width=1024, depth=24, heads=16),
+    "H": dict(width=1280, depth=32, heads=16, patch=14),
+}
+
+# What the backward pass keeps instead of computing it again.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+TAPS = ("blocks", "attention")
+
+
+def run_blocks(
+    module: nn.Module,
+    x: Float[Array, "b n d"],
+    *,
+    depth: int,
+    heads: int,
+    mlp_ratio: float,
+    dtype: str,
+    remat: str,
+    taps: Sequence[str] = (),
+) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
+    """`depth` blocks one after the other, as sub-modules of the calling module."""
+    scanned = module.has_variable("params", "blocks")
+    cls = Block
+    if remat != "none":
+        # Outside a loop the compiler would merge the recomputation with the original.
+        cls = nn.remat(Block, policy=REMAT[remat], prevent_cse=not scanned)
+    fields = dict(heads=heads, mlp_ratio=mlp_ratio, dtype=dtype, taps=tuple(taps))
+    if scanned:
+        axes = dict(variable_axes={"params": 0}, split_rngs={"params": False})
+        return nn.scan(cls, length=depth, **axes)(name="blocks", **fields)(x)
+    seen = []
+    for i in range(depth):
+        x, tap = cls(name=f"block{i:02d}", **fields)(x)
+        seen.append(tap)
+    return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
+
+
+def layer_flops(tokens: int, width: int, mlp_ratio: float) -> float:
+    """FLOPs of one block's forward pass, a multiply-add counted as two."""
+    matmuls = (8 + 4 * mlp_ratio) * tokens * width**2
+    return matmuls + 4 * tokens**2 * width
+
+
+def check_width(name: str, width: int, heads: int) -> None:
+    """ValueError unless the heads divide the width and tables can be made for it."""
+    if heads < 1 or width < 4 or width % heads or width % 4:
+        raise ValueError(
+            f"{name}.width={width}, {name}.heads={heads}: want a width that is a "
+            "multiple of the number of heads and of 4"
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v come from one fused matrix."""
+
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b a n n"]]:
+        width = x.shape[-1]
+        # Xavier on the fused [d, 3d] matrix: its bound is sqrt(6 / 4d), sqrt(1/2) of
+        # what three separate matrices would get.
+        qkv = xavier(3 * width, self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        scale = (width // self.heads) ** -0.5
+        # Logits and softmax in float32 at least: bfloat16 has 8 bits of mantissa.
+        accurate = jnp.promote_types(self.dtype, jnp.float32)
+        logits = jnp.einsum(
+            "banc,bamc->banm", q * scale, k, preferred_element_type=accurate
+        )
+        weights = jax.nn.softmax(logits, axis=-1)
+        mixed = jnp.einsum("banm,bamc->bnac", weights.astype(q.dtype), v)
+        return xavier(width, self.dtype, name="out")(mixed.reshape(x.shape)), weights
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    heads: int
+    mlp_ratio: float
+    dtype: str
+    taps: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "..."]]]:
+        width = x.shape[-1]
+        y, weights = Attention(self.heads, self.dtype, name="attn")(
+            layer_norm(self.dtype, name="ln1")(x)
+        )
+        x = x + y
+        y = layer_norm(self.dtype, name="ln2")(x)
+        y = xavier(int(width * self.mlp_ratio), self.dtype, name="fc1")(y)
+        y = jax.nn.gelu(y, approximate=False)  # jax's default is the tanh form
+        x = x + xavier(width, self.dtype, name="fc2")(y)
+        seen = {"blocks": x, "attention": weights}
+        return x, {name: seen[name] for name in self.taps}
+
+
+class Encoder(nn.Module):
+    """ViT encoder over any subset of patches, arXiv:2111.06377 and 2010.11929.
+
+    Attributes:
+        patch: side of a patch in pixels.
+        width, depth, heads: token width, number of blocks, attention heads; see SIZES.
+        mlp_ratio: hidden width of the MLP over the token width.
+        dtype: of activations; parameters are float32.
+        remat: what the backward pass recomputes, a key of REMAT.
+    """
+
+    patch: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: Float[Array, "b n p"],
+        grid: Grid,
+        keep: Int[Array, "b k"] | None = None,
+        taps: Sequence[str] = (),
+    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "l b ..."]]]:
+        """Class token and patch tokens after the final norm.
+
+        Args:
+            patches: standardised patches in grid order, all of them.
+            grid: where the patches sit; static.
+            keep: indices of the patches to see; None sees all, with no masking.
+            taps: what to return besides, of TAPS: "blocks" is the tokens after each
+                block "l b t d" (before the final norm), "attention" the softmax weights
+                of each block "l b a t t".
+        Returns:
+            (tokens, taps) with t = 1 + k, the class token first.
+        """
+        table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32)
+        if keep is None:
+            positions = table[None]
+        else:
+            # Select before embedding: hidden patches cost nothing.
+            patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
+            positions = table[keep]
+        # The reference embeds by a convolution, whose bias does not start at zero.
+        bias = _uniform(patches.shape[-1] ** -0.5)
+        x = xavier(self.width, self.dtype, name="embed", bias_init=bias)(patches)
+        x = x + positions.astype(x.dtype)
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width))
+        x, seen = run_blocks(
+            self,
+            jnp.concatenate([cls, x], axis=1),
+            depth=self.depth,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            dtype=self.dtype,
+            remat=self.remat,
+            taps=taps,
+        )
+        return layer_norm(self.dtype, name="norm")(x), seen
+
+    def check(self) -> None:
+        """ValueError if the sizes do not fit together."""
+        check_width("encoder", self.width, self.heads)
+
+    def flops(self, visible: int, channels: int) -> float:
+        """FLOPs of one forward pass of one image with `visible` patches."""
+        embed = 2 * visible * self.patch**2 * channels * self.width
+        layer = layer_flops(visible + 1, self.width, self.mlp_ratio)
+        return embed + self.depth * layer
+
+
+def layer_norm(dtype: str, name: str) -> nn.LayerNorm:
+    """Layer norm with MAE's epsilon; statistics in float32 at least."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def xavier(features: int, dtype: str, name: str, **inits) -> nn.Dense:
+    """Dense layer with Xavier-uniform kernel and, unless told otherwise, zero bias."""
+    init = nn.initializers.xavier_uniform()
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name, **inits)
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+    return init

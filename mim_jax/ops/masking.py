@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which patches the encoder sees: index functions, pure and jittable.
+
+No array here is called "mask", since papers disagree on what 1 means. `hidden` is True
+where the encoder does not see; `keep` and `drop` are the indices of visible and hidden
+patches, each image with its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Real, Shaped
+
+from mim_jax.ops.patches import Grid
+
+
+class Mask(NamedTuple):
+    """A partition of the patches of each image into visible and hidden ones.
+
+    Attributes:
+        keep: indices of the visible patches, "b k".
+        drop: indices of the hidden patches, "b n-k". Counts are the same for every
+            image, so that shapes are static; the order within a row is free.
+    """
+
+    keep: Int[Array, "b k"]
+    drop: Int[Array, "b m"]
+
+    @property
+    def hidden(self) -> Bool[Array, "b n"]:
+        """True at hidden patches, in grid order."""
+        positions = jnp.arange(self.keep.shape[1] + self.drop.shape[1])
+        return (self.drop[:, :, None] == positions).any(axis=1)
+
+
+def cut(order: Int[Array, "b n"], keep: int) -> Mask:
+    """The first `keep` patches of each row's order are visible, the rest hidden."""
+    return Mask(keep=order[:, :keep], drop=order[:, keep:])
+
+
+def from_scores(scores: Real[Array, "b n"], keep: int) -> Mask:
+    """The `keep` patches with the lowest score are visible.
+
+    Source: "random sampling without replacement" of arXiv:2111.06377, section 3, by
+    one argsort of noise; noise from elsewhere gives that mask exactly.
+    """
+    return cut(_argsort(scores), keep)
+
+
+def from_hidden(hidden: Bool[np.ndarray, "b n"]) -> Mask:
+    """The mask that hides exactly the patches where `hidden` is True.
+
+    A host function: `hidden` is a concrete array, e.g. drawn by a user.
+
+    Raises:
+        ValueError: rows hide different numbers of patches, or hide none or all.
+    """
+    hidden = np.asarray(hidden, dtype=bool)
+    counts = hidden.sum(axis=1)
+    if counts.min() != counts.max() or not 0 < counts[0] < hidden.shape[1]:
+        raise ValueError(
+            f"hidden patches per image range from {counts.min()} to {counts.max()} of "
+            f"{hidden.shape[1]}: want one count for all images, more than 0 and less "
+            "than all of them (shapes must be static)"
+        )
+    return cut(_argsort(jnp.asarray(hidden)), hidden.shape[1] - int(counts[0]))
+
+
+def complement(mask: Mask) -> Mask:
+    """Visible and hidden exchanged: 1 - M of arXiv:2208.04164, Eq. (6)."""
+    return Mask(keep=mask.drop, drop=mask.keep)
+
+
+def order_units(
+    scores: Real[Array, "b u"], grid: Grid, side: int
+) -> Int[Array, "b {grid.size}"]:
+    """Patches in the order in which they are kept: units by score, each in one piece.
+
+    Units are squares of side x side patches, numbered row-major from the top left;
+    those of the last row and column may reach over the border.
+
+    Args:
+        scores: one number per unit; units with the lowest come first.
+        side: patches along the side of a unit, >= 1.
+    """
+    # Units are ordered first and expanded after: a tie can never split a unit.
+    order = _argsort(scores)
+    if side == 1:
+        return order
+    unit_cols = -(-grid.cols // side)
+    inner = jnp.arange(side * side, dtype=order.dtype)
+    # Column by column inside a unit: where a cut may fall inside one (partial units),
+    # it falls as in long-sequence MAE, arXiv:2210.07224.
+    row = (order // unit_cols * side)[:, :, None] + inner % side
+    col = (order % unit_cols * side)[:, :, None] + inner // side
+    patches = (row * grid.cols + col).reshape(order.shape[0], -1)
+    if grid.rows % side or grid.cols % side:
+        outside = (row >= grid.rows) | (col >= grid.cols)
+        inside_first = _argsort(outside.reshape(patches.shape))
+        patches = jnp.take_along_axis(patches, inside_first, axis=1)
+    return patches[:, : grid.size]
+
+
+def take(
+    values: Shaped[Array, "b n d"], index: Int[Array, "b k"]
+) -> Shaped[Array, "b k d"]:
+    """The rows of `values` at each image's own indices."""
+    return jnp.take_along_axis(values, index[:, :, None], axis=1)
+
+
+def unshuffle(values: Shaped[Array, "b n d"], mask: Mask) -> Shaped[Array, "b n d"]:
+    """From the order (visible, hidden) back to grid order: for pictures and tables."""
+    return take(values, _argsort(jnp.concatenate([mask.keep, mask.drop], axis=1)))
+
+
+def _argsort(values: Shaped[Array, "b n"]) -> Int[Array, "b n"]:
+    order = jnp.argsort(values, axis=1, stable=True)
+    # int32 whatever jax_enable_x64 says, so that masks have the same bits.
+    return jax.lax.convert_element_type(order, jnp.int32)

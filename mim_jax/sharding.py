@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live: a mesh of devices, and the shard of each parameter by its path."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+# The first pattern found in a leaf's path decides; leaves without one are replicated.
+# Specs are those of a single block: a stacked leaf gets a leading None. Optimiser
+# moments repeat the paths of the parameters, so the same rules hold for them.
+RULES = (
+    (r"/(qkv|fc1)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"/(qkv|fc1)/bias$", PartitionSpec("fsdp")),
+    (r"/(out|fc2)/kernel$", PartitionSpec("fsdp", None)),
+    (r"/embed/kernel$", PartitionSpec(None, "fsdp")),
+    (r"/predict/kernel$", PartitionSpec("fsdp", None)),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Shape of the device mesh; batches are split over both axes.
+
+    Attributes:
+        data: copies of the parameters; -1 is all devices that `fsdp` leaves.
+        fsdp: devices that share one copy of parameters and optimiser state.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+    def __post_init__(self):
+        if self.fsdp < 1 or (self.data < 1 and self.data != -1):
+            raise ValueError(
+                f"mesh.data={self.data}, mesh.fsdp={self.fsdp}: want at least 1 "
+                "(data=-1: all devices that fsdp leaves)"
+            )
+
+    def build(self, devices: list | None = None) -> jax.sharding.Mesh:
+        """The mesh over all devices.
+
+        Raises:
+            ValueError: data * fsdp is not the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        data = len(devices) // self.fsdp if self.data == -1 else self.data
+        if data * self.fsdp != len(devices):
+            raise ValueError(
+                f"mesh data={self.data} x fsdp={self.fsdp} on {len(devices)} device(s):"
+                " want data * fsdp = devices (data=-1 takes what fsdp leaves)"
+            )
+        if len(devices) == len(jax.devices()) and devices == jax.devices():
+            return jax.make_mesh(
+                (data, self.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
+            )
+        grid = np.array(devices).reshape(data, self.fsdp)
+        return jax.sharding.Mesh(
+            grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
+        )
+
+
+def path_name(path: tuple) -> str:
+    """A pytree path as `encoder/block00/attn/qkv/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_path(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A NamedSharding for every leaf of a tree of arrays or shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf, mesh)), tree
+    )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Rows of a batch spread over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The global batch of which each host holds its own rows."""
+    rows = by_row(mesh)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(rows, array), batch
+    )
+
+
+def _spec(name: str, leaf, mesh: jax.sharding.Mesh) -> PartitionSpec:
+    for pattern, spec in RULES:
+        if re.search(pattern, "/" + name):
+            stacked = "/blocks/" in name
+            spec = PartitionSpec(None, *spec) if stacked else spec
+            if len(spec) != len(leaf.shape):
+                break
+            sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
+            if all(side % size == 0 for side, size in zip(leaf.shape, sizes)):
+                return spec
+            break
+    return PartitionSpec()
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes that the leaves of a tree take on one device."""
+    sizes = jax.tree.map(
+        lambda leaf, sharding: (
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        ),
+        tree,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training carries from step to step, and the two layouts of its blocks."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+_INIT = 2**32 - 1  # folded into the key for parameters; steps fold in their number
+_BLOCK = re.compile(r"block(\d\d+)")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything a run needs to go on.
+
+    Attributes:
+        step: optimiser steps done.
+        params: trained parameters.
+        teacher: a second tree like (part of) params, or None.
+        stats: running statistics, {} without BatchNorm.
+        opt_state: the optimiser's.
+        key: base key of the run; never advanced, steps fold their number into it.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    teacher: Any
+    stats: Any
+    opt_state: Any
+    key: Key[Array, ""]
+
+
+def create(
+    objective, tx, *, seed: int, image_shape: tuple[int, int, int], scan: bool
+) -> TrainState:
+    """The state before step 0; jit it with out_shardings, so that it is born sharded.
+
+    Args:
+        objective: gives parameters per block, whatever `scan` says.
+        tx: optax transformation.
+        seed: of the run; the only source of its randomness besides the data's.
+        image_shape: rows, columns, channels.
+        scan: keep the blocks stacked, so that networks run them as one loop.
+    """
+    step = jnp.zeros((), jnp.int32)
+    params, stats = initial(objective, seed=seed, image_shape=image_shape)
+    if scan:
+        params, stats = stack_blocks(params), stack_blocks(stats)
+    return TrainState(
+        step=step,
+        params=params,
+        teacher=objective.teacher(None, params, step),
+        stats=stats,
+        opt_state=tx.init(params),
+        key=run_key(seed),
+    )
+
+
+def initial(objective, *, seed: int, image_shape: tuple[int, int, int]) -> tuple:
+    """(parameters per block, statistics) that a run with that seed starts from."""
+    batch = {"image": jnp.zeros((1, *image_shape), jnp.uint8)}
+    return objective.init(jax.random.fold_in(run_key(seed), _INIT), batch)
+
+
+def run_key(seed: int) -> Key[Array, ""]:
+    """The base key of a run."""
+    # Named: the default generator may differ by platform and by number of devices.
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def example_keys(state: TrainState, rows: int) -> Key[Array, " {rows}"]:
+    """A key for each row of this step's batch, the same on any number of devices."""
+    key = jax.random.fold_in(state.key, state.step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def choose(ok: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    """`new` where ok, else `old`, decided on the device; the key never changes."""
+
+    def leaf(new, old):
+        return jnp.where(ok, new, old)
+
+    kept = {
+        field.name: jax.tree.map(
+            leaf, getattr(new, field.name), getattr(old, field.name)
+        )
+        for field in dataclasses.fields(TrainState)
+        if field.name != "key"
+    }
+    return dataclasses.replace(new, **kept)
+
+
+def stack_blocks(tree: Any) -> Any:
+    """`block00`, `block01`, ... of every dict as one `blocks` with a leading axis.
+
+    Works on any pytree that holds such dicts, optimiser states included.
+    """
+    return _on_dicts(tree, _stack)
+
+
+def unstack_blocks(tree: Any) -> Any:
+    """Inverse of `stack_blocks`: the layout of checkpoints and of evaluation."""
+    return _on_dicts(tree, _unstack)
+
+
+def _on_dicts(tree, change):
+    """`change` applied to every outermost dict of a pytree."""
+
+    def visit(node):
+        return change(node) if isinstance(node, dict) else node
+
+    return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, dict))
+
+
+def _stack(tree):
+    if not isinstance(tree, dict):
+        return tree
+    blocks = sorted(name for name in tree if _BLOCK.fullmatch(name))
+    rest = {name: _stack(tree[name]) for name in tree if name not in blocks}
+    if blocks:
+        rest["blocks"] = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(tree[name] for name in blocks)
+        )
+    return rest
+
+
+def _unstack(tree):
+    if not isinstance(tree, dict):
+        return tree
+    rest = {name: _unstack(tree[name]) for name in tree if name != "blocks"}
+    if "blocks" in tree:
+        depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
+        for i in range(depth):
+            rest[f"block{i:02d}"] = jax.tree.map(lambda leaf: leaf[i], tree["blocks"])
+    return rest

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Job "train": the one loop and the one step, for any objective."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+from ml_collections import config_dict
+
+import mim_jax
+from mim_jax import config as configs
+from mim_jax import metrics, optim, rundir, sharding
+from mim_jax import state as states
+from mim_jax.checkpoint import Checkpointer
+from mim_jax.data.pipeline import check_replaced, eval_batches, train_batches
+from mim_jax.evals.base import Run
+from mim_jax.interrupt import Interrupted, Interrupts
+from mim_jax.state import TrainState
+
+
+def train_step(
+    state: TrainState, batch: dict[str, Any], *, objective, tx, micro_batches: int = 1
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step of any objective: a pure function of (state, batch)."""
+    keys = states.example_keys(state, batch["image"].shape[0])
+    grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
+    grad_fn = optim.accumulated(grad_fn, micro_batches)
+    (loss, aux), grads = grad_fn(state.params, state, batch, keys)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    teacher = objective.teacher(state.teacher, params, state.step)
+    new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
+    ok = jnp.isfinite(loss) & optim.all_finite(grads)
+    # A bad update never replaces a good state.
+    new_state = dataclasses.replace(state, step=state.step + 1, **new)
+    return states.choose(ok, new_state, state), {"loss": loss, "ok": ok, **aux.metrics}
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; the state before it is safe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `run` works from, built and checked before anything compiles.
+
+    Attributes:
+        settings: the built config.
+        mesh: of devices.
+        tx: optax transformation.
+        schedule: learning rate at a step.
+        total, stop: steps of the whole run, and where this process ends.
+    """
+
+    settings: configs.Train
+    mesh: jax.sharding.Mesh
+    tx: optax.GradientTransformationExtraArgs
+    schedule: Any
+    total: int
+    stop: int
+
+    @classmethod
+    def of(cls, config: config_dict.ConfigDict, devices: list | None = None) -> "Plan":
+        """The plan of a config.
+
+        Raises:
+            ConfigError: the parts do not fit each other or this machine.
+        """
+        settings = configs.build(config)
+        objective, data = settings.objective, settings.data
+        try:
+            mesh = settings.mesh.build(devices)
+            objective.check(data.image_shape)
+            settings.report.check(objective)
+        except ValueError as error:
+            raise configs.ConfigError(f"config: {error}") from error
+        if objective.batch_coupled and settings.accumulate > 1:
+            if not settings.accumulate_coupled:
+                raise configs.ConfigError(
+                    f"config.accumulate={settings.accumulate}: in the loss of "
+                    f"{type(objective).__name__} every image depends on the whole "
+                    "batch, so micro-batches are another loss; want accumulate=1, or "
+                    "--config.accumulate_coupled=true to work per micro-batch"
+                )
+        rows = settings.batch_size // settings.accumulate
+        if rows % mesh.size:
+            raise configs.ConfigError(
+                f"config.batch_size={settings.batch_size} in "
+                f"{settings.accumulate} micro-batch(es) on {mesh.size} devices: want a "
+                f"multiple of {settings.accumulate * mesh.size}"
+            )
+        total = settings.steps
+        if total is None:
+            total = math.ceil(settings.epochs * len(data.source) / settings.batch_size)
+        stop = min(total, settings.stop_after or total)
+        schedule = settings.optim.schedule(settings.batch_size, settings.epochs, total)
+        tx = settings.optim.build(schedule)
+        return cls(settings, mesh, tx, schedule, total, stop)
+
+    @property
+    def create(self):
+        """A function of nothing that makes the first state."""
+        settings = self.settings
+        return functools.partial(
+            states.create,
+            settings.objective,
+            self.tx,
+            seed=settings.seed,
+            image_shape=settings.data.image_shape,
+            scan=settings.scan,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        shapes = jax.eval_shape(self.create)
+        return _placed(shapes, sharding.by_path(shapes, self.mesh))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, type and sharding of what a step reads."""
+        shape = (self.settings.batch_size, *self.settings.data.image_shape)
+        images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        return {"image": _placed(images, sharding.by_row(self.mesh))}
+
+    def lowered(self) -> jax.stages.Lowered:
+        """The training step, traced for this mesh: the state is donated, and its
+        shardings are those it came with."""
+        step = functools.partial(
+            train_step,
+            objective=self.settings.objective,
+            tx=self.tx,
+            micro_batches=self.settings.accumulate,
+        )
+        state = self.abstract_state()
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        outputs = (placed, sharding.replicated(self.mesh))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+        return jitted.lower(state, self.abstract_batch())
+
+
+def run(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+    """Train to the config's last step, going on from the newest checkpoint.
+
+    Raises:
+        ConfigError: the config cannot work; nothing was compiled or written over.
+        NonFiniteError: a loss or gradient was not finite.
+        Interrupted: SIGTERM or SIGINT came, and the state is saved.
+    """
+    plan = Plan.of(config)
+    settings = plan.settings
+    with rundir.claim(workdir), Interrupts() as interrupts:
+        rundir.settle_config(workdir, config)
+        if settings.compile_cache:
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        checkpointer = Checkpointer(workdir, settings.checkpoint)
+        like = plan.abstract_state()
+        _summary(plan, like, workdir)
+        found = checkpointer.restore(like)
+        if found is None:
+            placed = jax.tree.map(lambda leaf: leaf.sharding, like)
+            state = jax.jit(plan.create, out_shardings=placed)()
+            start, extra = 0, {}
+        else:
+            start, state, extra = found
+            _same_data(extra["data"], settings.data.source.fingerprint())
+            print(f"resumed from step {start}", flush=True)
+        book = Book(plan, workdir, start, extra)
+        try:
+            if start < plan.stop:
+                state = _loop(plan, state, start, book, checkpointer, interrupts)
+        finally:
+            book.close()
+            checkpointer.close()
+        _report(plan, state, workdir)
+
+
+def _loop(
+    plan: Plan,
+    state: TrainState,
+    start: int,
+    book: "Book",
+    checkpointer: Checkpointer,
+    interrupts: Interrupts,
+) -> TrainState:
+    """Steps `start` to `plan.stop` of a run; returns the last state."""
+    settings = plan.settings
+    try:
+        step_fn = interrupts.patiently(lambda: plan.lowered().compile())
+    except Interrupted:
+        if start == 0:
+            checkpointer.save(0, state, book.saved(0))
+        raise
+    batches = train_batches(
+        settings.data,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        start=start,
+        stop=plan.stop,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    with batches, jax.transfer_guard("disallow"):
+        for step, batch in enumerate(book.timed(batches), start + 1):
+            images = sharding.to_devices({"image": batch["image"]}, plan.mesh)
+            state, values = step_fn(state, images)
+            book.dispatched(step, values, batch)
+            leaving = interrupts.asked(step)
+            if step % settings.checkpoint.every == 0 or step == plan.stop or leaving:
+                book.settle()
+                checkpointer.save(step, state, book.saved(step))
+            if leaving and step < plan.stop:
+                raise Interrupted
+    return state
+
+
+class Book:
+    """The host's account of a run. It reads a step's metrics while the next one runs:
+    means to log, images that could not be decoded, values that are not finite."""
+
+    def __init__(self, plan: Plan, workdir: pathlib.Path, start: int, extra: dict):
+        self._plan, self._workdir = plan, workdir
+        self._window = metrics.Window(extra.get("window"))
+        self._replaced = extra.get("replaced", 0)
+        self._saved_step: int | None = start if extra else None
+        self._pending: tuple | None = None
+        first_host = jax.process_index() == 0
+        log = plan.settings.log
+        self._writer = metrics.Writer(workdir, log, start) if first_host else None
+        mode = log.progress if first_host else "none"
+        self._progress = metrics.Progress(mode, start, plan.stop)
+        self._mark, self._steps_since, self._waiting = time.monotonic(), 0, 0.0
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches, with the time spent waiting for each booked."""
+        iterator = iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(iterator, None)
+            self._waiting += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def dispatched(self, step: int, values: dict, batch: dict) -> None:
+        """`step` steps are on their way to the device; the last one's metrics are due."""
+        self.settle()
+        self._pending = (step, values, batch["index"], int(batch["replaced"].sum()))
+
+    def settle(self) -> None:
+        """Read the metrics that are outstanding, waiting for them if need be.
+
+        Raises:
+            NonFiniteError: that step's loss or gradients were not finite.
+            RuntimeError: too many images could not be decoded.
+        """
+        if self._pending is None:
+            return
+        step, values, indices, replaced = self._pending
+        self._pending = None
+        values = {name: float(v) for name, v in jax.device_get(values).items()}
+        if not values.pop("ok"):
+            raise NonFiniteError(self._not_finite(step, values["loss"], indices))
+        self._replaced += replaced
+        self._window.add(values)
+        self._steps_since += 1
+        self._progress.advance(step)
+        if step % self._plan.settings.log.every == 0 or step == self._plan.total:
+            self._log(step)
+
+    def saved(self, step: int) -> dict[str, Any]:
+        """What to keep with the checkpoint of a step, plain JSON values."""
+        self._saved_step = step
+        return {
+            "window": self._window.saved(),
+            "replaced": self._replaced,
+            "data": self._plan.settings.data.source.fingerprint(),
+        }
+
+    def close(self) -> None:
+        """Close files and bar."""
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _log(self, step: int) -> None:
+        settings = self._plan.settings
+        elapsed = max(time.monotonic() - self._mark, 1e-9)
+        values = self._window.take() | {
+            # The rate at which this step's update was made: steps count from 0.
+            "lr": float(self._plan.schedule(step - 1)),
+            "epoch": step * settings.batch_size / len(settings.data.source),
+            "replaced": self._replaced,
+            "images_per_second": self._steps_since * settings.batch_size / elapsed,
+            "input_wait_share": self._waiting / elapsed,
+        }
+        self._mark, self._steps_since, self._waiting = time.monotonic(), 0, 0.0
+        if self._writer is not None:
+            self._writer.write(step, values)
+        self._progress.show(step, values)
+        # A share of at least one epoch, so that one bad image at the start is no alarm.
+        seen = max(step * settings.batch_size, len(settings.data.source))
+        check_replaced(self._replaced, seen, settings.data.max_replaced)
+
+    def _not_finite(self, step: int, loss: float, indices: np.ndarray) -> str:
+        path = self._workdir / f"nonfinite-step{step}-host{jax.process_index()}.json"
+        path.write_text(json.dumps({"step": step, "indices": indices.tolist()}) + "\n")
+        good = "none yet" if self._saved_step is None else str(self._saved_step)
+        return (
+            f"step {step}: loss {loss} or its gradient is not finite; the update was "
+            f"not made. Records of the batch: {indices[:8].tolist()} ... (all in "
+            f"{path}). Last good checkpoint: {good}. Look at those images, or lower "
+            "config.optim.base_lr."
+        )
+
+
+def _summary(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
+    """What is about to run: printed, and the parameters in full as parameters.txt."""
+    if jax.process_index() != 0:
+        return
+    settings, data = plan.settings, plan.settings.data
+    per_block = jax.eval_shape(states.unstack_blocks, state.params)
+    table = parameter_overview.get_parameter_overview(per_block, include_stats=False)
+    (workdir / "parameters.txt").write_text(table + "\n")
+    parts = ", ".join(
+        f"{name} {sum(x.size for x in jax.tree.leaves(part)) / 1e6:.2f} M"
+        for name, part in state.params.items()
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    held = sharding.bytes_per_device(state, placed) / 2**20
+    flops = settings.objective.flops(data.image_shape) / 1e9
+    rows, cols, channels = data.image_shape
+    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.shape.items())
+    device = plan.mesh.devices.flat[0].device_kind
+    print(
+        f"mim_jax {mim_jax.__version__}, {type(settings.objective).__name__} in {workdir}\n"
+        f"parameters  {count:.2f} M ({parts}); state {held:.0f} MiB per device\n"
+        f"work        {flops:.3g} GFLOP per image and step, {settings.dtype}\n"
+        f"mesh        {axes} on {plan.mesh.size} x {device}, "
+        f"{jax.process_count()} host(s)\n"
+        f"source      {type(data.source).__name__.lower()}: {len(data.source)} images, "
+        f"read as {rows}x{cols}x{channels}\n"
+        f"length      {plan.total} steps of {settings.batch_size} images"
+        + ("" if plan.stop == plan.total else f", stopping after {plan.stop}"),
+        flush=True,
+    )
+
+
+def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
+    """The evaluation named by config.report, on the state as it is, on one host."""
+    settings, mesh = plan.settings, plan.mesh
+    gather = jax.jit(states.unstack_blocks, out_shardings=sharding.replicated(mesh))
+    params = gather(state.params)
+    make = functools.partial(
+        states.initial,
+        settings.objective,
+        seed=settings.seed,
+        image_shape=settings.data.image_shape,
+    )
+    initial, _ = jax.jit(make, out_shardings=sharding.replicated(mesh))()
+    if jax.process_index() != 0:
+        return
+    trained = Run(
+        objective=settings.objective,
+        params=jax.device_get(params),
+        initial=jax.device_get(initial),
+        step=int(state.step),
+        name=workdir.resolve().name,
+    )
+    with eval_batches(settings.data, batch_size=64) as batches:
+        report = settings.report.measure(trained, batches)
+    report.save(workdir / "report", "report")
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        shapes,
+        shardings,
+    )
+
+
+def _same_data(before: dict, now: dict) -> None:
+    if before != now:
+        raise configs.ConfigError(
+            f"the data are not those that this run began with: {before} then, {now} "
+            "now; want the same data set, or another --workdir"
+        )
