@@ -289,7 +289,7 @@ def _fields(cls: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if field.name not in skip]
 
 
-def _leaf(field: dataclasses.Field, kind: type) -> Any:
+def _leaf(field: dataclasses.Field, kind: Any) -> Any:
     default = field.default
     if kind in KINDS:
         _, table = KINDS[kind]

@@ -64,7 +64,7 @@ class AdamW:
                 f"epochs={epochs}"
             )
         peak = self.base_lr * batch_size / 256
-        return warmup_cosine(peak, self.warmup_epochs / epochs * total, total)
+        return warmup_cosine(peak, self.warmup_epochs / epochs * total, float(total))
 
     def build(
         self, schedule: Callable[[Any], Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Key
 
 _INIT = 2**32 - 1  # folded into the key for parameters; steps fold in their number
 _BLOCK = re.compile(r"block(\d\d+)")
@@ -18,8 +18,10 @@ _BLOCK = re.compile(r"block(\d\d+)")
 class TrainState:
     """Everything a run needs to go on.
 
+    The same tree also holds shapes or shardings in the place of arrays.
+
     Attributes:
-        step: optimiser steps done.
+        step: optimiser steps done, int32.
         params: trained parameters.
         teacher: a second tree like (part of) params, or None.
         stats: running statistics, {} without BatchNorm.
@@ -27,12 +29,12 @@ class TrainState:
         key: base key of the run; never advanced, steps fold their number into it.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     teacher: Any
     stats: Any
     opt_state: Any
-    key: Key[Array, ""]
+    key: Any
 
 
 def create(

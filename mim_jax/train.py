@@ -25,6 +25,7 @@ from mim_jax.checkpoint import Checkpointer
 from mim_jax.data.pipeline import check_replaced, eval_batches, train_batches
 from mim_jax.evals.base import Run
 from mim_jax.interrupt import Interrupted, Interrupts
+from mim_jax.ops.backend import compile_for
 from mim_jax.state import TrainState
 
 
@@ -144,7 +145,8 @@ class Plan:
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
         outputs = (placed, sharding.replicated(self.mesh))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        return jitted.lower(state, self.abstract_batch())
+        with compile_for(self.mesh.devices.flat[0].platform):
+            return jitted.lower(state, self.abstract_batch())
 
 
 def run(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:

@@ -41,7 +41,7 @@ class Undecodable(ValueError):
 
 
 def decode(
-    image: bytes | UInt8[np.ndarray, "h w c"], channels: int
+    image: bytes | np.ndarray, channels: int
 ) -> UInt8[np.ndarray, "h w {channels}"]:
     """An encoded image, or one that is an array already, as 8-bit pixels.
 
@@ -51,7 +51,7 @@ def decode(
     the high byte. The first frame of an animation is taken.
 
     Args:
-        image: the bytes of a file, or pixels.
+        image: the bytes of a file, or uint8 pixels: rows, columns, channels.
         channels: 1 or 3; an array may have any number if it is the one asked for.
     Raises:
         Undecodable: the bytes are not a sound image.
@@ -78,10 +78,9 @@ def decode(
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    try:
-        pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-    except ValueError as error:  # a colour space that Pillow reads but cannot convert
-        raise Undecodable(f"mode {picture.mode}: {error}") from error
+    if picture.mode == "LAB":  # Pillow goes from it to RGB alone
+        picture = picture.convert("RGB")
+    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mim_jax.models.vit import check_width, layer_flops, layer_norm, run_blocks, xavier
+from mim_jax.models.vit import LayerNorm, check_width, layer_flops, run_blocks, xavier
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
             remat=self.remat,
         )
         first = 1 if predict == "all" else 1 + mask.keep.shape[1]
-        x = layer_norm(self.dtype, name="norm")(x[:, first:])
+        x = LayerNorm(self.dtype, name="norm")(x[:, first:])
         return xavier(outputs, self.dtype, name="predict")(x)
 
     def check(self) -> None:

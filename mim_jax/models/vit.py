@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mim_jax.ops.backend import dense_dot
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
 
@@ -77,6 +78,26 @@ def check_width(name: str, width: int, heads: int) -> None:
         )
 
 
+class LayerNorm(nn.Module):
+    """Layer norm with MAE's epsilon, in float32 at least.
+
+    Flax's own mixes dtypes by implicit promotion, which our tests forbid.
+    """
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        kind = accurate(self.dtype)
+        x = x.astype(kind)
+        variance = x.var(axis=-1, keepdims=True)
+        x = (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
+        x = x * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
+        return x.astype(self.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v come from one fused matrix."""
 
@@ -95,9 +116,11 @@ class Attention(nn.Module):
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
         scale = (width // self.heads) ** -0.5
         # Logits and softmax in float32 at least: bfloat16 has 8 bits of mantissa.
-        accurate = jnp.promote_types(self.dtype, jnp.float32)
         logits = jnp.einsum(
-            "banc,bamc->banm", q * scale, k, preferred_element_type=accurate
+            "banc,bamc->banm",
+            q * scale,
+            k,
+            preferred_element_type=accurate(self.dtype),
         )
         weights = jax.nn.softmax(logits, axis=-1)
         mixed = jnp.einsum("banm,bamc->bnac", weights.astype(q.dtype), v)
@@ -118,10 +141,10 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "..."]]]:
         width = x.shape[-1]
         y, weights = Attention(self.heads, self.dtype, name="attn")(
-            layer_norm(self.dtype, name="ln1")(x)
+            LayerNorm(self.dtype, name="ln1")(x)
         )
         x = x + y
-        y = layer_norm(self.dtype, name="ln2")(x)
+        y = LayerNorm(self.dtype, name="ln2")(x)
         y = xavier(int(width * self.mlp_ratio), self.dtype, name="fc1")(y)
         y = jax.nn.gelu(y, approximate=False)  # jax's default is the tanh form
         x = x + xavier(width, self.dtype, name="fc2")(y)
@@ -191,7 +214,7 @@ class Encoder(nn.Module):
             remat=self.remat,
             taps=taps,
         )
-        return layer_norm(self.dtype, name="norm")(x), seen
+        return LayerNorm(self.dtype, name="norm")(x), seen
 
     def check(self) -> None:
         """ValueError if the sizes do not fit together."""
@@ -204,15 +227,22 @@ class Encoder(nn.Module):
         return embed + self.depth * layer
 
 
-def layer_norm(dtype: str, name: str) -> nn.LayerNorm:
-    """Layer norm with MAE's epsilon; statistics in float32 at least."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def accurate(dtype: str) -> jnp.dtype:
+    """`dtype`, or float32 if that is wider: for sums and exponentials."""
+    return max(jnp.dtype("float32"), jnp.dtype(dtype), key=lambda kind: kind.itemsize)
 
 
 def xavier(features: int, dtype: str, name: str, **inits) -> nn.Dense:
     """Dense layer with Xavier-uniform kernel and, unless told otherwise, zero bias."""
     init = nn.initializers.xavier_uniform()
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name, **inits)
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=init,
+        dot_general=dense_dot,
+        name=name,
+        **inits,
+    )
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -31,8 +31,9 @@ class Mask(NamedTuple):
     @property
     def hidden(self) -> Bool[Array, "b n"]:
         """True at hidden patches, in grid order."""
-        positions = jnp.arange(self.keep.shape[1] + self.drop.shape[1])
-        return (self.drop[:, :, None] == positions).any(axis=1)
+        count = self.keep.shape[1] + self.drop.shape[1]
+        positions = jnp.arange(count, dtype=self.drop.dtype)
+        return (self.drop[:, :, None] == positions[None, None]).any(axis=1)
 
 
 def cut(order: Int[Array, "b n"], keep: int) -> Mask:

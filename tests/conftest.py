@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight CPU devices, strict types and ranks: set before anything imports JAX."""
+
+import os
+
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "agg"
+
+# isort: split
+import jax
+import optax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_bias_correction = optax.tree.bias_correction
+
+
+def _promoting(moment, decay, count):
+    # Adam takes a float to the power of an int32: optax is not written to be strict.
+    with jax.numpy_dtype_promotion("standard"):
+        return _bias_correction(moment, decay, count)
+
+
+optax.tree.bias_correction = _promoting

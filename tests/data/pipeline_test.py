@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches are a pure function of seed, step and row, and each record comes once."""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mim_jax.data import pipeline, transforms
+from mim_jax.data.sources.base import Source
+from mim_jax.data.sources.digits import Digits
+from mim_jax.data.sources.folder import Folder
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbered(Source):
+    """Record i is a grey square of value i; those of `bad` are no image."""
+
+    count: int = 10
+    bad: tuple[int, ...] = ()
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        square = np.full((5, 6, 1), index, np.uint8)
+        return {"image": b"bad" if index in self.bad else square, "label": index % 3}
+
+    @property
+    def classes(self):
+        return ("a", "b", "c")
+
+    @property
+    def channels(self):
+        return 1
+
+    def held_out(self):
+        return dataclasses.replace(self, count=self.count // 2)
+
+    def fingerprint(self):
+        return {"name": "numbered"}
+
+
+def make(source=None, **fields):
+    fields = {"image_size": (4, 4), "workers": 0, "threads": 2} | fields
+    return pipeline.Input(source=source or Numbered(), **fields)
+
+
+def read(data, **options):
+    with pipeline.train_batches(data, **options) as batches:
+        return join(batches)
+
+
+def join(batches):
+    batches = list(batches)
+    return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].dtype == other[key].dtype, key
+        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def straight():
+    """Steps 0 to 7 of ten images each, read without workers."""
+    data = pipeline.Input(source=Digits(), image_size=(12, 10), workers=0, threads=1)
+    return data, read(data, seed=3, batch_size=12, stop=8)
+
+
+def test_batch_has_what_it_says(straight):
+    data, got = straight
+    assert got["image"].shape == (96, 12, 10, 1) and got["image"].dtype == np.uint8
+    for key in ("label", "index"):
+        assert got[key].shape == (96,) and got[key].dtype == np.int32
+    assert got["replaced"].dtype == np.bool_ and not got["replaced"].any()
+    labels = [data.source[int(i)]["label"] for i in got["index"]]
+    np.testing.assert_array_equal(got["label"], labels)
+    assert got["image"].std() > 50
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_change_a_byte(straight, workers):
+    data, want = straight
+    data = dataclasses.replace(data, workers=workers)
+    assert_same(read(data, seed=3, batch_size=12, stop=8), want)
+
+
+def test_threads_and_prefetch_do_not_change_a_byte(straight):
+    data, want = straight
+    data = dataclasses.replace(data, threads=5, prefetch=4)
+    assert_same(read(data, seed=3, batch_size=12, stop=8), want)
+
+
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (5, 0), (3, 2), (8, 0)])
+def test_a_run_can_start_at_any_step(straight, start, workers):
+    data, want = straight
+    data = dataclasses.replace(data, workers=workers)
+    later = pipeline.train_batches(data, seed=3, batch_size=12, start=start, stop=9)
+    with later:
+        got = join(later)
+    rows = slice(start * 12, 96)
+    for key in want:
+        np.testing.assert_array_equal(got[key][: 96 - start * 12], want[key][rows])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_the_rows_of_one_host(straight, hosts):
+    data, want = straight
+    parts = [
+        read(data, seed=3, batch_size=12, stop=8, host=host, hosts=hosts)
+        for host in range(hosts)
+    ]
+    for key in want:
+        rows = [part[key].reshape(8, 12 // hosts, -1) for part in parts]
+        got = np.concatenate(rows, axis=1)
+        np.testing.assert_array_equal(got, want[key].reshape(8, 12, -1))
+
+
+def test_seeds_differ_and_repeat(straight):
+    data, want = straight
+    assert_same(read(data, seed=3, batch_size=12, stop=8), want)
+    other = read(data, seed=4, batch_size=12, stop=8)
+    assert (other["index"] != want["index"]).mean() > 0.9
+
+
+def test_every_record_once_an_epoch_in_a_new_order():
+    epochs = read(make(), seed=0, batch_size=4, stop=25)["index"].reshape(10, 10)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10))
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+
+
+def test_an_image_is_cropped_anew_each_epoch():
+    got = read(make(Digits()), seed=0, batch_size=1438, stop=2)
+    one, two = (got["image"][np.argsort(got["index"][r])] for r in (slice(1438), None))
+    first, second = got["image"][:1438], got["image"][1438:]
+    first = first[np.argsort(got["index"][:1438])]
+    second = second[np.argsort(got["index"][1438:])]
+    assert (first != second).any(axis=(1, 2, 3)).mean() > 0.9
+
+
+def test_augmentation_is_the_transforms_with_the_fields():
+    colour = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+
+    class One(Numbered):
+        channels = 3
+
+        def __getitem__(self, index):
+            return {"image": colour, "label": 0}
+
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.75, 0.75)}
+    data = make(One(count=1), image_size=(8, 6), **whole)
+    want = transforms.resize(colour, (8, 6))
+    images = read(data, seed=0, batch_size=20, stop=1)["image"]
+    same = (images == want).all(axis=(1, 2, 3))
+    mirrored = (images == want[:, ::-1]).all(axis=(1, 2, 3))
+    assert (same | mirrored).all() and same.any() and mirrored.any()
+    plain = dataclasses.replace(data, flip=False)
+    images = read(plain, seed=0, batch_size=20, stop=1)["image"]
+    assert (images == want).all()
+    small = dataclasses.replace(plain, crop_scale=(0.1, 0.1))
+    assert (read(small, seed=0, batch_size=20, stop=1)["image"] != want).any()
+
+
+def test_bad_records_are_replaced_the_same_way_each_time():
+    data = make(Numbered(count=20, bad=(3, 11)))
+    got = read(data, seed=0, batch_size=5, stop=8)
+    again = read(data, seed=1, batch_size=8, stop=5)
+    assert sorted(got["index"]) == sorted(list(range(20)) * 2)  # those asked for
+    np.testing.assert_array_equal(got["replaced"], np.isin(got["index"], (3, 11)))
+    shown = {}
+    for batch in (got, again):
+        rows = zip(batch["index"], batch["image"], batch["label"], strict=True)
+        for index, image, label in rows:
+            value = int(image.max())  # names the record it shows
+            assert shown.setdefault(int(index), value) == value
+            assert label == value % 3  # the label is that of what is shown
+    assert all(shown[i] == i for i in range(20) if i not in (3, 11))
+    assert not {shown[3], shown[11]} & {3, 11}
+
+
+def test_a_corrupt_file_is_replaced_in_a_worker_too(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(folder / f"{i}.jpg")
+    (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:200])
+    data = make(Folder(path=str(tmp_path)))
+    want = read(data, seed=0, batch_size=6, stop=4)
+    np.testing.assert_array_equal(want["replaced"], want["index"] == 2)
+    workers = dataclasses.replace(data, workers=2)
+    assert_same(read(workers, seed=0, batch_size=6, stop=4), want)
+
+
+def test_nothing_but_bad_records_is_an_error_that_names_them():
+    data = make(Numbered(count=3, bad=(0, 1, 2)))
+    with pytest.raises(RuntimeError, match=r"record \d and its 20 substitutes.*2 \(Un"):
+        read(data, seed=0, batch_size=3, stop=1)
+
+
+def test_our_own_mistakes_are_not_taken_for_bad_data():
+    class Broken(Numbered):
+        def __getitem__(self, index):
+            return {"image": np.zeros((4, 4, 2), np.uint8), "label": 0}
+
+    with pytest.raises(ValueError, match="2 channels: cannot make 1"):
+        read(make(Broken()), seed=0, batch_size=3, stop=1)
+
+
+def test_check_replaced():
+    pipeline.check_replaced(0, 0, 0.0)
+    pipeline.check_replaced(1, 100, 0.01)
+    with pytest.raises(RuntimeError, match=r"2 of 100.*2\.00%.*1\.00%.*max_replaced"):
+        pipeline.check_replaced(2, 100, 0.01)
+
+
+@pytest.mark.parametrize("hosts", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [24, 48])
+@pytest.mark.parametrize("count", [1, 10, 24, 49])
+def test_eval_gives_each_record_once(hosts, batch_size, count):
+    source = Numbered(count=count)
+    parts = []
+    for host in range(hosts):
+        batches = pipeline.eval_batches(
+            make(), batch_size=batch_size, host=host, hosts=hosts, source=source
+        )
+        with batches:
+            parts.append(list(batches))
+    assert len({len(part) for part in parts}) == 1  # hosts stay in step
+    whole = join(itertools.chain(*zip(*parts, strict=True)))
+    valid = whole["valid"]
+    assert valid.dtype == np.bool_ and len(valid) % batch_size == 0
+    assert len(valid) - count < batch_size
+    np.testing.assert_array_equal(whole["index"][valid], np.arange(count))  # in order
+    np.testing.assert_array_equal(whole["label"][valid], np.arange(count) % 3)
+    np.testing.assert_array_equal(whole["image"][valid].max((1, 2, 3)), range(count))
+    assert not whole["image"][~valid].any() and not whole["replaced"].any()
+    assert (whole["index"][~valid] == -1).all() and (whole["label"][~valid] == -1).all()
+
+
+def test_eval_reads_the_held_out_split_through_the_centre_crop():
+    data = make(Digits(), image_size=(6, 6), eval_crop_fraction=0.9)
+    with pipeline.eval_batches(data, batch_size=100) as batches:
+        got = join(batches)
+    source = Digits().held_out()
+    assert got["valid"].sum() == len(source)
+    for index in (0, 100, len(source) - 1):
+        want = transforms.centre_crop(source[index]["image"], (6, 6), 0.9)
+        np.testing.assert_array_equal(got["image"][index], want)
+    workers = dataclasses.replace(data, workers=2)
+    with pipeline.eval_batches(workers, batch_size=100) as batches:
+        assert_same(join(batches), got)
+
+
+def test_eval_leaves_bad_records_out():
+    source = Numbered(count=6, bad=(4,))
+    with pipeline.eval_batches(make(), batch_size=4, source=source) as batches:
+        got = join(batches)
+    assert got["index"].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    assert got["valid"].tolist() == [True] * 4 + [False, True, False, False]
+    assert got["replaced"].tolist() == [False] * 4 + [True] + [False] * 3
+    assert not got["image"][4].any() and got["label"][4] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_stops_the_workers(workers):
+    data = make(Digits(), workers=workers)
+    batches = pipeline.train_batches(data, seed=0, batch_size=4)
+    next(batches)
+    assert len(multiprocessing.active_children()) == workers
+    batches.close()
+    batches.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+    with pipeline.train_batches(data, seed=0, batch_size=4) as batches:
+        next(batches)
+    assert multiprocessing.active_children() == []
+
+
+def test_forgotten_batches_stop_their_workers():
+    batches = pipeline.train_batches(make(Digits(), workers=1), seed=0, batch_size=4)
+    next(batches)
+    assert multiprocessing.active_children()
+    del batches
+    assert multiprocessing.active_children() == []
+
+
+TRAINER = """
+    import multiprocessing, os, signal, sys, time
+    from mim_jax.data import pipeline
+    from mim_jax.data.sources.digits import Digits
+
+    if __name__ == "__main__":
+        data = pipeline.Input(source=Digits(), image_size=(8, 8), workers=2)
+        batches = pipeline.train_batches(data, seed=0, batch_size=4)
+        next(batches)
+        workers = [child.pid for child in multiprocessing.active_children()]
+        print(*workers, flush=True)
+        if sys.argv[1] == "wait":
+            time.sleep(60)
+        for pid in workers:  # Ctrl-C and schedulers signal the whole group
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+        for _ in range(30):
+            next(batches)
+        print("went on", flush=True)
+"""
+
+
+def start_trainer(tmp_path, mode):
+    script = tmp_path / "trainer.py"
+    script.write_text(textwrap.dedent(TRAINER))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", str(script), mode]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
+    except FileNotFoundError:
+        return False
+    return state.split()[0] != "Z"  # a zombie runs no more
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+def test_no_worker_outlives_a_killed_trainer(tmp_path):
+    with start_trainer(tmp_path, "wait") as trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2 and all(map(alive, workers))
+        os.kill(trainer.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [pid for pid in workers if alive(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert left == []
+
+
+def test_signals_to_the_group_leave_the_workers_to_the_trainer(tmp_path):
+    with start_trainer(tmp_path, "signal") as trainer:
+        out, errors = trainer.communicate(timeout=60)
+    assert trainer.returncode == 0 and out.endswith("went on\n"), errors
+    assert errors == ""  # nothing left to complain about at exit
+
+
+def test_workers_take_no_accelerator():
+    # A worker reports its own setting; sys.modules is what Grain itself brought in.
+    pipeline_test = """
+        import os, signal, sys, jax
+        from mim_jax.data import pipeline
+        pipeline._start_worker(0, 1)
+    """
+    code = textwrap.dedent(pipeline_test).replace("_start_worker(0, 1)", "__name__")
+    code += textwrap.dedent("""
+        pipeline._follow_parent = lambda: None  # this is no worker
+        pipeline._start_worker(0, 1)
+        assert os.environ["JAX_PLATFORMS"] == "cpu"
+        assert jax.config.jax_platforms == "cpu"
+        assert not jax._src.xla_bridge._backends
+    """)
+    env = os.environ | {"JAX_PLATFORMS": "tpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_size": (0, 4)}, r"image_size=\(0, 4\)"),
+        ({"image_size": (4,)}, "rows, columns"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < least"),
+        ({"crop_scale": (0.5, 1.1)}, r"crop_scale.*<= 1\.0"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio.*least <= greatest"),
+        ({"eval_crop_fraction": 1.5}, "eval_crop_fraction=1.5"),
+        ({"workers": -1}, "workers=-1: want workers >= 0"),
+        ({"threads": 0}, "threads=0: want threads >= 1"),
+        ({"prefetch": 0}, "prefetch=0: want prefetch >= 1"),
+        ({"max_replaced": -0.1}, "max_replaced=-0.1"),
+    ],
+)
+def test_input_checks_its_ranges(fields, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.Input(source=Numbered(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hosts": 3}, "batch_size=4: want a multiple of the 3 hosts"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"host": 2, "hosts": 2}, "host=2: want 0 <= host < hosts=2"),
+        ({"seed": -1}, "seed=-1: want 0 <= seed"),
+        ({"start": 5, "stop": 4}, "start=5, stop=4"),
+    ],
+)
+def test_train_batches_checks_its_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.train_batches(make(), **({"seed": 0, "batch_size": 4} | options))

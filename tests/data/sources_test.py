@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every source keeps the contract; each one delivers what it says."""
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import pathlib
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn import datasets
+
+from mim_jax.data import transforms
+from mim_jax.data.sources import SOURCES, photos
+from mim_jax.data.sources.digits import Digits
+from mim_jax.data.sources.folder import Folder
+from mim_jax.data.sources.photos import Photos
+from mim_jax.data.sources.tfds import Tfds
+
+JPEGS = pathlib.Path(__file__).parent / "jpegs"
+PARTS = {"split": "train[:15]", "held_out_split": "train[15:]"}
+
+
+def small_jpegs(data_dir=JPEGS, **fields):
+    return Tfds(dataset="small_jpegs", data_dir=str(data_dir), **{**PARTS, **fields})
+
+
+def save(path, value=0, mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (6, 4), value).save(path, **options)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for split, number in (("train", 3), ("val", 1)):
+        for label in ("b_dog", "a_cat"):
+            for i in range(number):
+                save(tmp_path / split / label / f"{i}.png", value=(i, 0, 0))
+    save(tmp_path / "train" / "a_cat" / "x.JPEG", format="JPEG")
+    (tmp_path / "train" / "a_cat" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+@pytest.fixture(params=sorted(SOURCES))
+def source(request, tree):
+    built = {
+        "photos": Photos(),
+        "digits": Digits(),
+        "tfds": small_jpegs(),
+        "folder": Folder(path=str(tree)),
+    }
+    assert set(built) == set(SOURCES)  # a new source has its row here
+    return built[request.param]
+
+
+def test_contract(source):
+    for part in (source, source.held_out()):
+        assert len(part) > 0 and part.channels in (1, 3)
+        for index in {0, len(part) // 2, len(part) - 1}:
+            first, again = part[index], part[index]
+            assert set(first) == {"image", "label"}
+            assert np.array_equal(first["image"], again["image"])
+            assert type(first["label"]) is int and first["label"] == again["label"]
+            assert -1 <= first["label"] < max(1, len(part.classes))
+            assert (first["label"] == -1) == (part.classes == ())
+            image = transforms.decode(first["image"], part.channels)
+            assert image.dtype == np.uint8 and image.shape[2] == part.channels
+        json.dumps(part.fingerprint(), allow_nan=False)
+        assert part.fingerprint()["count"] == len(part)
+    assert source.held_out().classes == source.classes
+    assert source.held_out().fingerprint() != source.fingerprint()
+
+
+def test_fields_are_config_leaves(source):
+    types = (int, float, bool, str, type(None))
+    for field in dataclasses.fields(source):
+        assert field.default is not dataclasses.MISSING
+        assert isinstance(getattr(source, field.name), types)
+
+
+def test_pickles_without_what_it_has_opened(source):
+    size = len(pickle.dumps(source))
+    want = source[0]["image"]
+    assert len(pickle.dumps(source)) == size < 1000
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy == source and copy.fingerprint() == source.fingerprint()
+    assert np.array_equal(copy[0]["image"], want)
+
+
+def test_import_opens_nothing():
+    code = """
+import sys
+from mim_jax.data import pipeline, prepare, sources
+heavy = {"tensorflow", "tensorflow_datasets", "sklearn", "skimage"} & set(sys.modules)
+assert not heavy, heavy
+import jax
+assert not jax._src.xla_bridge._backends
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_photos_are_this_closed_list(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    train, held_out = Photos(), Photos().held_out()
+    assert len(train) == 12 and len(held_out) == 5
+    names = train.files + held_out.files
+    assert len(set(names)) == 17  # the two sides share nothing
+    stereo = {"skimage/data/motorcycle_left.png", "skimage/data/motorcycle_right.png"}
+    assert stereo <= set(train.files)
+    for distribution in ("scikit-image", "scikit-learn"):
+        shipped = {str(path) for path in importlib.metadata.files(distribution)}
+        prefix = {"scikit-image": "skimage/", "scikit-learn": "sklearn/"}[distribution]
+        assert {name for name in names if name.startswith(prefix)} <= shipped
+    for part in (train, held_out):
+        for index, name in enumerate(part.files):
+            picture = Image.open(photos.locate(name))
+            want = np.asarray(picture)
+            want = want if want.ndim == 3 else np.stack([want] * 3, axis=-1)
+            assert min(want.shape[:2]) >= 300
+            np.testing.assert_array_equal(part[index]["image"], want)
+    # Held out: colour throughout.
+    for index in range(5):
+        image = held_out[index]["image"].astype(int)
+        assert np.abs(image[..., 0] - image[..., 2]).mean() > 5
+
+
+def test_a_missing_photo_names_the_package(monkeypatch):
+    monkeypatch.setattr(photos, "TRAIN", ("skimage/data/no_such.png",))
+    with pytest.raises(
+        FileNotFoundError, match="no_such.png.*pip install.*scikit-imag"
+    ):
+        Photos()
+
+
+@pytest.mark.parametrize("cls", [Photos, Digits])
+def test_unknown_split(cls):
+    with pytest.raises(ValueError, match="'test' is unknown; known: held_out, train"):
+        cls(split="test")
+
+
+def test_digits_are_those_of_scikit_learn():
+    train, held_out = Digits(), Digits().held_out()
+    original = datasets.load_digits()
+    want = np.round(original.images * 255 / 16).astype(np.uint8)
+    position = {image.tobytes(): i for i, image in enumerate(want)}
+    seen = []
+    for part in (train, held_out):
+        for index in range(len(part)):
+            record = part[index]
+            where = position[record["image"].tobytes()]
+            assert record["image"].shape == (8, 8, 1)
+            assert record["label"] == original.target[where]
+            seen.append(where)
+    assert sorted(seen) == list(range(1797))  # each one on exactly one side
+    totals = np.bincount(original.target)
+    held = np.bincount([held_out[i]["label"] for i in range(len(held_out))])
+    np.testing.assert_array_equal(held, totals // 5)
+
+
+def test_folder_order_labels_and_bytes(tree):
+    source = Folder(path=str(tree))
+    assert source.classes == ("a_cat", "b_dog")
+    names = ["a_cat/0.png", "a_cat/1.png", "a_cat/2.png", "a_cat/x.JPEG"]
+    names += ["b_dog/0.png", "b_dog/1.png", "b_dog/2.png"]
+    for index, name in enumerate(names):
+        record = source[index]
+        assert record["image"] == (tree / "train" / name).read_bytes()
+        assert record["label"] == (0 if name.startswith("a") else 1)
+    assert len(source) == 7 and len(source.held_out()) == 2
+    before = source.fingerprint()
+    (tree / "train" / "b_dog" / "2.png").rename(tree / "train" / "b_dog" / "9.png")
+    assert Folder(path=str(tree)).fingerprint() != before
+
+
+def test_folder_labels_come_from_the_training_side(tree):
+    shutil.rmtree(tree / "val" / "a_cat")
+    held_out = Folder(path=str(tree)).held_out()
+    assert held_out.classes == ("a_cat", "b_dog")
+    assert [held_out[i]["label"] for i in range(len(held_out))] == [1]
+    save(tree / "val" / "c_cow" / "0.png")
+    with pytest.raises(ValueError, match=r"\['c_cow'\].*not in 'train'"):
+        Folder(path=str(tree)).held_out()
+
+
+def test_folder_without_classes(tmp_path):
+    save(tmp_path / "train" / "2.png")
+    save(tmp_path / "train" / "1.PNG")
+    source = Folder(path=str(tmp_path))
+    assert source.classes == () and len(source) == 2 and source[0]["label"] == -1
+    assert source[0]["image"] == (tmp_path / "train" / "1.PNG").read_bytes()
+    save(tmp_path / "train" / "cat" / "0.png")
+    with pytest.raises(ValueError, match="class folders and images beside them"):
+        Folder(path=str(tmp_path))
+
+
+def test_folder_errors_say_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="path is empty.*PATH/train/CLASS"):
+        Folder()
+    with pytest.raises(ValueError, match="channels=2: want 1"):
+        Folder(path=str(tmp_path), channels=2)
+    with pytest.raises(FileNotFoundError, match="no folder 'train' in .*train_folder="):
+        Folder(path=str(tmp_path))
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no image in .*suffixes .*\.jpg"):
+        Folder(path=str(tmp_path))
+    save(tmp_path / "train" / "cat" / "0.jpg")
+    with pytest.raises(
+        FileNotFoundError, match="no folder 'val' in .*held_out_folder="
+    ):
+        Folder(path=str(tmp_path)).held_out()
+
+
+def test_tfds_reads_without_tensorflow():
+    code = f"""
+import sys
+class Refuse:  # whether or not it is installed here
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "tensorflow":
+            raise ModuleNotFoundError("tensorflow was imported")
+sys.meta_path.insert(0, Refuse)
+from mim_jax.data import pipeline
+from mim_jax.data.sources import SOURCES
+source = SOURCES["tfds"](dataset="small_jpegs", data_dir={str(JPEGS)!r})
+data = pipeline.Input(source=source, image_size=(16, 16), workers=0)
+with pipeline.train_batches(data, seed=0, batch_size=20, stop=1) as batches:
+    batch = next(batches)
+assert sorted(batch["index"]) == list(range(20))
+assert batch["image"].std() > 20 and not batch["replaced"].any()
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_tfds_records():
+    source, held_out = small_jpegs(), small_jpegs().held_out()
+    assert source.classes == ("made", "nature", "texture") and source.channels == 3
+    assert len(source) == 15 and len(held_out) == 5
+    images = [part[i]["image"] for part in (source, held_out) for i in range(len(part))]
+    assert len(set(images)) == 20  # bytes: all different, none decoded
+    for image in images:
+        assert Image.open(io.BytesIO(image)).format == "JPEG"
+    labels = [source[i]["label"] for i in range(15)]
+    for index, label in enumerate(labels):  # the textures are the grey files
+        mode = Image.open(io.BytesIO(source[index]["image"])).mode
+        assert (mode == "L") == (source.classes[label] == "texture")
+    assert source.fingerprint() == {
+        "name": "tfds",
+        "dataset": "small_jpegs/1.0.0",
+        "split": "train[:15]",
+        "count": 15,
+    }
+    unlabelled = small_jpegs(label_key="none")
+    assert unlabelled.classes == () and unlabelled[0]["label"] == -1
+
+
+def test_tfds_errors_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        Tfds(data_dir=str(tmp_path))
+    for words in (
+        f"looked for {tmp_path}/imagenet2012/",
+        f"python -m mim_jax.data.prepare imagenet2012 --data_dir={tmp_path}",
+        "pip install 'mim_jax[prepare]'",
+        "prepare convert --from=",
+        "--config=configs/mae.py:photos",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="split='test' is not a split.*known: train"):
+        small_jpegs(split="test")
+    with pytest.raises(ValueError, match="split='test' is not a split.*known: train"):
+        small_jpegs(held_out_split="test").held_out()
+    with pytest.raises(ValueError, match="'train.:0.' of small_jpegs has no record"):
+        small_jpegs(split="train[:0]")
+    with pytest.raises(ValueError, match="image_key='picture'.*known: image, label"):
+        small_jpegs(image_key="picture")
+
+
+def test_tfds_names_the_conversion_of_tfrecords(tmp_path):
+    shutil.copytree(JPEGS, tmp_path / "data")
+    info = tmp_path / "data" / "small_jpegs" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="holds tfrecord files") as error:
+        small_jpegs(data_dir=tmp_path / "data")
+    assert f"prepare convert --from={info.parent} --to=" in str(error.value)
+
+
+def test_the_prepared_set_holds_no_path_and_is_small():
+    files = [path for path in JPEGS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 200_000
+    for path in files:
+        content = path.read_bytes()
+        for word in (b"/home", b"/tmp", b"/root", b"/work", b"/usr"):
+            assert word not in content

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host-side transforms against Pillow called directly, and against hand-made numpy."""
+
+import io
+import math
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mim_jax.data import transforms
+
+
+def pattern(rows, cols, channels, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (rows, cols, channels), dtype=np.uint8)
+
+
+def encoded(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def smooth(rows, cols):
+    """A colour image that JPEG keeps within a few levels."""
+    y, x = np.mgrid[:rows, :cols]
+    planes = [255 * y / rows, 255 * x / cols, 255 * (x + y) / (rows + cols)]
+    return np.stack(planes, axis=-1).astype(np.uint8)
+
+
+# What the EXIF standard calls row 0 and column 0 of the stored picture, as the place
+# (row, column) of the upright one that stored pixel (r, c) shows; h and w upright.
+ORIENTATIONS = {
+    1: lambda r, c, h, w: (r, c),  # top, left
+    2: lambda r, c, h, w: (r, w - 1 - c),  # top, right
+    3: lambda r, c, h, w: (h - 1 - r, w - 1 - c),  # bottom, right
+    4: lambda r, c, h, w: (h - 1 - r, c),  # bottom, left
+    5: lambda r, c, h, w: (c, r),  # left, top
+    6: lambda r, c, h, w: (c, w - 1 - r),  # right, top
+    7: lambda r, c, h, w: (h - 1 - c, w - 1 - r),  # right, bottom
+    8: lambda r, c, h, w: (h - 1 - c, r),  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_orientation_is_applied(orientation):
+    upright = pattern(5, 7, 3)
+    shape = (5, 7) if orientation < 5 else (7, 5)
+    stored = np.zeros((*shape, 3), np.uint8)
+    for r, c in np.ndindex(shape):
+        stored[r, c] = upright[ORIENTATIONS[orientation](r, c, 5, 7)]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(stored), exif=exif.tobytes())
+    np.testing.assert_array_equal(transforms.decode(data, 3), upright)
+
+
+def test_broken_exif_keeps_the_picture():
+    image = pattern(4, 6, 3)
+    for exif in (b"Exif\0\0no such header", b"Exif\0\0II*\0"):
+        data = encoded(Image.fromarray(image), exif=exif)
+        np.testing.assert_array_equal(transforms.decode(data, 3), image)
+
+
+def test_cmyk_of_adobe_becomes_rgb():
+    # Smooth, for JPEG is lossy: c, m, y ramps under a constant black.
+    cmyk = np.concatenate([smooth(32, 48), np.full((32, 48, 1), 40, np.uint8)], axis=-1)
+    picture = Image.frombytes("CMYK", (48, 32), cmyk.tobytes())
+    data = encoded(picture, "JPEG", quality=100)
+    assert b"Adobe" in data  # the marker that says: stored inverted
+    want = (255.0 - cmyk[..., :3]) * (255 - 40) / 255
+    np.testing.assert_allclose(transforms.decode(data, 3), want, atol=6)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(form):
+    deep = np.arange(0, 65536, 101, dtype=np.uint16)[: 25 * 25].reshape(25, 25)
+    data = encoded(Image.fromarray(deep), form)
+    want = np.round(deep / 257).astype(np.uint8)[..., None]
+    np.testing.assert_array_equal(transforms.decode(data, 1), want)
+    np.testing.assert_array_equal(transforms.decode(data, 3), want.repeat(3, axis=2))
+
+
+def test_16_bit_colour_keeps_the_high_byte():
+    deep = np.random.default_rng(0).integers(0, 65536, (3, 4, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+
+    def chunk(kind, body):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    header = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    data += chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(transforms.decode(data, 3), (deep >> 8))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_lie_over_white(mode):
+    image = pattern(6, 5, len(mode))
+    colour, alpha = image[..., :-1].astype(float), image[..., -1:] / 255
+    want = np.broadcast_to(colour * alpha + 255 * (1 - alpha), (6, 5, 3))
+    got = transforms.decode(encoded(Image.fromarray(image, mode)), 3)
+    np.testing.assert_allclose(got, want, atol=1)
+
+
+def test_palette_with_and_without_transparency():
+    picture = Image.frombytes("P", (2, 1), b"\0\1")
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    assert transforms.decode(encoded(picture), 3).tolist() == [
+        [[10, 20, 30], [40, 50, 60]]
+    ]
+    see_through = encoded(picture, transparency=1)
+    assert transforms.decode(see_through, 3).tolist() == [
+        [[10, 20, 30], [255, 255, 255]]
+    ]
+
+
+def test_grey_is_replicated_and_colour_becomes_luma():
+    grey, colour = pattern(6, 5, 1), pattern(6, 5, 3)
+    png = encoded(Image.fromarray(grey[..., 0]))
+    np.testing.assert_array_equal(transforms.decode(png, 1), grey)
+    np.testing.assert_array_equal(transforms.decode(png, 3), grey.repeat(3, axis=2))
+    np.testing.assert_array_equal(transforms.decode(grey, 3), grey.repeat(3, axis=2))
+    luma = colour @ [0.299, 0.587, 0.114]
+    png = encoded(Image.fromarray(colour))
+    np.testing.assert_allclose(transforms.decode(png, 1)[..., 0], luma, atol=1)
+    np.testing.assert_allclose(transforms.decode(colour, 1)[..., 0], luma, atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+def test_arrays_pass_through(channels):
+    image = pattern(4, 3, channels)
+    assert transforms.decode(image, channels) is image
+
+
+def test_what_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="channels=4.*1 or 3"):
+        transforms.decode(b"", 4)
+    with pytest.raises(ValueError, match="2 channels: cannot make 3"):
+        transforms.decode(pattern(4, 3, 2), 3)
+    with pytest.raises(ValueError, match="uint8"):
+        transforms.decode(np.zeros((4, 3, 3), np.float32), 3)
+
+
+SOUND = {
+    form: encoded(Image.fromarray(smooth(24, 30)), form)
+    for form in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP")
+}
+
+
+@pytest.mark.parametrize("form", SOUND)
+def test_truncated_is_undecodable(form):
+    for share in (0, 0.1, 0.6):
+        data = SOUND[form][: int(share * len(SOUND[form]))]
+        with pytest.raises(transforms.Undecodable):
+            transforms.decode(data, 3)
+
+
+def test_floats_and_no_pictures_are_undecodable():
+    floats = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
+    for data in (floats, b"text, no picture", b""):
+        with pytest.raises(transforms.Undecodable):
+            transforms.decode(data, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "LAB", "RGBX"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_colour_space_is_converted(mode, channels):
+    white = Image.new("RGB", (3, 2), "white")
+    lab = [Image.new("L", (3, 2), value) for value in (255, 128, 128)]
+    picture = Image.merge(mode, lab) if mode == "LAB" else white.convert(mode)
+    form = "JPEG" if mode == "YCbCr" else "TIFF"
+    image = transforms.decode(encoded(picture, form), channels)
+    assert image.shape == (2, 3, channels)
+    np.testing.assert_allclose(image, 255, atol=1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    form=st.sampled_from(sorted(SOUND)),
+    hits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),
+    end=st.floats(0.2, 1),
+)
+def test_damage_gives_an_image_or_undecodable(form, hits, end):
+    data = bytearray(SOUND[form])
+    for place, value in hits:
+        data[int(place * (len(data) - 1))] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of some damage
+        try:
+            image = transforms.decode(bytes(data[: int(end * len(data))]), 3)
+        except transforms.Undecodable:
+            return
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+
+
+def test_crop_boxes_follow_their_distribution():
+    rows, cols, scale, ratio = 300, 450, (0.2, 1.0), (3 / 4, 4 / 3)
+    rng = np.random.default_rng(1)
+    boxes = np.array(
+        [transforms.sample_box((rows, cols), scale, ratio, rng) for _ in range(20_000)]
+    )
+    top, left, height, width = boxes.T
+    assert (boxes >= 0).all()
+    assert (top + height <= rows).all() and (left + width <= cols).all()
+
+    # The same by rejection on continuous numbers, with another generator.
+    rng = np.random.default_rng(2)
+    area = rng.uniform(*scale, 100_000) * rows * cols
+    aspect = np.exp(rng.uniform(*np.log(ratio), 100_000))
+    high, wide = np.sqrt(area / aspect), np.sqrt(area * aspect)
+    fits = (high <= rows + 0.5) & (wide <= cols + 0.5)
+    quantiles = np.linspace(0.05, 0.95, 10)
+    for got, want in (
+        (height, high[fits]),
+        (width, wide[fits]),
+        (height * width, area[fits]),
+        (np.log(width / height), np.log(aspect[fits])),
+    ):
+        want = np.quantile(want, quantiles)
+        tolerance = 0.02 * (want[-1] - want[0])
+        np.testing.assert_allclose(np.quantile(got, quantiles), want, atol=tolerance)
+    for place, room in ((top, rows - height), (left, cols - width)):
+        inside = place[room > 20] / room[room > 20]
+        assert abs(inside.mean() - 0.5) < 0.01 and abs(inside.std() - 12**-0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [  # nothing of these fits: the largest central box of a ratio in range
+        ((10, 1000), (0, 493, 10, 13)),
+        ((1000, 10), (493, 0, 13, 10)),
+        ((1, 1000), (0, 499, 1, 1)),
+    ],
+)
+def test_crop_box_falls_back_to_the_centre(shape, want):
+    rng = np.random.default_rng(0)
+    assert transforms.sample_box(shape, (1.0, 1.0), (3 / 4, 4 / 3), rng) == want
+
+
+def test_crop_box_is_the_whole_image_when_nothing_fits_but_the_ratio_is_right():
+    class Greatest(np.random.Generator):  # its boxes never fit
+        def uniform(self, least, greatest):
+            return greatest
+
+    rng = Greatest(np.random.PCG64(0))
+    box = transforms.sample_box((30, 30), (1.0, 1.0), (0.5, 2.0), rng)
+    assert box == (0, 0, 30, 30)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [(7, 9), (40, 30), (20, 24)])
+def test_resize_is_bicubic_antialiased(channels, size):
+    image = pattern(20, 24, channels)
+    planes = [
+        Image.fromarray(image[..., c]).resize(size[::-1], Image.Resampling.BICUBIC)
+        for c in range(channels)
+    ]
+    want = np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    np.testing.assert_array_equal(transforms.resize(image, size), want)
+
+
+def test_random_resized_crop_is_the_resized_box_and_sees_nothing_else():
+    image, size = pattern(40, 50, 3), (16, 12)
+    for seed in range(10):
+        top, left, rows, cols = transforms.sample_box(
+            (40, 50), (0.2, 1.0), (0.5, 2.0), np.random.default_rng(seed)
+        )
+        box = Image.fromarray(image).crop((left, top, left + cols, top + rows))
+        want = np.asarray(box.resize(size[::-1], Image.Resampling.BICUBIC))
+        crop = transforms.random_resized_crop(
+            image, size, (0.2, 1.0), (0.5, 2.0), np.random.default_rng(seed)
+        )
+        np.testing.assert_array_equal(crop, want)
+
+
+def test_flip_mirrors_half_of_them():
+    image, rng = pattern(3, 4, 3), np.random.default_rng(0)
+    mirrored = 0
+    for _ in range(2000):
+        got = transforms.flip(image, rng)
+        if not np.array_equal(got, image):
+            np.testing.assert_array_equal(got, np.fliplr(image))
+            mirrored += 1
+    assert abs(mirrored / 2000 - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "fraction", "whole", "corner"),
+    [  # whole: rows, columns after the resize; corner: top, left of the cut
+        ((300, 400), (224, 224), 0.875, (256, 341), (16, 58)),
+        ((400, 300), (224, 224), 0.875, (341, 256), (58, 16)),
+        ((100, 100), (32, 64), 1.0, (64, 64), (16, 0)),
+        ((8, 8), (32, 32), 1.0, (32, 32), (0, 0)),
+        ((3, 500), (16, 16), 0.5, (32, 5333), (8, 2658)),
+    ],
+)
+def test_centre_crop(shape, size, fraction, whole, corner):
+    image = pattern(*shape, 3)
+    resized = Image.fromarray(image).resize(whole[::-1], Image.Resampling.BICUBIC)
+    (top, left), (rows, cols) = corner, size
+    want = np.asarray(resized)[top : top + rows, left : left + cols]
+    np.testing.assert_array_equal(transforms.centre_crop(image, size, fraction), want)
+
+
+def test_centre_crop_always_has_its_size():
+    for rows, cols in np.random.default_rng(0).integers(1, 60, (200, 2)):
+        for fraction in (0.3, 0.875, 1.0):
+            crop = transforms.centre_crop(pattern(rows, cols, 1), (13, 17), fraction)
+            assert crop.shape == (13, 17, 1)
+            assert math.isfinite(crop.mean())
