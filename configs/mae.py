@@ -15,7 +15,7 @@ python -m mim_jax.main --config=configs/mae.py:photos --workdir=runs/photos
 from mim_jax import config
 
 
-def get_config(variant: str = ""):
+def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(variant, presets=("photos",))
     chosen = {"objective": "mae", "source": "tfds"} | chosen
     if preset == "photos":
@@ -30,7 +30,7 @@ def get_config(variant: str = ""):
     return c
 
 
-def photos(c):
+def photos(c: config.Tree) -> None:
     """Small pictures and a small model; pixels as they are, so that PSNR is honest."""
     c.steps = 1500
     c.batch_size = 64

@@ -8,5 +8,5 @@ python -m mim_jax.main --config=configs/reconstruction.py \
 from mim_jax import config
 
 
-def get_config():
+def get_config() -> config.Tree:
     return config.experiment("eval", eval="reconstruction")

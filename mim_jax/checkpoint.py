@@ -8,9 +8,12 @@ is used.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
+import sys
+from concurrent import futures
 from typing import Any
 
 import flax
@@ -20,8 +23,13 @@ import optax
 import orbax.checkpoint as ocp
 
 import mim_jax
+from mim_jax.interrupt import Interrupted
 from mim_jax.sharding import by_path, path_name
 from mim_jax.state import stack_blocks, unstack_blocks
+
+_FAILURES = 3  # saves that may fail one after the other before the run stops
+_UNFINISHED = (".orbax-checkpoint-tmp", ".deleting")  # left by a killed process
+_SHOWN = 8  # leaves named in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,26 +54,58 @@ class Checkpoints:
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint can be used; the message lists each and why."""
+    """Nothing can be restored, or nothing can be saved; the message says why."""
+
+
+class MismatchError(ValueError):
+    """A sound checkpoint of another model or optimiser; the message names leaves."""
+
+
+class _DamageError(Exception):
+    """This checkpoint is not what was saved."""
 
 
 class Checkpointer:
-    """Saves and restores the states of one run under `workdir/checkpoints`."""
+    """Saves and restores the states of one run under `workdir/checkpoints`.
+
+    Leaving a `with` block finishes saving; it raises CheckpointError if the last state
+    is not on the disk, unless another error is under way.
+    """
 
     def __init__(self, workdir: str | pathlib.Path, settings: Checkpoints):
         self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep,
-            keep_period=settings.keep_every,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._settings = settings
+        self._first = jax.process_index() == 0
+        if self._first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if any(word in path.name for word in _UNFINISHED):
+                    shutil.rmtree(path, ignore_errors=True)
+        # Not Orbax's CheckpointManager: after a failed save it raises for ever, and its
+        # list of steps is a memory of the disk, not the disk.
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._waiter = futures.ThreadPoolExecutor(1)
+        self._saving: tuple[int, futures.Future] | None = None
+        self._failures, self._failure = 0, ""
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None or isinstance(error, Interrupted):
+                raise
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first, read from the disk."""
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return _steps(self.folder)
+
+    def newest(self) -> int | None:
+        """The newest committed checkpoint, after finishing the save under way."""
+        self._finish()
+        return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, extra: dict[str, Any]) -> None:
         """Start saving; returns once the state is copied and may be donated.
@@ -73,12 +113,29 @@ class Checkpointer:
         Args:
             state: dataclass of pytrees of arrays, blocks stacked or not.
             extra: plain JSON values.
+        Raises:
+            FloatingPointError: a leaf is not finite; nothing was saved.
+            CheckpointError: this is the third save in a row that failed; after fewer
+                there is a warning, and training goes on.
         """
+        self._finish()
+        if step in self.steps():
+            return  # A run that is interrupted twice before its first step.
         state = _per_block(state)
-        digests = jax.device_get(_digests(state))
+        digests, finite = jax.device_get(_digests(state))
+        bad = [name for name, fine in finite.items() if not fine]
+        if bad:
+            raise FloatingPointError(
+                f"step {step}: {_listed(bad)}: not finite, so the state was not "
+                f"saved. Last good checkpoint: {self._kept()}."
+            )
         about = {
+            "step": step,
             "extra": extra,
-            "digests": {name: int(value) for name, value in digests.items()},
+            "leaves": {
+                name: [*leaf, int(digests[name])]
+                for name, leaf in _shapes(state).items()
+            },
             "versions": {
                 "mim_jax": mim_jax.__version__,
                 "jax": jax.__version__,
@@ -87,14 +144,29 @@ class Checkpointer:
                 "orbax-checkpoint": ocp.__version__,
             },
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_fields(state)),
-                about=ocp.args.JsonSave(about),
-            ),
-            force=True,
-        )
+        try:
+            with jax.transfer_guard("allow"):  # Orbax copies without saying so
+                self._writer.save(
+                    self.folder / str(step),
+                    args=ocp.args.Composite(
+                        state=ocp.args.PyTreeSave(_fields(state)),
+                        about=ocp.args.JsonSave(_sealed(about)),
+                    ),
+                )
+        except Exception as error:
+            self._failed(step, error)
+        else:
+            committed = self._waiter.submit(self._writer.wait_until_finished)
+            self._saving = (step, committed)
+
+    def check(self) -> None:
+        """Tell what became of the last save, if that is known by now; never waits.
+
+        Raises:
+            CheckpointError: as in `save`.
+        """
+        if self._saving is not None and self._saving[1].done():
+            self._finish()
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole: (step, state, extra); None if none.
@@ -104,37 +176,87 @@ class Checkpointer:
                 result has that layout and is placed so.
         Raises:
             CheckpointError: there are checkpoints, and none can be read.
+            MismatchError: the newest whole one has other leaves than `like`.
         """
-        failures = []
+        damaged = {}
         for step in reversed(self.steps()):
             try:
                 state, extra = self._read(step, like)
-            except Exception as error:  # any damage: the one before may be whole
-                failures.append(f"step {step}: {_first_line(error)}")
+            except _DamageError as error:
+                damaged[step] = str(error)
                 continue
-            for failure, bad in zip(failures, reversed(self.steps())):
+            for bad, why in damaged.items():
                 aside = self._set_aside(bad)
-                print(f"WARNING: checkpoint {failure}\n  set aside as {aside}")
+                if self._first:
+                    print(
+                        f"WARNING: the checkpoint of step {bad} is damaged: {why}\n"
+                        f"  set aside as {aside}; going back to step {step}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             return step, state, extra
-        if failures:
+        if damaged:
             raise CheckpointError(
                 f"no checkpoint under {self.folder} can be read:\n  "
-                + "\n  ".join(failures)
-                + "\nDelete the folder to start again, or restore a copy of it."
+                + "\n  ".join(f"step {step}: {why}" for step, why in damaged.items())
+                + "\nNothing was changed. Put a copy of one there, or delete the "
+                "folder to start again."
             )
         return None
 
-    def wait(self) -> None:
-        """Until every save is committed; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Finish saving and stop the background threads."""
-        self.wait()
-        self._manager.close()
+        """Finish saving and stop the background threads.
+
+        Raises:
+            CheckpointError: the newest state could not be saved.
+        """
+        try:
+            self._finish()
+        finally:
+            self._waiter.shutdown()
+            self._writer.close()
+        if self._failures:
+            raise CheckpointError(self._failure)
+
+    def _finish(self) -> None:
+        if self._saving is None:
+            return
+        (step, committed), self._saving = self._saving, None
+        try:
+            committed.result()
+        except Exception as error:
+            self._failed(step, error)
+        else:
+            self._failures = 0
+            self._drop_old()
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._failures += 1
+        self._failure = (
+            f"the checkpoint of step {step} could not be saved: {_first_line(error)}\n"
+            f"Newest one on the disk: {self._kept()}. Is the disk full, or gone?"
+        )
+        if self._failures == _FAILURES:
+            raise CheckpointError(f"{_FAILURES} times in a row, {self._failure}")
+        print(f"WARNING: {self._failure}", file=sys.stderr, flush=True)
+
+    def _kept(self) -> str:
+        return f"step {self.steps()[-1]}" if self.steps() else "none yet"
+
+    def _drop_old(self) -> None:
+        """Delete what need not be kept; called only when the newest is committed."""
+        period = self._settings.keep_every
+        for step in self.steps()[: -self._settings.keep]:
+            if self._first and not (period and step and step % period == 0):
+                # Renamed first: a half deleted checkpoint must not look like one.
+                going = self.folder / f"{step}.deleting"
+                (self.folder / str(step)).rename(going)
+                shutil.rmtree(going, ignore_errors=True)
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        about = _about(self.folder, step)
         target = jax.eval_shape(unstack_blocks, like)
+        _compare(step, about["leaves"], _shapes(target))
         mesh = jax.tree.leaves(like)[0].sharding.mesh
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -143,28 +265,21 @@ class Checkpointer:
             target,
             by_path(target, mesh),
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_fields(target)),
-                about=ocp.args.JsonRestore(),
-            ),
-        )
-        state = dataclasses.replace(target, **restored["state"])
-        _verify(state, restored["about"]["digests"])
+        fields = _restored(self.folder, step, _fields(target))
+        state = dataclasses.replace(target, **fields)
+        _verify(state, about["leaves"])
         if jax.tree.structure(like) != jax.tree.structure(state):
             shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
             state = jax.jit(stack_blocks, out_shardings=shardings)(state)
-        return state, restored["about"]["extra"]
+        return state, about["extra"]
 
     def _set_aside(self, step: int) -> pathlib.Path:
         aside = self.folder.parent / "damaged-checkpoints" / str(step)
-        if jax.process_index() == 0:
+        if self._first:
             aside.parent.mkdir(exist_ok=True)
             if aside.exists():
                 shutil.rmtree(aside)
             (self.folder / str(step)).rename(aside)
-        self._manager.reload()
         return aside
 
 
@@ -175,35 +290,103 @@ def read_params(run: str | pathlib.Path, step: int | None = None) -> tuple[int, 
         step: which one; None is the newest.
     Raises:
         FileNotFoundError: the run has no such checkpoint, with those that it has.
-        CheckpointError: a leaf does not match its digest.
+        CheckpointError: it is damaged.
     """
     folder = pathlib.Path(run).resolve() / "checkpoints"
-    found = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    found = _steps(folder)
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(
             f"no checkpoint {'' if step is None else step} under {folder}; steps there: "
             f"{', '.join(map(str, found)) or 'none'}"
         )
     step = found[-1] if step is None else step
-    with ocp.PyTreeCheckpointer() as reader:
-        shapes = reader.metadata(folder / str(step) / "state").item_metadata.tree
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            shapes["params"],
-        )
-        arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        params = reader.restore(
-            folder / str(step) / "state",
-            args=ocp.args.PyTreeRestore(
-                {"params": target},
-                restore_args={"params": arguments},
-                partial_restore=True,
-            ),
-        )
-    about = json.loads((folder / str(step) / "about" / "metadata").read_text())
-    _verify(params, about["digests"])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        leaves = _about(folder, step)["leaves"]
+        target = {
+            tuple(name.split("/")): jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+            for name, (dtype, shape, _) in leaves.items()
+            if name.startswith("params/")
+        }
+        target = flax.traverse_util.unflatten_dict(target)
+        params = _restored(folder, step, target)
+        _verify(params, leaves)
+    except _DamageError as error:
+        raise CheckpointError(
+            f"checkpoint {step} under {folder} is damaged: {error}\nSteps there: "
+            f"{', '.join(map(str, found))}"
+        ) from error
     return step, params["params"]
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def _about(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """What `save` wrote beside the state."""
+    try:
+        sealed = json.loads((folder / str(step) / "about" / "metadata").read_text())
+        about = sealed["about"]
+        intact = _sealed(about) == sealed and about["step"] == step
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _DamageError(_first_line(error)) from error
+    if not intact:
+        raise _DamageError("about/metadata does not match its digest")
+    return about
+
+
+def _sealed(about: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(about, sort_keys=True)
+    return {"about": about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _restored(folder: pathlib.Path, step: int, target: dict) -> dict[str, Any]:
+    """The named part of a state, placed as `target` says; not verified."""
+    arguments = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(folder / str(step) / "state", args=arguments)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # no fault of the file
+    except Exception as error:  # Orbax raises whatever its parsers do
+        raise _DamageError(_first_line(error)) from error
+
+
+def _verify(state: Any, stored: dict[str, list]) -> None:
+    digests, _ = jax.device_get(_digests(state))
+    bad = [name for name, value in digests.items() if stored[name][2] != int(value)]
+    if bad:
+        raise _DamageError(f"{_listed(bad)}: not the bytes that were saved")
+
+
+def _compare(step: int, stored: dict[str, list], wanted: dict[str, list]) -> None:
+    """Raises MismatchError where the leaves are not those of the model."""
+    lines = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        before = stored[name][:2] if name in stored else None
+        if before != (now := wanted.get(name)):
+            texts = ("absent" if x is None else f"{x[0]}{x[1]}" for x in (before, now))
+            lines.append("{}: {} -> {}".format(name, *texts))
+    if lines:
+        more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise MismatchError(
+            f"the checkpoint of step {step} is not of this model and optimiser "
+            "(saved -> wanted):\n  "
+            + "\n  ".join(lines[:_SHOWN])
+            + more
+            + "\nNothing was changed. Take the run's own config, or another --workdir."
+        )
+
+
+def _shapes(state: Any) -> dict[str, list]:
+    """[type, shape] of every leaf by name, as JSON gives them back."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {path_name(path): [str(x.dtype), list(x.shape)] for path, x in leaves}
 
 
 def _fields(state: Any) -> dict[str, Any]:
@@ -216,27 +399,26 @@ def _per_block(state: Any) -> Any:
     shapes = jax.eval_shape(unstack_blocks, state)
     if jax.tree.structure(shapes) == jax.tree.structure(state):
         return state
-    return _unstack(state)
-
-
-def _verify(state: Any, stored: dict[str, int]) -> None:
-    for name, value in jax.device_get(_digests(state)).items():
-        if stored.get(name) != int(value):
-            raise CheckpointError(f"leaf {name} does not match its digest")
-
-
-_unstack = jax.jit(unstack_blocks)
+    placed = by_path(shapes, jax.tree.leaves(state)[0].sharding.mesh)
+    return jax.jit(unstack_blocks, out_shardings=placed)(state)
 
 
 @jax.jit
-def _digests(state: Any) -> dict[str, Any]:
-    """A 32-bit digest of every leaf, the same for any sharding.
+def _digests(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A 32-bit digest of every leaf, the same for any sharding, and whether all of its
+    numbers are finite.
 
     Words are weighted by odd numbers that depend on their place and summed modulo
     2**32: exact in any order, and every single flipped bit changes the sum.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {path_name(path): _digest(leaf) for path, leaf in leaves}
+    digests = {path_name(path): _digest(leaf) for path, leaf in leaves}
+    finite = {
+        path_name(path): jnp.isfinite(leaf).all()
+        for path, leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return digests, finite
 
 
 def _digest(leaf: Any) -> Any:
@@ -246,9 +428,19 @@ def _digest(leaf: Any) -> Any:
         leaf = leaf.astype(jnp.uint8)
     width = min(leaf.dtype.itemsize, 4)
     words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}"))
-    words = words.astype(jnp.uint32).reshape(-1)
-    place = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(2654435761)
-    return jnp.sum(words * (place | jnp.uint32(1)), dtype=jnp.uint32)
+    # The place in row-major order, axis by axis: flattening would gather the shards.
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(words.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place + along * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    weight = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
+    return jnp.sum(words.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _first_line(error: Exception) -> str:

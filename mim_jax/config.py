@@ -54,12 +54,12 @@ FREE_IN_DATA = ("workers", "threads", "prefetch")
 DTYPES = ("bfloat16", "float32", "float64")
 
 
+# A ConfigDict; no type checker knows what its leaves are.
+Tree = Any
+
+
 class ConfigError(ValueError):
     """The user's configuration or data cannot work; the message says what would."""
-
-
-def _free(default):
-    return dataclasses.field(default=default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Evaluate:
 JOBS = {"train": Train, "eval": Evaluate}
 
 
-def schema(cls: type) -> config_dict.ConfigDict:
+def schema(cls: type) -> Tree:
     """A locked tree with one typed leaf per field of a class, at its default."""
     node = config_dict.ConfigDict()
     for field in _fields(cls):
@@ -161,7 +161,7 @@ def schema(cls: type) -> config_dict.ConfigDict:
     return node.lock()
 
 
-def choose(kind: type, name: str, /, **values) -> config_dict.ConfigDict:
+def choose(kind: type, name: str, /, **values) -> Tree:
     """The node of the plug-in `name` of an abstract class, with some values set.
 
     Raises:
@@ -181,7 +181,7 @@ def choose(kind: type, name: str, /, **values) -> config_dict.ConfigDict:
     return node
 
 
-def experiment(job: str, **choices: str) -> config_dict.ConfigDict:
+def experiment(job: str, **choices: str) -> Tree:
     """The whole tree of a job; `choices` names plug-ins, e.g. objective="mae".
 
     Raises:
@@ -227,7 +227,7 @@ def variant(argument: str | None, presets: tuple[str, ...]) -> tuple[str, dict]:
     return preset, choices
 
 
-def build(tree: config_dict.ConfigDict) -> Any:
+def build(tree: Tree) -> Any:
     """The job's dataclass, with every object below it built and its ranges checked.
 
     Raises:
@@ -240,12 +240,12 @@ def build(tree: config_dict.ConfigDict) -> Any:
     return _build(JOBS[job], tree, "config", shared)
 
 
-def dumps(tree: config_dict.ConfigDict) -> str:
+def dumps(tree: Tree) -> str:
     """The tree as JSON, every value stated."""
     return json.dumps(tree.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def load(path: str | pathlib.Path) -> config_dict.ConfigDict:
+def load(path: str | pathlib.Path) -> Tree:
     """The tree of a saved `config.json`.
 
     Leaves that the file lacks (it was written by an older version) get their defaults.
@@ -262,7 +262,7 @@ def load(path: str | pathlib.Path) -> config_dict.ConfigDict:
     return tree
 
 
-def difference(old: config_dict.ConfigDict, new: config_dict.ConfigDict) -> list[str]:
+def difference(old: Tree, new: Tree) -> list[str]:
     """Lines "config.a.b: old -> new" of all leaves that a resumed run must not change."""
 
     def flat(tree, prefix="config"):
@@ -312,7 +312,7 @@ def _leaf(field: dataclasses.Field, kind: Any) -> Any:
     return default
 
 
-def _default_values(node: config_dict.ConfigDict, value: Any) -> config_dict.ConfigDict:
+def _default_values(node: Tree, value: Any) -> Tree:
     """A default object may differ from its class's defaults: Encoder(width=192)."""
     for field in _fields(type(value)):
         current = getattr(value, field.name)
@@ -324,7 +324,7 @@ def _default_values(node: config_dict.ConfigDict, value: Any) -> config_dict.Con
     return node
 
 
-def _build(cls: type, node: config_dict.ConfigDict, path: str, shared: dict) -> Any:
+def _build(cls: type, node: Tree, path: str, shared: dict) -> Any:
     values = {}
     for field in _fields(cls):
         below = f"{path}.{field.name}"

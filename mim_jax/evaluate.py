@@ -5,7 +5,6 @@ import functools
 import pathlib
 
 import jax
-from ml_collections import config_dict
 
 from mim_jax import config as configs
 from mim_jax import rundir, state
@@ -14,7 +13,7 @@ from mim_jax.data.pipeline import eval_batches
 from mim_jax.evals.base import Run
 
 
-def run(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: configs.Tree, workdir: pathlib.Path) -> None:
     """Measure `config.run` as `config.eval` says; results go to workdir/report.
 
     Raises:

@@ -4,7 +4,6 @@
 import concurrent.futures
 import os
 import signal
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,18 +16,20 @@ _T = TypeVar("_T")
 
 
 class Interrupted(Exception):
-    """The run was asked to leave, and its state is saved."""
+    """The run was asked to leave, and nothing that it did is lost."""
 
 
 class Interrupts:
-    """Turns SIGTERM and SIGINT into a flag; a second one ends the process at once.
+    """Turns SIGTERM and SIGINT into a flag; a second one ends the process at once,
+    with 128 + its number.
 
     With several hosts all must leave at the same step, so there JAX's preemption
     service owns SIGTERM and tells every host which step that is.
     """
 
     def __enter__(self) -> "Interrupts":
-        self._asked = threading.Event()
+        # Not a threading.Event: a handler must not take a lock.
+        self._asked = False
         several = jax.process_count() > 1
         owned = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
         self._before = {name: signal.signal(name, self._ask) for name in owned}
@@ -42,30 +43,27 @@ class Interrupts:
         """True if the run should save and leave after `step` steps."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked.is_set()
+        return self._asked
 
     def patiently(self, work: Callable[[], _T]) -> _T:
-        """The result of long work in C++, such as compiling, which runs in a thread so
-        that a signal is noticed meanwhile.
+        """The result of long work that leaves nothing behind, such as compiling. It
+        runs in a thread, so that a signal is noticed meanwhile.
 
         Raises:
-            Interrupted: asked to leave before the work was done.
+            Interrupted: asked to leave before the work was done; the thread goes on.
         """
         pool = concurrent.futures.ThreadPoolExecutor(1)
         future = pool.submit(work)
-        while True:
-            try:
-                return future.result(timeout=0.1)
-            except concurrent.futures.TimeoutError:
-                if self._asked.is_set():
-                    raise Interrupted from None
-            finally:
-                pool.shutdown(wait=False)
+        pool.shutdown(wait=False)
+        while not concurrent.futures.wait([future], timeout=0.1).done:
+            if self._asked:
+                raise Interrupted
+        return future.result()
 
     def _ask(self, number: int, frame) -> None:
-        if self._asked.is_set():
+        if self._asked:
             os._exit(128 + number)
-        self._asked.set()
+        self._asked = True
         name = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one.
         os.write(2, f"\n{name}: saving and leaving; once more to leave now\n".encode())

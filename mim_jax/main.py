@@ -10,11 +10,12 @@ from ml_collections import config_flags
 
 from mim_jax import config as configs
 from mim_jax import evaluate, train
+from mim_jax.checkpoint import CheckpointError, MismatchError
 from mim_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 
 JOBS = {"train": train.run, "eval": evaluate.run}
 
-EXIT_CONFIG, EXIT_NON_FINITE = 2, 3
+EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT = 2, 3, 4
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/FILE.py[:variant]; any leaf: --config.LEAF=VALUE"
@@ -41,10 +42,12 @@ def main(argv: list[str]) -> None:
         if config.job not in JOBS:
             configs.build(config)  # says which jobs there are
         JOBS[config.job](config, pathlib.Path(_WORKDIR.value))
-    except configs.ConfigError as error:
+    except (configs.ConfigError, MismatchError) as error:
         _leave(f"error: {error}", EXIT_CONFIG)
-    except train.NonFiniteError as error:
+    except FloatingPointError as error:
         _leave(f"error: {error}", EXIT_NON_FINITE)
+    except CheckpointError as error:
+        _leave(f"error: {error}", EXIT_CHECKPOINT)
     except Interrupted:
         # A compilation may still hold a thread, and has nothing left to give.
         _leave("saved; the same command goes on from here", EXIT_INTERRUPTED)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
@@ -65,26 +66,23 @@ class Window:
 class Writer:
     """metrics.jsonl and TensorBoard events of one run, continued after `step`.
 
-    Lines of later steps and a torn last line, left by a killed process, are dropped:
-    the resumed run writes them again.
+    Lines of later steps and torn lines, left by a killed process, are dropped: the
+    resumed run writes them again.
     """
 
     def __init__(self, workdir: pathlib.Path, log: Log, step: int):
         path = workdir / "metrics.jsonl"
-        lines = []
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-                lines.append(line)
             replacement = path.with_suffix(".tmp")
-            replacement.write_text("".join(lines))
+            kept = [line for line in path.open("rb") if _step_of(line) <= step]
+            replacement.write_bytes(b"".join(kept))
             replacement.replace(path)
         self._file = path.open("a")
         self._events = None
         if log.tensorboard:
+            # The purge also hides what a run wrote that was killed before it saved.
             self._events = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+                str(workdir / "tensorboard"), purge_step=step + 1
             )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -101,6 +99,14 @@ class Writer:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step that a line of metrics.jsonl tells of; infinite if it is torn."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Progress:

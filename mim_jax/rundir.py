@@ -3,12 +3,13 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import socket
 from collections.abc import Iterator
 
-from ml_collections import config_dict
+import jax
 
 from mim_jax import config as configs
 
@@ -16,6 +17,8 @@ from mim_jax import config as configs
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the directory against a second run; released even by a killed process.
+
+    Of several processes of one run the first holds it for all.
 
     Raises:
         ConfigError: another process holds it, named by host and pid.
@@ -25,15 +28,25 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
             f"workdir={str(workdir)!r}: want a directory of a file system; mount a "
             "bucket first (gcsfuse for gs://)"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a+") as lock:
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / "lock", "a+")
+    except OSError as error:
+        raise configs.ConfigError(
+            f"workdir={str(workdir)!r}: want a directory to write to ({error})"
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
+            holder = lock.read().strip() or "another process"
             raise configs.ConfigError(
-                f"workdir={str(workdir)!r} is in use by {lock.read().strip()}: want one "
-                "run per directory"
+                f"workdir={str(workdir)!r} is in use by {holder}: want one run per "
+                "directory"
             ) from None
         lock.truncate(0)
         lock.write(f"{socket.gethostname()} pid {os.getpid()}\n")
@@ -41,22 +54,37 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def settle_config(workdir: pathlib.Path, config: config_dict.ConfigDict) -> None:
-    """Write config.json, or hold the new config against the one that is there.
+def check_config(workdir: pathlib.Path, config: configs.Tree) -> list[str]:
+    """What the config changes in a run that is there already, leaf by leaf.
 
     Raises:
-        ConfigError: they differ in what is learned, and config.on_change is "refuse".
+        ConfigError: that is something, and config.on_change is "refuse"; or the saved
+            config cannot be read.
     """
     path = workdir / "config.json"
-    if path.exists():
+    if not path.exists():
+        return []
+    try:
         changes = configs.difference(configs.load(path), config)
-        if changes and config.on_change == "refuse":
-            raise configs.ConfigError(
-                f"{workdir} holds a run with another config:\n  "
-                + "\n  ".join(changes)
-                + "\nName another --workdir, or resume with the new values by "
-                "--config.on_change=accept"
-            )
+    except json.JSONDecodeError as error:
+        raise configs.ConfigError(
+            f"{path} cannot be read ({error}): put back a copy of it"
+        ) from error
+    if changes and config.on_change == "refuse":
+        raise configs.ConfigError(
+            f"{workdir} holds a run with another config:\n  "
+            + "\n  ".join(changes)
+            + "\nName another --workdir, or resume with the new values by "
+            "--config.on_change=accept"
+        )
+    return changes
+
+
+def write_config(workdir: pathlib.Path, config: configs.Tree) -> None:
+    """Write config.json; call it once nothing can refuse the config any more."""
+    if jax.process_index() != 0:
+        return
+    path = workdir / "config.json"
     replacement = path.with_suffix(".tmp")
     replacement.write_text(configs.dumps(config))
     replacement.replace(path)

@@ -102,7 +102,9 @@ def _spec(name: str, leaf, mesh: jax.sharding.Mesh) -> PartitionSpec:
             if len(spec) != len(leaf.shape):
                 break
             sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
-            if all(side % size == 0 for side, size in zip(leaf.shape, sizes)):
+            if all(
+                side % size == 0 for side, size in zip(leaf.shape, sizes, strict=True)
+            ):
                 return spec
             break
     return PartitionSpec()

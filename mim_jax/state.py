@@ -2,6 +2,7 @@
 """What training carries from step to step, and the two layouts of its blocks."""
 
 import dataclasses
+import operator
 import re
 from typing import Any
 
@@ -138,5 +139,6 @@ def _unstack(tree):
     if "blocks" in tree:
         depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
         for i in range(depth):
-            rest[f"block{i:02d}"] = jax.tree.map(lambda leaf: leaf[i], tree["blocks"])
+            block = jax.tree.map(operator.itemgetter(i), tree["blocks"])
+            rest[f"block{i:02d}"] = block
     return rest

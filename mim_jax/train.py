@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import parameter_overview
-from ml_collections import config_dict
 
 import mim_jax
 from mim_jax import config as configs
@@ -47,7 +46,7 @@ def train_step(
     return states.choose(ok, new_state, state), {"loss": loss, "ok": ok, **aux.metrics}
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """A loss or gradient was NaN or infinite; the state before it is safe."""
 
 
@@ -71,7 +70,7 @@ class Plan:
     stop: int
 
     @classmethod
-    def of(cls, config: config_dict.ConfigDict, devices: list | None = None) -> "Plan":
+    def of(cls, config: configs.Tree, devices: list | None = None) -> "Plan":
         """The plan of a config.
 
         Raises:
@@ -149,40 +148,53 @@ class Plan:
             return jitted.lower(state, self.abstract_batch())
 
 
-def run(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: configs.Tree, workdir: pathlib.Path) -> None:
     """Train to the config's last step, going on from the newest checkpoint.
 
     Raises:
         ConfigError: the config cannot work; nothing was compiled or written over.
+        MismatchError: the checkpoint is of another model; likewise.
+        CheckpointError: no checkpoint can be read, or the state could not be saved.
         NonFiniteError: a loss or gradient was not finite.
         Interrupted: SIGTERM or SIGINT came, and the state is saved.
     """
     plan = Plan.of(config)
     settings = plan.settings
     with rundir.claim(workdir), Interrupts() as interrupts:
-        rundir.settle_config(workdir, config)
+        changes = rundir.check_config(workdir, config)
         if settings.compile_cache:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        checkpointer = Checkpointer(workdir, settings.checkpoint)
-        like = plan.abstract_state()
-        _summary(plan, like, workdir)
-        found = checkpointer.restore(like)
-        if found is None:
-            placed = jax.tree.map(lambda leaf: leaf.sharding, like)
-            state = jax.jit(plan.create, out_shardings=placed)()
-            start, extra = 0, {}
-        else:
-            start, state, extra = found
-            _same_data(extra["data"], settings.data.source.fingerprint())
-            print(f"resumed from step {start}", flush=True)
-        book = Book(plan, workdir, start, extra)
-        try:
-            if start < plan.stop:
-                state = _loop(plan, state, start, book, checkpointer, interrupts)
-        finally:
-            book.close()
-            checkpointer.close()
-        _report(plan, state, workdir)
+        with Checkpointer(workdir, settings.checkpoint) as checkpointer:
+            like = plan.abstract_state()
+            _summary(plan, like, workdir, changes)
+            start, state, extra = interrupts.patiently(
+                lambda: _begin(plan, like, checkpointer)
+            )
+            rundir.write_config(workdir, config)
+            book = Book(plan, workdir, start, extra, checkpointer.newest)
+            try:
+                if start < plan.stop:
+                    state = _loop(plan, state, start, book, checkpointer, interrupts)
+            finally:
+                book.close()
+        # All is saved by now: who leaves here loses nothing, and the next start
+        # makes the report again.
+        interrupts.patiently(lambda: _report(plan, state, workdir))
+
+
+def _begin(
+    plan: Plan, like: TrainState, checkpointer: Checkpointer
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """(step, state, what was kept with it) to go on from."""
+    found = checkpointer.restore(like)
+    if found is None:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, like)
+        return 0, jax.jit(plan.create, out_shardings=placed)(), {}
+    start, state, extra = found
+    _same_data(extra["data"], plan.settings.data.source.fingerprint())
+    if jax.process_index() == 0:
+        print(f"resumed from step {start}", flush=True)
+    return start, state, extra
 
 
 def _loop(
@@ -199,7 +211,7 @@ def _loop(
         step_fn = interrupts.patiently(lambda: plan.lowered().compile())
     except Interrupted:
         if start == 0:
-            checkpointer.save(0, state, book.saved(0))
+            checkpointer.save(0, state, book.saved())
         raise
     batches = train_batches(
         settings.data,
@@ -215,10 +227,11 @@ def _loop(
             images = sharding.to_devices({"image": batch["image"]}, plan.mesh)
             state, values = step_fn(state, images)
             book.dispatched(step, values, batch)
+            checkpointer.check()
             leaving = interrupts.asked(step)
             if step % settings.checkpoint.every == 0 or step == plan.stop or leaving:
                 book.settle()
-                checkpointer.save(step, state, book.saved(step))
+                checkpointer.save(step, state, book.saved())
             if leaving and step < plan.stop:
                 raise Interrupted
     return state
@@ -228,11 +241,17 @@ class Book:
     """The host's account of a run. It reads a step's metrics while the next one runs:
     means to log, images that could not be decoded, values that are not finite."""
 
-    def __init__(self, plan: Plan, workdir: pathlib.Path, start: int, extra: dict):
-        self._plan, self._workdir = plan, workdir
+    def __init__(
+        self,
+        plan: Plan,
+        workdir: pathlib.Path,
+        start: int,
+        extra: dict,
+        newest: Callable[[], int | None],
+    ):
+        self._plan, self._workdir, self._newest = plan, workdir, newest
         self._window = metrics.Window(extra.get("window"))
         self._replaced = extra.get("replaced", 0)
-        self._saved_step: int | None = start if extra else None
         self._pending: tuple | None = None
         first_host = jax.process_index() == 0
         log = plan.settings.log
@@ -253,7 +272,7 @@ class Book:
             yield batch
 
     def dispatched(self, step: int, values: dict, batch: dict) -> None:
-        """`step` steps are on their way to the device; the last one's metrics are due."""
+        """`step` steps are on their way to the device; read the one before."""
         self.settle()
         self._pending = (step, values, batch["index"], int(batch["replaced"].sum()))
 
@@ -278,9 +297,8 @@ class Book:
         if step % self._plan.settings.log.every == 0 or step == self._plan.total:
             self._log(step)
 
-    def saved(self, step: int) -> dict[str, Any]:
-        """What to keep with the checkpoint of a step, plain JSON values."""
-        self._saved_step = step
+    def saved(self) -> dict[str, Any]:
+        """What to keep with the checkpoint of this step, plain JSON values."""
         return {
             "window": self._window.saved(),
             "replaced": self._replaced,
@@ -315,16 +333,20 @@ class Book:
     def _not_finite(self, step: int, loss: float, indices: np.ndarray) -> str:
         path = self._workdir / f"nonfinite-step{step}-host{jax.process_index()}.json"
         path.write_text(json.dumps({"step": step, "indices": indices.tolist()}) + "\n")
-        good = "none yet" if self._saved_step is None else str(self._saved_step)
+        shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+        newest = self._newest()
+        good = "none yet" if newest is None else f"step {newest}"
         return (
             f"step {step}: loss {loss} or its gradient is not finite; the update was "
-            f"not made. Records of the batch: {indices[:8].tolist()} ... (all in "
-            f"{path}). Last good checkpoint: {good}. Look at those images, or lower "
+            f"not made. Records of the batch: {shown} (all in {path}). Last good "
+            f"checkpoint: {good}. Look at those images, or lower "
             "config.optim.base_lr."
         )
 
 
-def _summary(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
+def _summary(
+    plan: Plan, state: TrainState, workdir: pathlib.Path, changes: list[str]
+) -> None:
     """What is about to run: printed, and the parameters in full as parameters.txt."""
     if jax.process_index() != 0:
         return
@@ -344,7 +366,8 @@ def _summary(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.shape.items())
     device = plan.mesh.devices.flat[0].device_kind
     print(
-        f"mim_jax {mim_jax.__version__}, {type(settings.objective).__name__} in {workdir}\n"
+        f"mim_jax {mim_jax.__version__}, {type(settings.objective).__name__} in "
+        f"{workdir}\n"
         f"parameters  {count:.2f} M ({parts}); state {held:.0f} MiB per device\n"
         f"work        {flops:.3g} GFLOP per image and step, {settings.dtype}\n"
         f"mesh        {axes} on {plan.mesh.size} x {device}, "
@@ -352,7 +375,8 @@ def _summary(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
         f"source      {type(data.source).__name__.lower()}: {len(data.source)} images, "
         f"read as {rows}x{cols}x{channels}\n"
         f"length      {plan.total} steps of {settings.batch_size} images"
-        + ("" if plan.stop == plan.total else f", stopping after {plan.stop}"),
+        + ("" if plan.stop == plan.total else f", stopping after {plan.stop}")
+        + "".join(f"\nchanged     {line}" for line in changes),
         flush=True,
     )
 

@@ -8,9 +8,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip(
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
 
-# isort: split
-import jax
-import optax
+import hypothesis  # noqa: E402  (only now)
+import jax  # noqa: E402
+import optax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,3 +25,9 @@ def _promoting(moment, decay, count):
 
 
 optax.tree.bias_correction = _promoting
+
+# The same settings in every run: a red test is red again, and nothing is written.
+hypothesis.settings.register_profile(
+    "house", deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("house")

@@ -12,7 +12,9 @@ DIR/train/CLASS/*.jpg and, where there is one, DIR/val/CLASS/*.jpg.
 
 import argparse
 import importlib.util
+import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,24 +47,59 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
         The folder written.
     Raises:
         FileNotFoundError: version_dir holds no data set.
-        ValueError: that folder exists already.
+        ValueError: the folder to write exists already, or the old one is not sound.
     """
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.scripts.cli import convert_format_utils
 
-    if not (pathlib.Path(version_dir) / "dataset_info.json").is_file():
+    source = pathlib.Path(version_dir).expanduser()
+    if not (source / "dataset_info.json").is_file():
         raise FileNotFoundError(
             f"no dataset_info.json in {version_dir!r}: name the folder of one version,"
             " e.g. ~/tensorflow_datasets/imagenet2012/5.1.0"
         )
-    info = tfds.builder_from_directory(version_dir).info
+    info = tfds.builder_from_directory(source).info
     out = pathlib.Path(data_dir).expanduser() / info.full_name
     if out.exists():
         raise ValueError(f"{out} exists already: name another --to, or remove it first")
-    convert_format_utils.convert_dataset(
-        out_dir=out, out_file_format=_FORMAT, dataset_version_dir=version_dir
-    )
+    if info.file_format is None or info.file_format.value != "tfrecord":
+        raise ValueError(f"{version_dir!r} holds no TFRecord files: nothing to convert")
+    partial = out.with_name(out.name + ".incomplete")
+    shutil.rmtree(partial, ignore_errors=True)  # what an earlier try left
+    partial.mkdir(parents=True)
+    for split in info.splits.values():
+        shards = list(zip(split.filepaths, split.shard_lengths, strict=True))
+        for number, (shard, count) in enumerate(shards):
+            place = f"{number:05}-of-{len(shards):05}"
+            target = partial / f"{info.name}-{split.name}.{_FORMAT}-{place}"
+            if _copy_records(str(shard), str(target)) != count:
+                raise ValueError(f"{shard} does not hold its {count} records: torn?")
+            print(target.name, count, flush=True)
+    for path in source.iterdir():
+        if path.is_file() and ".tfrecord" not in path.name:
+            shutil.copyfile(path, partial / path.name)
+    metadata = json.loads((source / "dataset_info.json").read_text())
+    metadata["fileFormat"] = _FORMAT
+    for split in metadata["splits"]:
+        split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    (partial / "dataset_info.json").write_text(json.dumps(metadata, indent=2))
+    partial.rename(out)  # whole, or not there
     return out
+
+
+def _copy_records(shard: str, target: str) -> int:
+    """Copies the records of one TFRecord file as they are; returns their number."""
+    # Not convert_format of TFDS, which wants apache-beam even for one process.
+    import tensorflow as tf
+    from array_record.python import array_record_module
+
+    count = 0
+    # One record in a group, as TFDS writes: any one can be read alone.
+    writer = array_record_module.ArrayRecordWriter(target, "group_size:1")
+    for record in tf.data.TFRecordDataset(shard).as_numpy_iterator():
+        writer.write(record)
+        count += 1
+    writer.close()
+    return count
 
 
 def folder(

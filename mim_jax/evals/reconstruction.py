@@ -13,7 +13,7 @@ from skimage.restoration import inpaint_biharmonic
 from mim_jax.evals.base import Eval, Report, Run
 from mim_jax.objectives.base import Objective, PixelObjective
 from mim_jax.ops.masking import Mask
-from mim_jax.ops.patches import Grid, grid_of, patchify, unpatchify
+from mim_jax.ops.patches import Grid, patchify, unpatchify
 from mim_jax.ops.similarity import psnr
 
 
@@ -57,6 +57,7 @@ class Reconstruction(Eval):
 
     def measure(self, run: Run, batches: Iterable[dict[str, np.ndarray]]) -> Report:
         objective = run.objective
+        assert isinstance(objective, PixelObjective)  # by `check`
         draw = jax.jit(lambda images, keys: objective.mask({"image": images}, keys))
         fill = jax.jit(
             lambda params, images, mask: jnp.clip(
@@ -69,7 +70,7 @@ class Reconstruction(Eval):
             if not len(wanted):
                 break
             images = jnp.asarray(batch["image"])
-            grid = grid_of(*images.shape[1:3], objective.encoder.patch)
+            grid = objective.grid(images.shape[1:])
             pixels = images.astype(jnp.float32) / 255
             for number in range(self.draws):
                 base = jax.random.fold_in(
@@ -96,8 +97,10 @@ class Reconstruction(Eval):
                     original, hidden = np.asarray(pixels[i]), np.asarray(region[i])
                     if seen < self.inpainted:
                         smooth = inpaint(original, hidden)
-                        score = psnr(smooth[None], original[None], hidden[None])[0]
-                        values.setdefault("biharmonic", []).append(float(score))
+                        score = psnr(
+                            jnp.asarray(smooth)[None], pixels[i][None], region[i][None]
+                        )
+                        values.setdefault("biharmonic", []).append(float(score[0]))
                         same = float(scores["model"][i])
                         values.setdefault("model_where_inpainted", []).append(same)
                     if seen < self.rows:
@@ -147,17 +150,18 @@ def _picture(panels: list, run: Run, scalars: dict[str, float]) -> Figure:
     titles = ("original", "masked", "reconstruction", "with visible patches")
     figure = Figure(figsize=(2 * len(titles), 2.25 * len(panels) + 0.9), dpi=110)
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
-    for row, (original, hidden, model, score) in zip(axes, panels):
+    for row, (original, hidden, model, score) in zip(axes, panels, strict=True):
         hole = hidden[..., None]
         shown = (original, np.where(hole, 0.5, original), model)
-        for axis, image in zip(row, (*shown, np.where(hole, model, original))):
+        pasted = np.where(hole, model, original)
+        for axis, image in zip(row, (*shown, pasted), strict=True):
             if image.shape[-1] == 1:
                 image = image[..., 0]
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
         row[-1].set_xlabel(f"hidden pixels {float(score):.2f} dB", fontsize=8)
-    for axis, title in zip(axes[0], titles):
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     caption = ", ".join(
         f"{name.removeprefix('psnr_').removesuffix('_db').replace('_', ' ')} {v:.2f}"

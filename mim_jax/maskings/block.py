@@ -2,6 +2,7 @@
 """Random rectangles, laid one over the other until enough is hidden."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -60,25 +61,24 @@ class Block(Masking):
         return cut(jax.vmap(lambda key: self._order(key, grid, kept))(keys), kept)
 
     def _order(self, key: Key[Array, ""], grid: Grid, kept: int) -> Int[Array, " n"]:
+        def uniform(key, least, most):  # a column: one number per rectangle
+            # float32 whatever jax_enable_x64 says, so that masks have the same bits.
+            shape = (self.rectangles, 1)
+            return jax.random.uniform(key, shape, jnp.float32, least, most)
+
         area_key, aspect_key, row_key, col_key, tie_key = jax.random.split(key, 5)
-        shape = (self.rectangles,)
-        most = float(grid.size - kept)
-        area = jax.random.uniform(area_key, shape, minval=self.least, maxval=most)
-        bound = -jnp.log(self.aspect)
-        ratio = jnp.exp(
-            jax.random.uniform(aspect_key, shape, minval=-bound, maxval=bound)
-        )
+        area = uniform(area_key, self.least, grid.size - kept)
+        bound = -math.log(self.aspect)
+        ratio = jnp.exp(uniform(aspect_key, -bound, bound))
         height = jnp.clip(jnp.round(jnp.sqrt(area * ratio)), 1, grid.rows)
         width = jnp.clip(jnp.round(jnp.sqrt(area / ratio)), 1, grid.cols)
-        top = jnp.floor(jax.random.uniform(row_key, shape) * (grid.rows - height + 1))
-        left = jnp.floor(jax.random.uniform(col_key, shape) * (grid.cols - width + 1))
-        row, col = jnp.divmod(jnp.arange(grid.size), grid.cols)
-        covers = (
-            (row >= top[:, None])
-            & (row < (top + height)[:, None])
-            & (col >= left[:, None])
-            & (col < (left + width)[:, None])
-        )
+        top = jnp.floor(uniform(row_key, 0, 1) * (grid.rows - height + 1))
+        left = jnp.floor(uniform(col_key, 0, 1) * (grid.cols - width + 1))
+        place = jnp.arange(grid.size, dtype=jnp.int32)[None, :]
+        row, col = jnp.divmod(place, grid.cols)
+        row, col = row.astype(jnp.float32), col.astype(jnp.float32)
+        covers = (row >= top) & (row < top + height)
+        covers &= (col >= left) & (col < left + width)
         first = jnp.where(covers.any(axis=0), covers.argmax(axis=0), self.rectangles)
         # Visible first: uncovered patches, then those of ever earlier rectangles.
         noise = jax.random.bits(tie_key, (grid.size,))

@@ -36,9 +36,11 @@ class GridMasking(Masking):
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
         rows, cols, side = grid.rows // self.cell, grid.cols // self.cell, self.cell
+        shape, count = (rows, 1, cols, 1), side * side
         choice = jax.vmap(
-            lambda key: jax.random.randint(key, (rows, 1, cols, 1), 0, side * side)
+            # int32 whatever jax_enable_x64 says, so that masks have the same bits.
+            lambda key: jax.random.randint(key, shape, 0, count, jnp.int32)
         )(keys)
-        inner = jnp.arange(side * side, dtype=choice.dtype).reshape(1, 1, side, 1, side)
+        inner = jnp.arange(count, dtype=jnp.int32).reshape(1, 1, side, 1, side)
         hidden = (inner != choice).reshape(keys.shape[0], grid.size)
         return from_scores(hidden.astype(jnp.int32), self.kept(grid))

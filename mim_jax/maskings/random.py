@@ -41,22 +41,29 @@ class Random(Masking):
 
     def kept(self, grid: Grid) -> int:
         side = self._side(grid)
-        per_unit = 1
+        per_unit, word = 1, "patches"
         total = grid.size
+        height, width = grid.rows * grid.patch, grid.cols * grid.patch
+        if side >= max(grid.rows, grid.cols):
+            raise ValueError(
+                f"unit={side * grid.patch} pixels covers an image of {height}x{width}, "
+                "so that every mask would be the same: want a smaller one"
+            )
         if self.partial_units == "round":
             if grid.rows % side or grid.cols % side:
                 raise ValueError(
                     f"unit={self.unit} pixels does not tile an image of "
-                    f"{grid.rows * grid.patch}x{grid.cols * grid.patch}: choose a "
-                    "divisor of both sides, or partial_units='allow'"
+                    f"{height}x{width}: choose a divisor of both sides, or "
+                    "partial_units='allow'"
                 )
-            per_unit = side * side
+            per_unit, word = side * side, "units"
             total = grid.size // per_unit
         kept = int(total * (1 - self.ratio) + 1e-6)  # int(10 * (1 - .9)) is 0
         if not 0 < kept < total:
             raise ValueError(
-                f"ratio={self.ratio} leaves {kept} of {total} units visible: want at "
-                f"least one visible and one hidden, {1 / total:.3g} <= 1 - ratio < 1"
+                f"ratio={self.ratio} leaves {kept} of {total} {word} visible: want "
+                "at least one visible and one hidden, "
+                f"1 <= {total} * (1 - ratio) < {total}"
             )
         return kept * per_unit
 

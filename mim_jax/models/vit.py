@@ -7,6 +7,7 @@ Parameter names are public, since checkpoints depend on them. They are per block
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,7 @@ from mim_jax.ops.backend import dense_dot
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(width=192, depth=12, heads=3),
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
@@ -52,9 +53,13 @@ def run_blocks(
     if remat != "none":
         # Outside a loop the compiler would merge the recomputation with the original.
         cls = nn.remat(Block, policy=REMAT[remat], prevent_cse=not scanned)
-    fields = dict(heads=heads, mlp_ratio=mlp_ratio, dtype=dtype, taps=tuple(taps))
+    fields: dict[str, Any] = dict(
+        heads=heads, mlp_ratio=mlp_ratio, dtype=dtype, taps=tuple(taps)
+    )
     if scanned:
-        axes = dict(variable_axes={"params": 0}, split_rngs={"params": False})
+        axes: dict[str, Any] = dict(
+            variable_axes={"params": 0}, split_rngs={"params": False}
+        )
         return nn.scan(cls, length=depth, **axes)(name="blocks", **fields)(x)
     seen = []
     for i in range(depth):

@@ -7,10 +7,16 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Array, Float, Key, Shaped
 
 from mim_jax.ops.masking import Mask
+from mim_jax.ops.patches import Grid
 
 Params = Any
 Stats = Any
 Batch = dict[str, Any]
+
+
+def apply(network: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """What a Flax network makes of its inputs with these parameters."""
+    return network.apply({"params": params}, *args, **kwargs)
 
 
 class Aux(NamedTuple):
@@ -30,7 +36,7 @@ class Aux(NamedTuple):
 
 
 class Objective(abc.ABC):
-    """What is learned. A concrete one is a frozen dataclass whose fields are its config.
+    """What is learned: a frozen dataclass, whose fields are its config.
 
     Attributes:
         batch_coupled: True where an example's loss depends on the other examples, as in
@@ -74,7 +80,18 @@ class Objective(abc.ABC):
 
 
 class PixelObjective(Objective):
-    """An objective that can fill in the pixels of hidden patches."""
+    """An objective that can fill in the pixels of hidden patches.
+
+    Attributes:
+        normalise_target: patches are predicted with their own mean and deviation
+            removed.
+    """
+
+    normalise_target: bool
+
+    @abc.abstractmethod
+    def grid(self, image_shape: tuple[int, ...]) -> Grid:
+        """The patches of images of (rows, columns, channels)."""
 
     @abc.abstractmethod
     def mask(self, batch: Batch, keys: Key[Array, " b"]) -> Mask:

@@ -37,7 +37,16 @@ class Mask(NamedTuple):
 
 
 def cut(order: Int[Array, "b n"], keep: int) -> Mask:
-    """The first `keep` patches of each row's order are visible, the rest hidden."""
+    """The first `keep` patches of each row's order are visible, the rest hidden.
+
+    Raises:
+        ValueError: keep leaves nothing visible or nothing hidden.
+    """
+    if not 0 < keep < order.shape[1]:
+        raise ValueError(
+            f"keep={keep} of {order.shape[1]} patches: want 0 < keep < "
+            f"{order.shape[1]}, at least one visible and one hidden"
+        )
     return Mask(keep=order[:, :keep], drop=order[:, keep:])
 
 
@@ -91,7 +100,7 @@ def order_units(
     if side == 1:
         return order
     unit_cols = -(-grid.cols // side)
-    inner = jnp.arange(side * side, dtype=order.dtype)
+    inner = jnp.arange(side * side, dtype=order.dtype)[None, None, :]
     # Column by column inside a unit: where a cut may fall inside one (partial units),
     # it falls as in long-sequence MAE, arXiv:2210.07224.
     row = (order // unit_cols * side)[:, :, None] + inner % side

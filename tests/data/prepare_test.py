@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preparing data: what is said without TensorFlow, and the records made with it."""
 
+import functools
 import importlib.util
 import pathlib
 import subprocess
@@ -29,6 +30,10 @@ def make_jpegs():
 
 def records(source):
     return [source[i] for i in range(len(source))]
+
+
+def record(calls, command, **options):
+    calls.append((command, options))
 
 
 def test_without_tensorflow_it_names_the_extra(monkeypatch, capsys):
@@ -67,8 +72,7 @@ def test_command_line(monkeypatch, capsys, command, call):
     calls = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     for name in ("dataset", "convert", "folder"):
-        fake = lambda name=name, **options: calls.append((name, options))  # noqa: E731
-        monkeypatch.setattr(prepare, name, fake)
+        monkeypatch.setattr(prepare, name, functools.partial(record, calls, name))
     prepare.main(command)
     assert calls == [call]
 
@@ -79,6 +83,9 @@ def test_convert_checks_its_folders(tmp_path):
     version = HERE / "jpegs" / "small_jpegs" / "1.0.0"
     with pytest.raises(ValueError, match="exists already: name another --to"):
         prepare.convert(str(version), str(HERE / "jpegs"))
+    with pytest.raises(ValueError, match="holds no TFRecord files"):
+        prepare.convert(str(version), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.prepare

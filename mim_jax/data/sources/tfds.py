@@ -3,11 +3,35 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
+
+from etils import epath
 
 from mim_jax.data.sources.base import Source
 
 PREPARE = "python -m mim_jax.data.prepare"
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def find_version(data_dir: str, dataset: str) -> epath.Path | None:
+    """Folder of a prepared data set: of the version named, or of the newest one.
+
+    Args:
+        data_dir: where TFDS prepares; "~" is expanded.
+        dataset: "name", "name/config", either one with ":version".
+    """
+    name, _, version = dataset.partition(":")
+    folder = epath.Path(data_dir).expanduser() / name
+    if version:
+        found = [folder / version]
+    elif folder.is_dir():
+        found = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
+        found.sort(key=lambda path: [int(part) for part in path.name.split(".")])
+    else:
+        found = []
+    found = [path for path in found if (path / "dataset_info.json").exists()]
+    return found[-1] if found else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,17 +68,16 @@ class Tfds(Source):
     @functools.cached_property
     def _builder(self) -> Any:
         # Slow to import: only when it is used.
-        from tensorflow_datasets.core import constants, read_only_builder, registered
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import constants
 
         home = self.data_dir or constants.DATA_DIR
-        try:
-            # Metadata alone. Nothing is downloaded and no builder code is run.
-            builder = read_only_builder.builder_from_files(self.dataset, data_dir=home)
-        except registered.DatasetNotFoundError as error:
+        folder = find_version(home, self.dataset)
+        if folder is None:
             name = self.dataset.split(":")[0]
             raise FileNotFoundError(
                 f"data set {self.dataset!r} is not prepared: looked for"
-                f" {home}/{name}/<version>/dataset_info.json\n"
+                f" {home}/{name}/VERSION/dataset_info.json\n"
                 "Where it is, set data_dir (--config.data.source.data_dir=...) or"
                 " TFDS_DATA_DIR. If it is nowhere:\n"
                 f"  {PREPARE} {name} --data_dir={home}\n"
@@ -64,15 +87,16 @@ class Tfds(Source):
                 "    converts a copy that TFDS prepared as TFRecord, there too\n"
                 "  --config=configs/mae.py:photos\n"
                 "    trains on photographs that need no download"
-            ) from error
+            )
+        # Metadata alone: nothing is downloaded, and no code of the data set is run.
+        builder = tfds.builder_from_directory(folder)
         found = builder.info.file_format
         if found is None or found.value != "array_record":
-            where = builder.data_dir
             raise ValueError(
-                f"{where} holds {found.value if found else 'unknown'} files, which have"
-                " no random access; convert them once to array_record, where TensorFlow"
-                " is installed (pip install 'mim_jax[prepare]'):\n"
-                f"  {PREPARE} convert --from={where} --to=OTHER_DATA_DIR\n"
+                f"{folder} holds {found.value if found else 'unknown'} files, which"
+                " have no random access; convert them once to array_record, where"
+                " TensorFlow is installed (pip install 'mim_jax[prepare]'):\n"
+                f"  {PREPARE} convert --from={folder} --to=OTHER_DATA_DIR\n"
                 "and set data_dir=OTHER_DATA_DIR (--config.data.source.data_dir=...)"
             )
         return builder

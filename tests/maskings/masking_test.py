@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every masking of the table promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mim_jax.maskings import MASKINGS
+from mim_jax.maskings.block import Block
+from mim_jax.maskings.grid import GridMasking
+from mim_jax.maskings.random import Random
+from mim_jax.ops.patches import Grid
+
+GRID = Grid(6, 8, 4)
+MEMBERS = {
+    "random": (
+        Random(),
+        Random(ratio=0.5, unit=8),
+        Random(ratio=0.6, unit=12, partial_units="allow"),
+    ),
+    "block": (Block(least=4), Block(ratio=0.7, least=2, aspect=1.0, rectangles=3)),
+    "grid": (GridMasking(),),
+}
+every_member = pytest.mark.parametrize(
+    "masking", [one for kind in MEMBERS.values() for one in kind], ids=str
+)
+
+
+def keys_of(count: int, seed: int = 0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def same(one, other) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_every_row_of_the_table_is_tested():
+    assert {name: type(kind[0]) for name, kind in MEMBERS.items()} == MASKINGS
+
+
+@every_member
+def test_keep_and_drop_partition_the_grid(masking):
+    mask = masking(keys_of(8), GRID)
+    assert mask.keep.shape == (8, masking.kept(GRID))
+    assert mask.keep.dtype == mask.drop.dtype == jnp.int32
+    both = np.sort(np.concatenate(mask, axis=1), axis=1)
+    np.testing.assert_array_equal(both, [np.arange(GRID.size)] * 8)
+    for hidden, drop in zip(mask.hidden, mask.drop, strict=True):
+        assert np.flatnonzero(hidden).tolist() == sorted(drop.tolist())
+
+
+@every_member
+def test_images_and_keys_have_their_own_masks(masking):
+    hidden = np.concatenate([masking(keys_of(8, s), GRID).hidden for s in (0, 1)])
+    assert len(np.unique(hidden, axis=0)) > 12
+
+
+@every_member
+def test_a_mask_depends_on_its_own_key_alone(masking):
+    keys = keys_of(8)
+    together = masking(keys, GRID)
+    swapped = masking(keys[::-1], GRID)
+    alone = masking(keys[3:4], GRID)
+    assert same([leaf[3:4] for leaf in together], alone)
+    assert same(together, [leaf[::-1] for leaf in swapped])
+
+
+@every_member
+def test_bits_are_those_of_any_number_of_devices_of_jit_and_of_vmap(masking):
+    keys = keys_of(8)
+    expected = masking(keys, GRID)
+    draw = jax.jit(lambda keys: masking(keys, GRID))
+    assert same(draw(keys), expected)
+    one_by_one = jax.vmap(lambda key: masking(key[None], GRID))(keys)
+    assert same([leaf[:, 0] for leaf in one_by_one], expected)
+    for count in (1, 2, 4, 8):
+        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        spread = jax.device_put(keys, rows)
+        mask = jax.jit(lambda keys: masking(keys, GRID), out_shardings=rows)(spread)
+        assert len(mask.keep.sharding.device_set) == count
+        assert same(mask, expected)
+
+
+@every_member
+def test_bits_are_those_without_64_bit_types(masking):
+    keys = keys_of(4)
+    expected = masking(keys, GRID)
+    with jax.enable_x64(True):
+        assert same(masking(keys, GRID), expected)
+
+
+# The 99.99 % points of chi-square: one of 10,000 seeds would fail, this one does not.
+CHI_SQUARE = {1: 15.14, 47: 92.9}
+
+
+def test_random_hides_every_patch_equally_often():
+    masking, images = Random(ratio=0.75), 4000
+    counts = np.asarray(masking(keys_of(images), GRID).hidden).sum(axis=0)
+    # Without replacement: the counts of patches are correlated by -1 / (n - 1).
+    variance = images * 0.75 * 0.25 * GRID.size / (GRID.size - 1)
+    assert ((counts - images * 0.75) ** 2 / variance).sum() < CHI_SQUARE[47]
+
+
+def test_grid_keeps_every_place_of_a_cell_equally_often():
+    images, cell = 4000, 2
+    mask = GridMasking(cell=cell)(keys_of(images), GRID)
+    visible = ~np.asarray(mask.hidden).reshape(images, 3, 2, 4, 2)
+    assert (visible.sum(axis=(2, 4)) == 1).all()  # one in each cell
+    counts = visible.sum(axis=0)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 78.0  # 12 cells, 3 free each: 36
+
+
+@pytest.mark.parametrize("masking", [Random(ratio=0.5), GridMasking()], ids=str)
+def test_neighbours_in_a_batch_are_independent(masking):
+    hidden = np.asarray(masking(keys_of(8000), GRID).hidden)
+    left, right = hidden[0::2].astype(float), hidden[1::2].astype(float)
+    left, right = left - left.mean(axis=0), right - right.mean(axis=0)
+    scale = left.std(axis=0)[:, None] * right.std(axis=0)[None]
+    correlation = (left.T @ right) / len(left) / scale
+    # Every pair of patches: 2,304 numbers of deviation 1 / sqrt(4000).
+    assert np.abs(correlation).max() * np.sqrt(len(left)) < 5
+    assert abs((correlation**2).mean() * len(left) - 1) < 0.15
