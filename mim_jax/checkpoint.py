@@ -7,12 +7,16 @@ leaf is stored and compared; a checkpoint that fails is set aside and the one be
 is used.
 """
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
+import logging
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -83,6 +87,8 @@ class Checkpointer:
                     shutil.rmtree(path, ignore_errors=True)
         # Not Orbax's CheckpointManager: after a failed save it raises for ever, and its
         # list of steps is a memory of the disk, not the disk.
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet())
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._waiter = futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, futures.Future] | None = None
@@ -149,7 +155,7 @@ class Checkpointer:
                 self._writer.save(
                     self.folder / str(step),
                     args=ocp.args.Composite(
-                        state=ocp.args.PyTreeSave(_fields(state)),
+                        state=ocp.args.PyTreeSave(_raw(_fields(state))),
                         about=ocp.args.JsonSave(_sealed(about)),
                     ),
                 )
@@ -215,6 +221,8 @@ class Checkpointer:
         finally:
             self._waiter.shutdown()
             self._writer.close()
+            gc.collect()
+            self._quiet.close()
         if self._failures:
             raise CheckpointError(self._failure)
 
@@ -296,8 +304,8 @@ def read_params(run: str | pathlib.Path, step: int | None = None) -> tuple[int, 
     found = _steps(folder)
     if not found or (step is not None and step not in found):
         raise FileNotFoundError(
-            f"no checkpoint {'' if step is None else step} under {folder}; steps there: "
-            f"{', '.join(map(str, found)) or 'none'}"
+            f"no checkpoint {'' if step is None else step} under {folder}; steps "
+            f"there: {', '.join(map(str, found)) or 'none'}"
         )
     step = found[-1] if step is None else step
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -343,23 +351,89 @@ def _sealed(about: dict[str, Any]) -> dict[str, Any]:
 
 def _restored(folder: pathlib.Path, step: int, target: dict) -> dict[str, Any]:
     """The named part of a state, placed as `target` says; not verified."""
-    arguments = ocp.args.PyTreeRestore(
+    raw = jax.eval_shape(_raw, target)
+    raw = jax.tree.map(
+        lambda raw, leaf: jax.ShapeDtypeStruct(
+            raw.shape, raw.dtype, sharding=leaf.sharding
+        ),
+        raw,
         target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    )
+    arguments = ocp.args.PyTreeRestore(
+        raw,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(raw),
         partial_restore=True,
     )
+    failure = ""
+    with _quiet():
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                found = reader.restore(folder / str(step) / "state", args=arguments)
+            return _typed(found, target)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # no fault of the file
+        except Exception as error:  # Orbax raises whatever its parsers do
+            failure = _first_line(error)
+        gc.collect()  # asyncio tells of what Orbax dropped: now, while nobody listens
+    raise _DamageError(failure)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """We tell of a failed save or restore in one line: here Orbax, and what it leaves
+    to asyncio and to the interpreter, tell nothing (else hundreds of tracebacks)."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    asyncio_log, absl_log = logging.getLogger("asyncio"), logging.getLogger("absl")
+    before, level = sys.unraisablehook, asyncio_log.level
+    absl_log.addFilter(ours)
+    asyncio_log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
     try:
-        with ocp.PyTreeCheckpointer() as reader:
-            return reader.restore(folder / str(step) / "state", args=arguments)
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # no fault of the file
-    except Exception as error:  # Orbax raises whatever its parsers do
-        raise _DamageError(_first_line(error)) from error
+        yield
+    finally:
+        sys.unraisablehook = before
+        asyncio_log.setLevel(level)
+        absl_log.removeFilter(ours)
+
+
+def _raw(tree: Any) -> Any:
+    """Random keys as the words that they are: what tells Orbax that a leaf is a key is a
+    file that may be lost."""
+    return jax.tree.map(
+        lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
+    )
+
+
+def _typed(raw: Any, like: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, wanted: (
+            jax.random.wrap_key_data(leaf, dtype=wanted.dtype)
+            if _is_key(wanted)
+            else leaf
+        ),
+        raw,
+        like,
+    )
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _verify(state: Any, stored: dict[str, list]) -> None:
-    digests, _ = jax.device_get(_digests(state))
-    bad = [name for name, value in digests.items() if stored[name][2] != int(value)]
+    shapes, (digests, _) = _shapes(state), jax.device_get(_digests(state))
+    bad = [
+        name
+        for name, value in digests.items()
+        if stored[name] != [*shapes[name], int(value)]
+    ]
     if bad:
         raise _DamageError(f"{_listed(bad)}: not the bytes that were saved")
 
@@ -422,7 +496,7 @@ def _digests(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _digest(leaf: Any) -> Any:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
@@ -445,4 +519,4 @@ def _listed(names: list[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -13,6 +13,7 @@ import json
 import pathlib
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import config_dict
@@ -58,7 +59,8 @@ DTYPES = ("bfloat16", "float32", "float64")
 Tree = Any
 
 
-class ConfigError(ValueError):
+# Not a ValueError: ml_collections and absl would wrap it in a traceback of their own.
+class ConfigError(Exception):
     """The user's configuration or data cannot work; the message says what would."""
 
 
@@ -175,9 +177,7 @@ def choose(kind: type, name: str, /, **values) -> Tree:
         node[field.name] = _leaf(field, field.type)
     node.lock()
     for key, value in values.items():
-        if key not in node:
-            raise ConfigError(_unknown(f"field of {word} {name!r}", key, node))
-        node[key] = value
+        _set(node, key, value, f"{word} {name!r}")
     return node
 
 
@@ -193,14 +193,19 @@ def experiment(job: str, **choices: str) -> Tree:
     for field in _fields(JOBS[job]):
         tree[field.name] = _leaf(field, field.type)
     tree.lock()
-    for kind, (word, _) in KINDS.items():
-        if word in choices:
-            node = tree.data if word == "source" else tree
+    words = {word: kind for kind, (word, _) in KINDS.items()}
+    for word in choices:
+        if word not in words:
+            raise ConfigError(_unknown("kind of plug-in", word, words))
+    for word, kind in words.items():  # objectives first: they decide what follows
+        if word not in choices:
+            continue
+        places = list(_places(tree, JOBS[job], kind))
+        if not places:
+            raise ConfigError(f"{word}={choices[word]}: this config has no {word}")
+        for node, name in places:
             with node.unlocked():
-                node[word] = choose(kind, choices.pop(word))
-    if choices:
-        words = [word for word, _ in KINDS.values()]
-        raise ConfigError(_unknown("kind of plug-in", next(iter(choices)), words))
+                node[name] = choose(kind, choices[word])
     return tree
 
 
@@ -233,11 +238,31 @@ def build(tree: Tree) -> Any:
     Raises:
         ConfigError: naming the leaf and what would be right.
     """
-    job = tree.get_ref("job").get() if "job" in tree else None
+    job = tree["job"] if "job" in tree else None
     if job not in JOBS:
         raise ConfigError(_unknown("job", job, JOBS))
     shared = {name: tree[name] for name in SHARED if name in tree}
     return _build(JOBS[job], tree, "config", shared)
+
+
+def check_path(tree: Tree, path: str) -> None:
+    """Holds "a.b.c" of --config.a.b.c against a tree.
+
+    Raises:
+        ConfigError: there is no such leaf, with those that there are.
+    """
+    node, above = tree, "config"
+    for name in path.split("."):
+        if not isinstance(node, config_dict.ConfigDict):
+            raise ConfigError(f"{above} is a single value: it has no field {name!r}")
+        if name not in node:
+            raise ConfigError(_unknown(f"field of {above}", name, node))
+        node, above = node[name], f"{above}.{name}"
+    if isinstance(node, config_dict.ConfigDict):
+        raise ConfigError(
+            f"{above} is a group: set its fields one by one ({', '.join(sorted(node))})"
+            + (f"; {_choice(path.split('.')[-1])}" if "name" in node else "")
+        )
 
 
 def dumps(tree: Tree) -> str:
@@ -251,10 +276,14 @@ def load(path: str | pathlib.Path) -> Tree:
     Leaves that the file lacks (it was written by an older version) get their defaults.
 
     Raises:
-        ConfigError: the file names a plug-in or a field that does not exist.
+        ConfigError: the file is no config, names a plug-in or a field that does not
+            exist, or has a value of another type.
     """
-    saved = json.loads(pathlib.Path(path).read_text())
-    job = saved.get("job")
+    try:
+        saved = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    job = saved.pop("job", None) if isinstance(saved, dict) else None
     if job not in JOBS:
         raise ConfigError(f"{path}: {_unknown('job', job, JOBS)}")
     tree = experiment(job)
@@ -263,7 +292,7 @@ def load(path: str | pathlib.Path) -> Tree:
 
 
 def difference(old: Tree, new: Tree) -> list[str]:
-    """Lines "config.a.b: old -> new" of all leaves that a resumed run must not change."""
+    """Lines "config.a.b: old -> new" of all that a resumed run must not change."""
 
     def flat(tree, prefix="config"):
         for name, value in tree.items():
@@ -316,76 +345,145 @@ def _default_values(node: Tree, value: Any) -> Tree:
     """A default object may differ from its class's defaults: Encoder(width=192)."""
     for field in _fields(type(value)):
         current = getattr(value, field.name)
-        if not isinstance(node.get(field.name), config_dict.ConfigDict):
-            if current is not None:
-                node[field.name] = current
-        else:
+        if field.type in KINDS:
+            names = {cls: name for name, cls in KINDS[field.type][1].items()}
+            with node.unlocked():
+                node[field.name] = choose(field.type, names[type(current)])
+        if isinstance(node[field.name], config_dict.ConfigDict):
             _default_values(node[field.name], current)
+        else:
+            node[field.name] = current
     return node
 
 
-def _build(cls: type, node: Tree, path: str, shared: dict) -> Any:
-    values = {}
+def _places(tree: Tree, cls: type, kind: type) -> Iterator[tuple]:
+    """(node, field name) of every field of an abstract type in a tree."""
     for field in _fields(cls):
+        if field.type is kind:
+            yield tree, field.name
+        elif field.type in KINDS:
+            chosen = KINDS[field.type][1][tree[field.name]["name"]]
+            yield from _places(tree[field.name], chosen, kind)
+        elif dataclasses.is_dataclass(field.type):
+            yield from _places(tree[field.name], field.type, kind)
+
+
+def _build(cls: type, node: Any, path: str, shared: dict) -> Any:
+    if not isinstance(node, config_dict.ConfigDict):
+        raise ConfigError(f"{path}={node!r}: want a group of fields")
+    fields = _fields(cls)
+    strangers = set(node) - {field.name for field in fields} - {"job", "name"}
+    if strangers:
+        known = [field.name for field in fields]
+        word = f"field of {path}"
+        raise ConfigError(_unknown(word, min(strangers), known))
+    values = {}
+    for field in fields:
         below = f"{path}.{field.name}"
         if field.name not in node:
-            raise ConfigError(f"{below} is missing")
+            raise ConfigError(f"{below} is missing: {cls.__name__} has that field")
         value = node[field.name]
         if field.type in KINDS:
-            word, table = KINDS[field.type]
-            if value["name"] not in table:
-                raise ConfigError(f"{below}: {_unknown(word, value['name'], table)}")
-            chosen = table[value["name"]]
-            strangers = set(value) - {f.name for f in _fields(chosen)} - {"name"}
-            if strangers:
-                raise ConfigError(
-                    f"{below}.name={value['name']!r} does not have the fields "
-                    f"{sorted(strangers)}: choose a {word} in the config file or by its "
-                    f"variant, --config=configs/FILE.py:{word}={value['name']}"
-                )
-            value = _build(chosen, value, below, shared)
+            value = _build(_chosen(field.type, value, below), value, below, shared)
         elif dataclasses.is_dataclass(field.type):
             value = _build(field.type, value, below, shared)
         else:
-            value = _plain(value)
-            if typing.get_origin(field.type) is typing.Literal:
-                if value not in typing.get_args(field.type):
-                    known = typing.get_args(field.type)
-                    raise ConfigError(_unknown(below, value, known))
+            value = _typed(value, field.type, below)
         values[field.name] = value
     if cls not in JOBS.values():
         names = [field.name for field in dataclasses.fields(cls)]
         values |= {name: value for name, value in shared.items() if name in names}
     try:
         return cls(**values)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(
             f"{path}.{error}" if _names_field(error, values) else f"{path}: {error}"
         ) from error
+
+
+def _chosen(kind: type, node: Any, path: str) -> type:
+    """The class that a plug-in's node names, if its fields are that class's."""
+    word, table = KINDS[kind]
+    name = node["name"] if "name" in node else None
+    if name not in table:
+        raise ConfigError(f"{path}: {_unknown(word, name, table)}")
+    own = {field.name for field in _fields(table[name])}
+    if set(node) - {"name"} != own:
+        raise ConfigError(
+            f"{path}.name={name!r} has the fields {sorted(own)}, not "
+            f"{sorted(set(node) - {'name'})}: {_choice(word, name)}"
+        )
+    return table[name]
+
+
+def _choice(word: str, name: str = "NAME") -> str:
+    return (
+        f"choose a {word} in the config file or by its variant, "
+        f"--config=configs/FILE.py:{word}={name}"
+    )
+
+
+def _typed(value: Any, kind: Any, path: str) -> Any:
+    """A leaf's value as its field declares it: lists become tuples, ints floats."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in inner:
+            raise ConfigError(_unknown(path, value, inner))
+        return value
+    if origin in (types.UnionType, typing.Union) and type(None) in inner:
+        if value is None:
+            return None
+        (kind,) = (one for one in inner if one is not type(None))
+        return _typed(value, kind, path)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(kinds) != len(value):
+            raise ConfigError(f"{path}={tuple(value)}: want {len(kinds)} values")
+        return tuple(map(_typed, value, kinds, [path] * len(value)))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (bool, int, float, str) and type(value) is kind:
+        return value
+    raise ConfigError(f"{path}={value!r}: want {getattr(kind, '__name__', kind)}")
 
 
 def _names_field(error: Exception, values: dict) -> bool:
     return str(error).startswith(tuple(f"{name}=" for name in values))
 
 
-def _fill(tree, cls: type, saved: dict, path: str) -> None:
+def _fill(tree: Tree, cls: type, saved: Any, path: str) -> None:
+    """Puts the values of a parsed file into a tree of the class's defaults."""
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path}={saved!r}: want a group of fields")
     for field in _fields(cls):
         if field.name not in saved:
             continue
-        value = saved.pop(field.name)
+        value, below = saved[field.name], f"{path}.{field.name}"
         if field.type in KINDS:
-            name = value.pop("name")
+            word, table = KINDS[field.type]
+            name = value.get("name") if isinstance(value, dict) else value
+            if name not in table:
+                raise ConfigError(f"{below}: {_unknown(word, name, table)}")
             with tree.unlocked():
                 tree[field.name] = choose(field.type, name)
-            table = KINDS[field.type][1]
-            _fill(tree[field.name], table[name], value, f"{path}.{field.name}")
+            rest = {key: value[key] for key in value if key != "name"}
+            _fill(tree[field.name], table[name], rest, below)
         elif dataclasses.is_dataclass(field.type):
-            _fill(tree[field.name], field.type, value, f"{path}.{field.name}")
-        elif value is not None:
-            tree[field.name] = tuple(value) if isinstance(value, list) else value
-    strangers = set(saved) - {"job"}
-    if strangers:
-        raise ConfigError(_unknown(f"field of {path}", strangers.pop(), tree))
+            _fill(tree[field.name], field.type, value, below)
+        else:
+            tree[field.name] = _typed(value, field.type, below)
+    for name in saved:
+        if name not in tree:
+            raise ConfigError(_unknown(f"field of {path}", name, tree))
+
+
+def _set(node: Tree, name: str, value: Any, path: str) -> None:
+    if name not in node:
+        raise ConfigError(_unknown(f"field of {path}", name, node))
+    try:
+        node[name] = value
+    except TypeError as error:
+        raise ConfigError(f"{path}.{name}={value!r}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -164,6 +164,8 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         changes = rundir.check_config(workdir, config)
         if settings.compile_cache:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+            # Else the folder's name is part of the key: a moved run compiles anew.
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         with Checkpointer(workdir, settings.checkpoint) as checkpointer:
             like = plan.abstract_state()
             _summary(plan, like, workdir, changes)

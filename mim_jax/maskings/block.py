@@ -81,5 +81,5 @@ class Block(Masking):
         covers &= (col >= left) & (col < left + width)
         first = jnp.where(covers.any(axis=0), covers.argmax(axis=0), self.rectangles)
         # Visible first: uncovered patches, then those of ever earlier rectangles.
-        noise = jax.random.bits(tie_key, (grid.size,))
+        noise = jax.random.bits(tie_key, (grid.size,), "uint32")
         return jnp.lexsort((noise, -first)).astype(jnp.int32)

@@ -71,7 +71,7 @@ class Random(Masking):
         side = self._side(grid)
         units = -(-grid.rows // side) * -(-grid.cols // side)
         # 32 random bits: float32 noise has 2**23 values and ties favour low positions.
-        scores = jax.vmap(lambda key: jax.random.bits(key, (units,)))(keys)
+        scores = jax.vmap(lambda key: jax.random.bits(key, (units,), "uint32"))(keys)
         return cut(order_units(scores, grid, side), self.kept(grid))
 
     def _side(self, grid: Grid) -> int:

@@ -351,6 +351,15 @@ def test_workers_ignore_signals_and_die_with_the_trainer(tmp_path):
         assert left == []
 
 
+def test_batches_left_open_end_quietly_with_python(tmp_path):
+    script = textwrap.dedent(TRAINER).replace("time.sleep(60)", "pass")
+    (tmp_path / "trainer.py").write_text(script)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", str(tmp_path / "trainer.py")]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=100)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_workers_take_no_accelerator():
     code = """
 import os, jax

@@ -163,6 +163,15 @@ def test_truncated_is_undecodable(form):
             transforms.decode(data, 3)
 
 
+def test_a_header_of_absurd_size_is_undecodable():
+    data = bytearray(SOUND["BMP"])
+    data[18:26] = b"\xff\xff\x00\x00" * 2  # columns and rows
+    with pytest.raises(transforms.Undecodable, match="Bomb") as error:
+        transforms.decode(bytes(data), 3)
+    # Not an OSError, which is what Pillow documents: any error of its parsers counts.
+    assert isinstance(error.value.__cause__, Image.DecompressionBombError)
+
+
 def test_floats_and_no_pictures_are_undecodable():
     floats = encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
     for data in (floats, b"text, no picture", b""):
@@ -297,6 +306,7 @@ def test_flip_mirrors_half_of_them():
     [  # whole: rows, columns after the resize; corner: top, left of the cut
         ((300, 400), (224, 224), 0.875, (256, 341), (16, 58)),
         ((400, 300), (224, 224), 0.875, (341, 256), (58, 16)),
+        ((403, 300), (224, 224), 0.875, (344, 256), (60, 16)),  # 343.9 rows
         ((100, 100), (32, 64), 1.0, (64, 64), (16, 0)),
         ((8, 8), (32, 32), 1.0, (32, 32), (0, 0)),
         ((3, 500), (16, 16), 0.5, (32, 5333), (8, 2658)),

@@ -35,7 +35,7 @@ def units_of(hidden: np.ndarray, grid: Grid, side: int) -> list[list[bool]]:
 ratios = st.integers(1, 9999).map(lambda n: f"{n / 10000:.4f}")
 
 
-@settings(max_examples=5000)
+@settings(max_examples=1000)
 @given(
     st.integers(1, 64),
     st.integers(1, 64),
@@ -68,12 +68,9 @@ SHAPES = ((3, 3, 1), (2, 5, 1), (4, 6, 2), (6, 3, 3), (5, 3, 2), (4, 7, 3))
     st.sampled_from([1, 8, 14]),
     ratios,
     st.sampled_from(["round", "allow"]),
-    st.sampled_from([1, 3]),
     st.integers(0, 2**32 - 1),
 )
-def test_masks_are_partitions_into_units(
-    shape, patch, ratio, partial_units, batch, seed
-):
+def test_masks_are_partitions_into_units(shape, patch, ratio, partial_units, seed):
     rows, cols, side = shape
     grid = Grid(rows, cols, patch)
     masking = Random(ratio=float(ratio), unit=side * patch, partial_units=partial_units)
@@ -81,6 +78,7 @@ def test_masks_are_partitions_into_units(
         kept = masking.kept(grid)
     except ValueError:
         return
+    batch = 2
     mask = masking(keys_of(seed, batch), grid)
     keep, drop = np.asarray(mask.keep), np.asarray(mask.drop)
     assert keep.shape == (batch, kept)
@@ -185,7 +183,7 @@ def test_ratio_is_a_share(ratio):
         (
             dict(ratio=1e-9),
             Grid(4, 4, 16),
-            "ratio=1e-09 leaves 16 of 16 patches visible: want at least one visible "
+            "ratio=1e-09 leaves 16 of 16 units visible: want at least one visible "
             "and one hidden, 1 <= 16 * (1 - ratio) < 16",
         ),
         (
