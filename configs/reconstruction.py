@@ -8,5 +8,6 @@ python -m mim_jax.main --config=configs/reconstruction.py \
 from mim_jax import config
 
 
-def get_config() -> config.Tree:
-    return config.experiment("eval", eval="reconstruction")
+def get_config(variant: str = "") -> config.Tree:
+    _, chosen = config.variant(variant, presets=())
+    return config.experiment("eval", **({"eval": "reconstruction"} | chosen))

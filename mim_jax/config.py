@@ -9,6 +9,7 @@ Plug-ins are chosen by name from the tables of KINDS, never by import path, so a
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import pathlib
 import types
@@ -232,6 +233,24 @@ def variant(argument: str | None, presets: tuple[str, ...]) -> tuple[str, dict]:
     return preset, choices
 
 
+def read(argument: str) -> Tree:
+    """The tree of `configs/FILE.py` or `configs/FILE.py:variant`.
+
+    Raises:
+        ConfigError: no such file, or no such variant of it.
+    """
+    name, *argument_of_file = argument.split(":", 1)
+    path = pathlib.Path(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+        known = [str(one) for one in folder.glob("*.py")]
+        raise ConfigError(_unknown("config file", str(path), known))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument_of_file)
+
+
 def build(tree: Tree) -> Any:
     """The job's dataclass, with every object below it built and its ranges checked.
 
@@ -256,12 +275,13 @@ def check_path(tree: Tree, path: str) -> None:
         if not isinstance(node, config_dict.ConfigDict):
             raise ConfigError(f"{above} is a single value: it has no field {name!r}")
         if name not in node:
-            raise ConfigError(_unknown(f"field of {above}", name, node))
+            raise ConfigError(_no_field(above, name, node))
         node, above = node[name], f"{above}.{name}"
     if isinstance(node, config_dict.ConfigDict):
+        words = [word for word, table in KINDS.values() if node.get("name") in table]
         raise ConfigError(
-            f"{above} is a group: set its fields one by one ({', '.join(sorted(node))})"
-            + (f"; {_choice(path.split('.')[-1])}" if "name" in node else "")
+            f"{above} is a group: set its fields, {', '.join(sorted(node))}, one by one"
+            + "".join(f"; {_choice(word)}" for word in words)
         )
 
 
@@ -375,8 +395,7 @@ def _build(cls: type, node: Any, path: str, shared: dict) -> Any:
     strangers = set(node) - {field.name for field in fields} - {"job", "name"}
     if strangers:
         known = [field.name for field in fields]
-        word = f"field of {path}"
-        raise ConfigError(_unknown(word, min(strangers), known))
+        raise ConfigError(_no_field(path, min(strangers), known))
     values = {}
     for field in fields:
         below = f"{path}.{field.name}"
@@ -418,7 +437,7 @@ def _chosen(kind: type, node: Any, path: str) -> type:
 
 def _choice(word: str, name: str = "NAME") -> str:
     return (
-        f"choose a {word} in the config file or by its variant, "
+        f"choose the {word} in the config file or by its variant, "
         f"--config=configs/FILE.py:{word}={name}"
     )
 
@@ -474,12 +493,12 @@ def _fill(tree: Tree, cls: type, saved: Any, path: str) -> None:
             tree[field.name] = _typed(value, field.type, below)
     for name in saved:
         if name not in tree:
-            raise ConfigError(_unknown(f"field of {path}", name, tree))
+            raise ConfigError(_no_field(path, name, tree))
 
 
 def _set(node: Tree, name: str, value: Any, path: str) -> None:
     if name not in node:
-        raise ConfigError(_unknown(f"field of {path}", name, node))
+        raise ConfigError(_no_field(path, name, node))
     try:
         node[name] = value
     except TypeError as error:
@@ -496,7 +515,17 @@ def _one_of(name: str, value: Any, known) -> None:
 
 
 def _unknown(word: str, name: Any, known) -> str:
-    known = sorted(map(str, known))
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{word} {name!r} is unknown{hint}; known: {', '.join(known)}"
+    hint = _close(name, known)
+    known = ", ".join(sorted(map(str, known))) or "none"
+    return f"{word} {name!r} is unknown{hint}; known: {known}"
+
+
+def _no_field(path: str, name: str, known) -> str:
+    known = [field for field in known if field not in ("job", "name")]
+    hint = _close(name, known)
+    return f"{path} has no field {name!r}{hint}; it has: {', '.join(sorted(known))}"
+
+
+def _close(name: Any, known) -> str:
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

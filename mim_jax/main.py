@@ -3,7 +3,9 @@
 
 import os
 import pathlib
+import re
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,10 +29,22 @@ _DISTRIBUTED = flags.DEFINE_bool(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Reads the command line; says in one line what is wrong with it, and leaves."""
+    try:
+        _check_config(argv)
+        return flags.FLAGS(argv)
+    except (configs.ConfigError, flags.Error) as error:
+        _leave(f"error: {error}", EXIT_CONFIG)
+
+
 def main(argv: list[str]) -> None:
     """Run the job that the config names; exit codes are listed in README."""
     if len(argv) > 1:
-        _leave(f"unexpected arguments {argv[1:]}: want --config and --workdir", 2)
+        _leave(
+            f"error: unexpected arguments {argv[1:]}: want --config and --workdir",
+            EXIT_CONFIG,
+        )
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell of every file closed
     if _DISTRIBUTED.value:
@@ -53,11 +67,23 @@ def main(argv: list[str]) -> None:
         _leave("saved; the same command goes on from here", EXIT_INTERRUPTED)
 
 
-def _leave(message: str, code: int) -> None:
+def _check_config(argv: list[str]) -> None:
+    """Holds --config and every --config.LEAF against the file, before absl reads them:
+    its own errors are tracebacks."""
+    line = "\n".join(argv[1:]) + "\n"
+    found = re.search(r"^--?config[=\n](.*)$", line, re.MULTILINE)
+    if found is None:
+        return  # absl says that it is required
+    tree = configs.read(found[1])
+    for leaf in re.findall(r"^--?(?:no)?config\.([^=\n]+)", line, re.MULTILINE):
+        configs.check_path(tree, leaf)
+
+
+def _leave(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     os._exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -74,8 +74,8 @@ class Writer:
         path = workdir / "metrics.jsonl"
         if path.exists():
             replacement = path.with_suffix(".tmp")
-            kept = [line for line in path.open("rb") if _step_of(line) <= step]
-            replacement.write_bytes(b"".join(kept))
+            lines = path.read_bytes().splitlines(keepends=True)
+            replacement.write_bytes(b"".join(x for x in lines if _step_of(x) <= step))
             replacement.replace(path)
         self._file = path.open("a")
         self._events = None
@@ -104,7 +104,7 @@ class Writer:
 def _step_of(line: bytes) -> float:
     """The step that a line of metrics.jsonl tells of; infinite if it is torn."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+        return float(json.loads(line)["step"]) if line[-1:] == b"\n" else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 

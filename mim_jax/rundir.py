@@ -3,7 +3,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import socket
@@ -64,12 +63,7 @@ def check_config(workdir: pathlib.Path, config: configs.Tree) -> list[str]:
     path = workdir / "config.json"
     if not path.exists():
         return []
-    try:
-        changes = configs.difference(configs.load(path), config)
-    except json.JSONDecodeError as error:
-        raise configs.ConfigError(
-            f"{path} cannot be read ({error}): put back a copy of it"
-        ) from error
+    changes = configs.difference(configs.load(path), config)
     if changes and config.on_change == "refuse":
         raise configs.ConfigError(
             f"{workdir} holds a run with another config:\n  "

@@ -406,7 +406,8 @@ def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     )
     with eval_batches(settings.data, batch_size=64) as batches:
         report = settings.report.measure(trained, batches)
-    report.save(workdir / "report", "report")
+    name = type(settings.report).__name__.lower()
+    report.save(workdir / "report", name)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

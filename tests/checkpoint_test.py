@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import resource
 import shutil
 
@@ -24,6 +25,11 @@ from mim_jax.checkpoint import (
 )
 from mim_jax.interrupt import Interrupted
 from mim_jax.state import TrainState, stack_blocks, unstack_blocks
+
+# Orbax drops coroutines of reads and writes that fail; who collects them is chance.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 EXTRA = {"window": {"sums": {"loss": 0.1 + 0.2}, "steps": 1}, "data": {"records": 12}}
 
@@ -81,10 +87,10 @@ def assert_same_bits(a, b) -> None:
 def fill(tmp_path):
     """Saves `make(step)` for each step and waits for the disk."""
 
-    def fill(*steps: int, **settings) -> pathlib.Path:
+    def fill(*steps: int, width: int = 16, **settings) -> pathlib.Path:
         with Checkpointer(tmp_path, Checkpoints(**settings)) as checkpointer:
             for step in steps:
-                checkpointer.save(step, placed(make(step)), EXTRA)
+                checkpointer.save(step, placed(make(step, width)), EXTRA)
         return tmp_path / "checkpoints"
 
     return fill
@@ -168,55 +174,60 @@ def test_saving_a_step_again_is_no_error(fill, tmp_path):
 
 
 def test_flipped_bits_name_the_leaf_and_fall_back(fill, tmp_path, capfd):
+    width = 4096  # small leaves lie in index nodes, which Orbax checks itself
+    folder = fill(2, 4, width=width)
+    pristine = tmp_path / "pristine"
+    shutil.copytree(folder / "4", pristine)
+    target = like(placed(make(0, width)))
+    data = max(pristine.rglob("d/*"), key=lambda path: path.stat().st_size)
+    assert data.stat().st_size > 2 * 8 * width * 4
+    for part in (0.2, 0.4, 0.6, 0.8):
+        shutil.rmtree(folder / "4", ignore_errors=True)
+        shutil.copytree(pristine, folder / "4")
+        flip(folder / "4" / data.relative_to(pristine), int(part * data.stat().st_size))
+        step, found, _ = restore(tmp_path, target)
+        assert step == 2
+        assert_same_bits(found, placed(make(2, width)))
+        assert (tmp_path / "damaged-checkpoints" / "4").is_dir()
+        assert not (folder / "4").exists()
+        error = capfd.readouterr().err
+        assert "WARNING: the checkpoint of step 4 is damaged: " in error
+        assert re.search(r"block0\d/mlp/fc1/kernel: not the bytes that were", error)
+        assert "going back to step 2" in error
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "missing",
+        "flipped",
+        pytest.param("empty", marks=pytest.mark.slow),
+        pytest.param("half", marks=pytest.mark.slow),
+    ],
+)
+def test_no_damaged_file_can_change_what_comes_back(fill, tmp_path, capfd, fault):
     folder = fill(2, 4)
     pristine = tmp_path / "pristine"
     shutil.copytree(folder / "4", pristine)
-    named = 0
-    for data in (pristine / "state").rglob("d/*"):
-        size = data.stat().st_size
-        for offset in range(size // 8, size, size // 4 + 1):
-            shutil.rmtree(folder / "4", ignore_errors=True)
-            shutil.copytree(pristine, folder / "4")
-            flip(folder / "4" / data.relative_to(pristine), offset)
-            step, found, _ = restore(tmp_path)
-            assert step in (2, 4)
-            assert_same_bits(found, placed(make(step)))
-            error = capfd.readouterr().err
-            if step == 2:
-                assert (tmp_path / "damaged-checkpoints" / "4").is_dir()
-                assert not (folder / "4").exists()
-                assert "WARNING: the checkpoint of step 4 is damaged" in error
-                assert "going back to step 2" in error
-                named += "kernel: not the bytes that were saved" in error
-    assert named >= 3
-
-
-def test_no_damaged_file_can_change_what_comes_back(fill, tmp_path, capfd):
-    folder = fill(2, 4)
-    pristine = tmp_path / "pristine"
-    shutil.copytree(folder / "4", pristine)
-    files = sorted(path for path in pristine.rglob("*") if path.is_file())
     fell_back = set()
-    for path in files:
-        for fault in ("missing", "empty", "half", "flipped"):
-            shutil.rmtree(folder / "4", ignore_errors=True)
-            shutil.copytree(pristine, folder / "4")
-            victim = folder / "4" / path.relative_to(pristine)
-            size = victim.stat().st_size
-            if fault == "missing":
-                victim.unlink()
-            elif fault == "flipped" and size:
-                flip(victim, size // 2)
-            else:
-                victim.write_bytes(victim.read_bytes()[: size // 2 * (fault == "half")])
-            step, found, extra = restore(tmp_path)
-            assert_same_bits(found, placed(make(step)))
-            assert extra == EXTRA
-            if step == 2:
-                fell_back.add((str(path.relative_to(pristine)), fault))
-    assert ("about/metadata", "missing") in fell_back
-    assert ("about/metadata", "flipped") in fell_back
-    assert ("state/manifest.ocdbt", "empty") in fell_back
+    for path in sorted(path for path in pristine.rglob("*") if path.is_file()):
+        name = path.relative_to(pristine)
+        shutil.rmtree(folder / "4", ignore_errors=True)
+        shutil.copytree(pristine, folder / "4")
+        victim = folder / "4" / name
+        size = victim.stat().st_size
+        if fault == "missing":
+            victim.unlink()
+        elif fault == "flipped":
+            flip(victim, size // 2)
+        else:
+            victim.write_bytes(victim.read_bytes()[: size // 2 * (fault == "half")])
+        step, found, extra = restore(tmp_path)
+        assert_same_bits(found, placed(make(step)))
+        assert extra == EXTRA
+        if step == 2:
+            fell_back.add(str(name))
+    assert {"about/metadata", "state/manifest.ocdbt"} <= fell_back
     assert "Traceback" not in capfd.readouterr().err
 
 

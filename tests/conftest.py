@@ -2,6 +2,7 @@
 """Eight CPU devices, strict types and ranks: set before anything imports JAX."""
 
 import os
+import socket
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
@@ -25,6 +26,17 @@ def _promoting(moment, decay, count):
 
 
 optax.tree.bias_correction = _promoting
+
+_connect = socket.socket.connect
+
+
+def _locally(self, address):
+    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1"):
+        raise OSError(f"a test wants the network: {address}")
+    return _connect(self, address)
+
+
+socket.socket.connect = _locally
 
 # The same settings in every run: a red test is red again, and nothing is written.
 hypothesis.settings.register_profile(

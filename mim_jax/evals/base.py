@@ -43,7 +43,7 @@ class Report:
         arrays: per-example values by name.
     """
 
-    scalars: dict[str, float]
+    scalars: dict[str, float | int]
     pictures: dict[str, Figure] = dataclasses.field(default_factory=dict)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class Report:
 
 
 class Eval(abc.ABC):
-    """A measurement. A concrete one is a frozen dataclass whose fields are its config."""
+    """A measurement: a frozen dataclass, whose fields are its config."""
 
     @abc.abstractmethod
     def check(self, objective: Objective) -> None:

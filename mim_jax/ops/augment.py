@@ -102,7 +102,7 @@ def adjust_hue(image: Float[Array, "h w 3"], turns) -> Float[Array, "h w 3"]:
     )
     hue = sextant + 6 * turns
     # A channel falls from value to value - chroma and back as the hue goes around.
-    offset = jnp.array([5, 3, 1], image.dtype)
+    offset = jnp.array([[[5, 3, 1]]], image.dtype)
     place = (offset + hue[..., None]) % 6
     depth = jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
     return value[..., None] - chroma[..., None] * depth

@@ -22,24 +22,27 @@ from mim_jax.state import stack_blocks, unstack_blocks
 SHAPE = (20, 36, 5)
 GRID = Grid(rows=5, cols=9, patch=4)
 MAE_ODD = MAE(
-    encoder=Encoder(patch=4, width=16, depth=2, heads=2),
+    encoder=Encoder(patch=4, width=16, depth=1, heads=2),
     decoder=Decoder(width=12, depth=1, heads=3),
     masking=Random(ratio=0.8),
     mean=(0.5, 0.4, 0.3, 0.2, 0.6),
     std=(0.2, 0.3, 0.1, 0.4, 0.5),
 )
+DEEP = dataclasses.replace(MAE_ODD, encoder=MAE_ODD.encoder.clone(depth=2))
 
 
 @functools.cache
 def params_of(mae):
-    """Initial parameters, perturbed so that none is neutral."""
-    params, stats = jax.jit(mae.init)(jax.random.key(0), draw_batch(1))
+    """Parameters of which none is neutral."""
+    params, stats = jax.eval_shape(mae.init, jax.random.key(0), draw_batch(1))
     assert stats == {}
     random = np.random.RandomState(0)
-    return jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(0.1 * random.randn(*leaf.shape), leaf.dtype),
-        params,
-    )
+
+    def leaf(like):
+        scale = 1 / math.sqrt(like.shape[0])
+        return jnp.asarray(scale * random.standard_normal(like.shape), like.dtype)
+
+    return jax.tree.map(leaf, params)
 
 
 def draw_batch(count=3, seed=0):
@@ -54,15 +57,14 @@ def keys(count=3, seed=1):
 @functools.partial(jax.jit, static_argnums=0)
 def loss_of(mae, params, batch, keys):
     loss, aux = mae.loss(params, None, batch, keys)
-    assert aux.stats == {} and aux.metrics == {}
     return loss, aux.weight
 
 
 @functools.cache
 def gradients(scan):
     """(loss, gradients) with the blocks one by one or as one loop."""
-    params = stack_blocks(params_of(MAE_ODD)) if scan else params_of(MAE_ODD)
-    grad = jax.jit(jax.value_and_grad(lambda *args: MAE_ODD.loss(*args)[0]))
+    params = stack_blocks(params_of(DEEP)) if scan else params_of(DEEP)
+    grad = jax.jit(jax.value_and_grad(lambda *args: DEEP.loss(*args)[0]))
     return grad(params, None, draw_batch(), keys())
 
 
@@ -87,14 +89,17 @@ def test_loss_by_hand(normalise_target):
     assert len({tuple(row) for row in np.sort(mask.keep, axis=1).tolist()}) == 3
 
     @jax.jit
-    def predict(params, patches):
+    def compute(params, patches):
         tokens, _ = mae.encoder.apply(
             {"params": params["encoder"]}, patches, GRID, mask.keep
         )
-        return mae.decoder.apply({"params": params["decoder"]}, tokens, mask, GRID, 80)
+        variables = {"params": params["decoder"]}
+        prediction = mae.decoder.apply(variables, tokens, mask, GRID, 80)
+        return prediction, mae.loss(params, None, batch, keys())
 
     patches = numpy_patches()
-    prediction = np.asarray(predict(params, jnp.asarray(patches, jnp.float32)))
+    prediction, (loss, aux) = compute(params, jnp.asarray(patches, jnp.float32))
+    prediction = np.asarray(prediction)
     errors = []
     for row in range(3):
         for patch, guess in zip(
@@ -105,9 +110,9 @@ def test_loss_by_hand(normalise_target):
                 variance = ((target - target.mean()) ** 2).sum() / (target.size - 1)
                 target = (target - target.mean()) / math.sqrt(variance + 1e-6)
             errors.append(((guess - target) ** 2).mean())
-    loss, weight = loss_of(mae, params, batch, keys())
     assert math.isclose(loss, np.mean(errors), rel_tol=2e-6)
-    assert weight == len(errors)
+    assert aux.weight == len(errors)
+    assert aux.stats == {} and aux.metrics == {}
 
 
 def test_keys_decide_masks_and_images_do_not_mix():
@@ -149,7 +154,7 @@ def test_every_parameter_learns():
 
 
 def test_a_loop_over_blocks_is_the_same_network():
-    params = params_of(MAE_ODD)
+    params = params_of(DEEP)
     back = unstack_blocks(stack_blocks(params))
     assert jax.tree.structure(back) == jax.tree.structure(params)
     for one, other in zip(*map(jax.tree.leaves, (back, params)), strict=True):
@@ -185,9 +190,9 @@ def test_true_targets_restore_the_image(normalise_target):
         MAE_ODD, decoder=Perfect(target=target), normalise_target=normalise_target
     )
     mask, params = mae.mask(batch, keys()), params_of(MAE_ODD)
-    image = mae.reconstruct(params, batch, mask)
+    image = jax.jit(mae.reconstruct)(params, batch, mask)
     np.testing.assert_allclose(image, batch["image"] / 255, atol=1e-5)
-    loss, _ = mae.loss(params, None, batch, keys())
+    loss, _ = jax.jit(mae.loss)(params, None, batch, keys())
     assert loss < 1e-10
 
 
@@ -287,6 +292,6 @@ def test_flops_are_those_of_the_program():
     assert 3 * forward == mae.flops(SHAPE)
     # No gradient goes into the pixels: by custom that product is counted all the same.
     assert training == mae.flops(SHAPE) - 2 * 9 * 80 * 256
-    # XLA counts what is not a matrix product as well, a few percent here.
+    # XLA counts what is not a matrix product as well, some percent here.
     counted = jax.jit(loss).lower(params).cost_analysis()["flops"]
-    assert 1 < counted / forward < 1.05
+    assert 1 < counted / forward < 1.1

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file in configs/, with every variant that it names, fits the program."""
+
+import ast
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mim_jax import config, evaluate, train
+from mim_jax.data.sources.tfds import Tfds
+
+ROOT = pathlib.Path(__file__).parents[1]
+# file: the variants to try besides none. A preset that its file knows must be here.
+FILES = {
+    "mae.py": (
+        "photos",
+        "masking=grid",
+        "masking=block",
+        "photos,masking=grid",
+        "photos,source=digits",
+    ),
+    "reconstruction.py": ("eval=reconstruction",),
+}
+every_config = pytest.mark.parametrize(
+    "argument",
+    [
+        f"configs/{name}" + (f":{variant}" if variant else "")
+        for name, variants in FILES.items()
+        for variant in ("", *variants)
+    ],
+)
+
+
+@pytest.fixture
+def imagenet(monkeypatch):
+    """Stands for a prepared ImageNet: its length and channels, and no image."""
+    monkeypatch.setattr(Tfds, "__post_init__", lambda self: None)
+    monkeypatch.setattr(Tfds, "__len__", lambda self: 1281167)
+    monkeypatch.setattr(Tfds, "channels", 3)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_file_is_tested():
+    assert {path.name for path in (ROOT / "configs").glob("*.py")} == FILES.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_preset_is_tested(name):
+    tree = ast.parse((ROOT / "configs" / name).read_text())
+    (presets,) = (
+        ast.literal_eval(keyword.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "presets"
+    )
+    assert set(presets) <= set(FILES[name])
+
+
+@every_config
+def test_a_config_is_locked_and_stated(argument):
+    tree = config.read(argument)
+    assert tree.is_locked and tree.job in config.JOBS
+    assert config.dumps(tree)
+
+
+@every_config
+def test_a_config_builds_and_its_step_traces(argument, imagenet):
+    tree = config.read(argument)
+    if tree.job == "eval":
+        tree.run = "runs/any"
+        config.build(tree)
+        return
+    if tree.data.source.name == "digits":  # grey, and the colour recipe is for photos
+        tree.objective.update(dict(mean=(0.5,), std=(0.25,), color_jitter="none"))
+    plan = train.Plan.of(tree, jax.devices()[:1])
+    state = plan.abstract_state()
+    step = lambda state, batch: train.train_step(  # noqa: E731
+        state,
+        batch,
+        objective=plan.settings.objective,
+        tx=plan.tx,
+        micro_batches=plan.settings.accumulate,
+    )
+    after, metrics = jax.eval_shape(step, state, plan.abstract_batch())
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert metrics["loss"].shape == () and plan.total >= 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_header_gives_a_command_that_names_the_file(name):
+    text = ast.get_docstring(ast.parse((ROOT / "configs" / name).read_text()))
+    commands = re.findall(r"--config=(configs/[^ \n\\]+)", text)
+    assert commands
+    for argument in commands:
+        assert argument.split(":")[0] == f"configs/{name}"
+        config.read(argument)
+
+
+def test_mae_is_the_recipe_of_its_paper(imagenet):
+    # arXiv:2111.06377, table 8, for the 100 epochs of arXiv:2208.04164.
+    built = config.build(config.read("configs/mae.py"))
+    assert (built.epochs, built.batch_size) == (100.0, 1024)
+    assert (built.optim.base_lr, built.optim.warmup_epochs) == (1.5e-4, 20.0)
+    assert (built.optim.b1, built.optim.b2) == (0.9, 0.95)
+    assert built.optim.weight_decay == 0.05
+    assert built.objective.masking.ratio == 0.75
+    assert built.objective.normalise_target
+    assert built.data.image_size == (224, 224)
+    plan = train.Plan.of(config.read("configs/mae.py"))
+    assert plan.total == 125114  # ceil(100 epochs * 1281167 / 1024)
+    assert plan.schedule(plan.total * 0.2) == pytest.approx(6e-4, rel=1e-5)
+
+
+def test_without_data_the_error_shows_three_ways_out(tmp_path):
+    tree = config.read("configs/mae.py")
+    tree.data.source.data_dir = str(tmp_path)
+    with pytest.raises(config.ConfigError) as caught:
+        config.build(tree)
+    text = str(caught.value)
+    assert text.startswith(
+        "config.data.source: data set 'imagenet2012' is not prepared: looked for "
+        f"{tmp_path}/imagenet2012/VERSION/dataset_info.json"
+    )
+    assert f"mim_jax.data.prepare imagenet2012 --data_dir={tmp_path}" in text
+    assert "pip install 'mim_jax[prepare]'" in text
+    assert "--config=configs/mae.py:photos" in text
+
+
+def test_plans_refuse_what_does_not_fit_before_anything_compiles(imagenet):
+    def refused(message, **changes):
+        tree = config.read("configs/mae.py:photos")
+        for path, value in changes.items():
+            node = tree
+            *above, name = path.split("__")
+            for part in above:
+                node = node[part]
+            node[name] = value
+        with pytest.raises(config.ConfigError) as caught:
+            train.Plan.of(tree)
+        assert message in str(caught.value)
+
+    refused("unit=6 pixels with a ViT patch of 4", objective__masking__unit=6)
+    refused("image 33x32 with patch=4: want both", data__image_size=(33, 32))
+    refused("mesh data=3 x fsdp=1 on 8 device(s)", mesh__data=3)
+    refused("on 8 devices: want a multiple of 8", batch_size=12)
+    refused("warmup_epochs=100.0: want less", optim__warmup_epochs=100.0)
+    refused("encoder.width=62, encoder.heads=2", objective__encoder__width=62)
+    refused("want one number per channel", objective__mean=(0.5,))
+
+
+def test_an_eval_of_nothing_says_what_it_wants(tmp_path):
+    tree = config.read("configs/reconstruction.py")
+    tree.run = str(tmp_path)
+    with pytest.raises(config.ConfigError, match="no config.json there; want the work"):
+        evaluate.run(tree, tmp_path / "report")

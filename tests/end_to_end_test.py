@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real process: killed, interrupted, refused and resumed."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mim_jax.checkpoint import read_params
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 12
+TINY = {
+    "steps": STEPS,
+    "batch_size": 8,
+    "objective.encoder.depth": 1,
+    "objective.encoder.width": 16,
+    "objective.encoder.heads": 2,
+    "objective.decoder.depth": 1,
+    "objective.decoder.width": 16,
+    "objective.decoder.heads": 2,
+    "checkpoint.every": 2,
+    "log.every": 1,
+    "report.images": 1,
+    "report.draws": 1,
+    "report.inpainted": 0,
+    "report.rows": 1,
+}
+TIMING = ("images_per_second", "input_wait_share")
+SAVING = "*.orbax-checkpoint-tmp"
+
+# Only failed saves and reads, which the tests below provoke, leave coroutines behind.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+class Process:
+    """`python -m mim_jax.main` on a tiny run, its output going to files."""
+
+    def __init__(self, workdir, leaves=None, *, devices=1, limit=None):
+        leaves = TINY | (leaves or {})
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        self.workdir = workdir
+        self.out = workdir.parent / f"{workdir.name}.out"
+        self.err = workdir.parent / f"{workdir.name}.err"
+        command = [
+            *(sys.executable, "-m", "mim_jax.main", "--config=configs/mae.py:photos"),
+            f"--workdir={workdir}",
+            *(f"--config.{name}={value}" for name, value in leaves.items()),
+        ]
+        if limit is not None:  # of every file's size, as if the disk were full
+            command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "", *command]
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            # So that small programs are compiled once in all of these tests, too.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self._popen = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=err
+            )
+        self.pid = self._popen.pid
+
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def wait(self, timeout: float = 300) -> int:
+        try:
+            return self._popen.wait(timeout)
+        finally:
+            self._popen.kill()
+
+    def until(self, condition, timeout: float = 120) -> bool:
+        """Waits for a line of output, or for a function to say yes; False if the
+        process ended first."""
+        if isinstance(condition, str):
+            text = condition
+            condition = lambda: text in self.out.read_text()  # noqa: E731
+        end = time.monotonic() + timeout
+        while not condition():
+            if not self.running():
+                return False
+            assert time.monotonic() < end, f"waited in vain for {condition}"
+            time.sleep(0.002)
+        return True
+
+    def saving(self) -> bool:
+        return any((self.workdir / "checkpoints").glob(SAVING))
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> bool:
+        """SIGKILL; False if the process had ended by itself."""
+        killed = self.running()
+        self._popen.kill()
+        self._popen.wait()
+        return killed
+
+    @property
+    def stderr(self) -> str:
+        return self.err.read_text()
+
+    @property
+    def stdout(self) -> str:
+        return self.out.read_text()
+
+
+def run(workdir, leaves=None, **options) -> Process:
+    """A process that must come to its end, without a word on stderr."""
+    process = Process(workdir, leaves, **options)
+    assert process.wait() == 0, process.stderr
+    assert process.stderr == ""
+    return process
+
+
+def metrics(workdir) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: v for name, v in json.loads(line).items() if name not in TIMING}
+        for line in lines
+    ]
+
+
+def final_state(workdir, step=STEPS) -> dict[str, bytes]:
+    """Every leaf of the whole TrainState of a checkpoint, as bytes."""
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.restore(workdir / "checkpoints" / str(step) / "state")
+    flat = ocp.tree.to_flat_dict(tree, sep="/")
+    assert {name.split("/")[0] for name in flat} >= {"params", "opt_state", "key"}
+    return {name: np.asarray(leaf).tobytes() for name, leaf in flat.items()}
+
+
+def assert_same_run(workdir, other) -> None:
+    assert metrics(workdir) == metrics(other)
+    a, b = final_state(workdir), final_state(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    run(workdir)
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, STEPS + 1))
+    return workdir
+
+
+def fresh(straight, workdir) -> pathlib.Path:
+    """A new run directory that need not compile again."""
+    workdir.mkdir(parents=True)
+    shutil.copytree(straight / "compiled", workdir / "compiled")
+    return workdir
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    try:
+        text = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except FileNotFoundError:
+        return []
+    below = [int(word) for word in text.split()]
+    return below + [grandchild for child in below for grandchild in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return text.rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def gone(pids: list[int], timeout: float = 15) -> list[int]:
+    """The processes that are still there after a while."""
+    end = time.monotonic() + timeout
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return list(filter(alive, pids))
+
+
+# What a person sees
+
+
+def test_a_run_says_what_it_does_and_nothing_else(straight):
+    out = (straight.parent / "run.out").read_text()
+    steps = re.findall(r"^step (\d+)/12  loss [\d.]+  \d+ images/s  ", out, re.M)
+    assert steps == [str(step) for step in range(1, STEPS + 1)]
+    assert out.count("parameters") == out.count("mim_jax 0.") == 1
+    for line in (straight / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        assert {"step", "loss", "lr", "images_per_second"} <= values.keys()
+        assert all(np.isfinite(value) for value in values.values())
+    assert list((straight / "tensorboard").iterdir())
+    assert list((straight / "report").glob("*.json"))
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["10", "12"]
+
+
+def test_workers_leave_in_silence(straight, tmp_path):
+    workdir = fresh(straight, tmp_path / "run")
+    process = Process(workdir, {"data.workers": 1})
+    process.until("step 1/")
+    below = children(process.pid)
+    assert below
+    assert process.wait() == 0
+    assert process.stderr == ""
+    assert gone(below) == []
+    assert_same_run(workdir, straight)
+
+
+# Kills
+
+
+def kill_and_resume(workdir, rng, lifetime, workers, kills, windows):
+    """Kills one run again and again; returns (kills, where) once it is done."""
+    where = []
+    while len(where) < kills:
+        process = Process(workdir, {"data.workers": workers})
+        if windows and rng.random() < 0.4:
+            kind = "save"
+            process.until(process.saving)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            kind = "time"
+            deadline = time.monotonic() + rng.uniform(0, lifetime)
+            process.until(lambda: time.monotonic() > deadline)  # noqa: B023
+        below = children(process.pid)
+        if not process.kill():
+            assert process.wait() == 0, process.stderr
+            break
+        where.append(kind)
+        assert gone(below) == []
+        assert "Traceback" not in process.stderr
+    # Workers of the killed ones hold no lock, and nothing is told of their end.
+    last = Process(workdir, {"data.workers": workers})
+    assert last.wait() == 0, last.stderr
+    assert last.stderr == ""
+    return where
+
+
+def test_killed_twice_and_resumed_to_the_same_bits(straight, tmp_path):
+    workdir = fresh(straight, tmp_path / "run")
+    process = Process(workdir, {"data.workers": 1})
+    process.until("step 3/")
+    below = children(process.pid)
+    assert process.kill()
+    assert gone(below) == []
+    process = Process(workdir)
+    process.until(process.saving)
+    assert process.kill()
+    assert run(workdir).stdout.count("resumed from step") == 1
+    assert_same_run(workdir, straight)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_and_resumed_to_the_same_bits(straight, tmp_path):
+    rng = random.Random(0)
+    begun = time.monotonic()
+    run(fresh(straight, tmp_path / "measured"))
+    lifetime = time.monotonic() - begun
+    where, round = [], 0
+    while len(where) < 20:
+        workdir = tmp_path / f"run{round}"
+        if round % 3:  # else it compiles, and is killed compiling
+            fresh(straight, workdir)
+        workers = round % 2
+        left = min(4, 20 - len(where))
+        where += kill_and_resume(workdir, rng, lifetime, workers, left, round > 0)
+        assert_same_run(workdir, straight)
+        round += 1
+    print(f"{len(where)} kills in {round} runs: {where}")
+
+
+# Signals
+
+
+def interrupted(workdir, moment, number=signal.SIGTERM, leaves=None) -> Process:
+    """A process that got one signal at a moment, and has left."""
+    process = Process(workdir, leaves)
+    assert process.until(getattr(process, moment, moment)), process.stderr
+    process.send(number)
+    assert process.wait(60) == 75, process.stderr
+    error = process.stderr
+    assert "Traceback" not in error
+    assert error == (
+        f"\n{number.name}: saving and leaving; once more to leave now\n"
+        "saved; the same command goes on from here\n"
+    )
+    return process
+
+
+def test_signals_at_every_stage_and_the_same_bits(straight, tmp_path):
+    workdir = tmp_path / "run"
+    interrupted(workdir, "length  ")  # compiling: nothing is in the cache
+    interrupted(workdir, "step 3/", signal.SIGINT)
+    first = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert metrics(workdir)[-1]["step"] == first >= 3  # nothing done is lost
+    interrupted(workdir, "saving")
+    interrupted(workdir, f"step {STEPS}/")  # the report
+    assert not (workdir / "report").exists()
+    assert "resumed from step 12" in run(workdir).stdout
+    assert list((workdir / "report").glob("*.json"))
+    assert_same_run(workdir, straight)
+
+
+def test_twice_compiling_is_no_error(straight, tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        interrupted(tmp_path / "run", "length  ", number)
+    shutil.rmtree(tmp_path / "run" / "compiled")
+    shutil.copytree(straight / "compiled", tmp_path / "run" / "compiled")
+    run(tmp_path / "run")
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("delay", [0.3, 1.0])
+def test_a_signal_before_there_is_a_state_just_ends(tmp_path, number, delay):
+    process = Process(tmp_path / "run")
+    time.sleep(delay)  # importing
+    process.send(number)
+    assert process.wait(60) in (-number, 75)  # as a shell shows it: 128 + number
+    assert "Traceback" not in process.stderr
+    assert process.stdout == "" or process.wait() == 75
+
+
+def test_a_second_signal_leaves_at_once_and_loses_little(straight, tmp_path):
+    workdir = tmp_path / "run"
+    process = Process(workdir)
+    process.until("length  ")
+    process.send(signal.SIGTERM)
+    time.sleep(0.01)
+    process.send(signal.SIGINT)
+    assert process.wait(10) in (75, 128 + signal.SIGINT)
+    assert "Traceback" not in process.stderr
+
+
+# Exact resume
+
+
+def five_and_seven(workdir, leaves=None, **options) -> Process:
+    run(workdir, (leaves or {}) | {"stop_after": 5}, **options)
+    assert [line["step"] for line in metrics(workdir)] == [1, 2, 3, 4, 5]
+    process = run(workdir, leaves, **options)
+    assert "resumed from step 5" in process.stdout
+    return process
+
+
+@pytest.mark.parametrize(
+    "scan, devices",
+    [
+        pytest.param(True, 8),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(False, 8, marks=pytest.mark.slow),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_twelve_steps_are_five_and_seven(tmp_path, scan, devices):
+    leaves = {"scan": scan, "objective.encoder.depth": 2, "checkpoint.every": 3}
+    run(tmp_path / "straight", leaves, devices=devices)
+    five_and_seven(
+        fresh(tmp_path / "straight", tmp_path / "run"), leaves, devices=devices
+    )
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+def assert_close_run(workdir, other, rtol=1e-5) -> None:
+    """Same data and masks: the same losses, to the rounding of another order."""
+    ours, theirs = metrics(workdir), metrics(other)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("loss", "lr", "epoch", "replaced"):
+        np.testing.assert_allclose(
+            [line[name] for line in ours], [line[name] for line in theirs], rtol=rtol
+        )
+
+
+def test_eight_devices_resume_on_one_sharded_on_replicated(straight, tmp_path):
+    workdir = tmp_path / "run"
+    run(workdir, {"stop_after": 5, "mesh.fsdp": 4}, devices=8)
+    accept = {"on_change": "accept"}
+    process = run(workdir, {"stop_after": 8} | accept)
+    assert "changed     config.mesh.fsdp: 4 -> 1" in process.stdout
+    run(workdir, accept | {"mesh.fsdp": 2}, devices=2)
+    assert_close_run(workdir, straight)
+
+
+def test_scan_goes_on_from_an_unrolled_checkpoint(straight, tmp_path):
+    workdir = fresh(straight, tmp_path / "run")
+    run(workdir, {"stop_after": 6})
+    leaves = {"scan": True, "on_change": "accept"}
+    run(workdir, leaves)
+    assert_close_run(workdir, straight)
+    assert final_state(workdir).keys() == final_state(straight).keys()
+    assert set(read_params(workdir)[1]) == {"encoder", "decoder"}
+
+
+# Refusals and faults
+
+
+def refused(workdir, code, leaves=None, **options) -> str:
+    process = Process(workdir, leaves, **options)
+    assert process.wait() == code, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr
+
+
+def test_refusals_say_why_and_touch_nothing(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    before = {path: path.read_bytes() for path in workdir.glob("*") if path.is_file()}
+
+    error = refused(workdir, 2, {"optim.base_lr": 0.5})
+    assert "config.optim.base_lr: 0.004 -> 0.5" in error
+    error = refused(workdir, 2, {"objective.encoder.width": 32, "on_change": "accept"})
+    assert "not of this model" in error and "[16, 48] -> float32[32, 96]" in error
+
+    about = workdir / "checkpoints" / "12" / "about" / "metadata"
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    about.write_text(about.read_text()[:-20])
+    error = refused(workdir, 4)
+    assert "no checkpoint under" in error and "step 12: JSONDecodeError" in error
+
+    after = {path: path.read_bytes() for path in workdir.glob("*") if path.is_file()}
+    for name in ("lock", "parameters.txt"):
+        before.pop(workdir / name), after.pop(workdir / name)
+    assert before == after
+
+
+def test_a_second_process_is_refused(straight, tmp_path):
+    workdir = fresh(straight, tmp_path / "run")
+    first = Process(workdir)
+    first.until("length  ")
+    second = Process(workdir, {"log.every": 3})  # its output replaces the first's
+    assert second.wait() == 2
+    assert re.search(rf"is in use by .* pid {first.pid}:", second.stderr)
+    assert first.wait() == 0
+    assert_same_run(workdir, straight)
+
+
+def test_another_data_set_is_refused(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    path = workdir / "checkpoints" / "12" / "about" / "metadata"
+    import hashlib
+
+    about = json.loads(path.read_text())["about"]
+    about["extra"]["data"]["images"] = 11
+    text = json.dumps(about, sort_keys=True)
+    sealed = {"about": about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    path.write_text(json.dumps(sealed))
+    error = refused(workdir, 2)
+    assert "the data are not those that this run began with" in error
+
+
+def test_a_damaged_checkpoint_costs_one_interval(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    manifest = workdir / "checkpoints" / "12" / "state" / "manifest.ocdbt"
+    data = bytearray(manifest.read_bytes())
+    data[len(data) // 2] ^= 1
+    manifest.write_bytes(data)
+    process = Process(workdir)
+    assert process.wait() == 0
+    assert "WARNING: the checkpoint of step 12 is damaged" in process.stderr
+    assert process.stderr.count("\n") == 2
+    assert "resumed from step 10" in process.stdout
+    assert (workdir / "damaged-checkpoints" / "12").is_dir()
+    assert_same_run(workdir, straight)
+
+
+def test_a_full_disk_is_told_and_what_was_saved_stays(straight, tmp_path):
+    workdir = fresh(straight, tmp_path / "run")
+    run(workdir, {"stop_after": 4})
+    wide = {"on_change": "accept"}
+    process = Process(workdir, wide, limit=4)  # KiB
+    assert process.wait() == 4, process.stderr
+    error = process.stderr
+    assert "WARNING: the checkpoint of step 6 could not be saved" in error
+    assert "3 times in a row, the checkpoint of step 10 could not be saved" in error
+    assert "Newest one on the disk: step 4" in error
+    assert "Traceback" not in error and error.count("\n") < 12
+    run(workdir, wide)
+    assert_same_run(workdir, straight)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(straight, tmp_path):
+    workdir = tmp_path / "run"
+    leaves = {"optim.base_lr": 1e30, "optim.warmup_epochs": 0, "checkpoint.every": 1}
+    error = refused(workdir, 3, leaves)
+    found = re.search(r"step (\d+): loss \S+ or its gradient is not finite", error)
+    assert found, error
+    step = int(found[1])
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert f"Last good checkpoint: step {saved[-1]}." in error
+    assert saved[-1] == step - 1
+    told = json.loads((workdir / f"nonfinite-step{step}-host0.json").read_text())
+    assert len(told["indices"]) == 8
+    assert ", ".join(map(str, told["indices"])) in error
+    for each in saved:
+        for name, leaf in final_state(workdir, each).items():
+            if name.startswith("params"):
+                assert np.isfinite(np.frombuffer(leaf, np.float32)).all()
+    assert [line["step"] for line in metrics(workdir)] == list(range(1, step))

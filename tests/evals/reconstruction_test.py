@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reconstruction report against hand-made numbers and objectives that know all."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mim_jax.evals import reconstruction
+from mim_jax.evals.base import Run
+from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.models.decoder import Decoder
+from mim_jax.models.vit import Encoder
+from mim_jax.objectives.mae import MAE
+from mim_jax.ops import augment
+from mim_jax.ops.masking import from_hidden
+from mim_jax.ops.patches import Grid, normalise_patches, patchify, unpatchify
+
+GRID = Grid(3, 4, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Oracle(MAE):
+    """Predicts its target exactly, or only the number in its parameters."""
+
+    def reconstruct(self, params, batch, mask):
+        images = augment.to_float(batch["image"])
+        return images + params["offset"]
+
+
+def _batch(rows, valid=None):
+    rng = np.random.default_rng(0)
+    image = rng.integers(20, 230, (rows, 8, 8, 3), np.uint8)
+    valid = np.ones(rows, bool) if valid is None else valid
+    return {"image": image, "index": np.arange(rows, dtype=np.int32), "valid": valid}
+
+
+def _run(offset=0.1, **fields):
+    encoder = Encoder(patch=4, width=8, depth=1, heads=2)
+    decoder = Decoder(width=8, depth=1, heads=2)
+    objective = Oracle(encoder=encoder, decoder=decoder, **fields)
+    params = {"offset": jnp.asarray(offset)}
+    initial = {"offset": jnp.asarray(offset * 10)}
+    return Run(objective=objective, params=params, initial=initial, step=7, name="x")
+
+
+def test_psnr_of_a_known_error():
+    report = Reconstruction(inpainted=0).measure(_run(0.05), [_batch(5)])
+    assert report.scalars["images"] == 5
+    # The error is .05 everywhere: -20 log10(.05) dB.
+    assert report.scalars["psnr_model_db"] == pytest.approx(26.0206, abs=1e-3)
+    assert report.scalars["psnr_untrained_db"] < 10
+
+
+def test_padding_and_batch_size_change_nothing():
+    measure = Reconstruction(inpainted=3, draws=2).measure
+    whole = _batch(5)
+    padded = []
+    for start in (0, 2, 4):
+        part = {name: value[start : start + 2] for name, value in whole.items()}
+        if start == 4:
+            blank = {"image": np.zeros((1, 8, 8, 3), np.uint8)}
+            blank |= {"index": np.array([-1], np.int32), "valid": np.array([False])}
+            part = {k: np.concatenate([part[k], blank[k]]) for k in part}
+        padded.append(part)
+    one, many = measure(_run(), [whole]), measure(_run(), padded)
+    assert one.scalars.keys() == many.scalars.keys()
+    for name, value in one.scalars.items():
+        assert many.scalars[name] == pytest.approx(value, rel=1e-5), name
+    assert one.arrays["psnr_biharmonic_db"].shape == (3,)
+    assert one.arrays["psnr_model_db"].shape == (10,)
+
+
+def test_no_more_images_than_asked_for():
+    report = Reconstruction(images=3, inpainted=9, rows=9).measure(
+        _run(), [_batch(2), _batch(2), _batch(2)]
+    )
+    assert report.scalars["images"] == 3
+    assert report.arrays["psnr_biharmonic_db"].shape == (3,)
+
+
+def test_visible_mean_by_hand():
+    hidden = np.zeros((1, 12), bool)
+    hidden[0, [1, 5, 11]] = True
+    images = np.random.default_rng(1).random((1, 6, 8, 2)).astype(np.float32)
+    seen = np.ones((6, 8), bool)
+    for patch in (1, 5, 11):
+        row, col = divmod(patch, 4)
+        seen[2 * row : 2 * row + 2, 2 * col : 2 * col + 2] = False
+    mask = from_hidden(hidden)
+    region = reconstruction.hidden_pixels(mask, GRID)
+    np.testing.assert_array_equal(region[0], ~seen)
+    filled = reconstruction.visible_mean(jnp.asarray(images), mask, GRID)
+    np.testing.assert_allclose(
+        filled[0], np.broadcast_to(images[0][seen].mean(axis=0), (6, 8, 2)), rtol=1e-5
+    )
+
+
+def test_patch_mean_is_the_zero_prediction():
+    """With normalised targets, predicting 0 gives each patch's true mean: of all its
+    channels together, in the standardised space."""
+    images = np.random.default_rng(2).random((2, 6, 8, 1)).astype(np.float32)
+    filled = reconstruction.patch_means(jnp.asarray(images), GRID)
+    patches = patchify(jnp.asarray(images), 2)
+    zero = jnp.zeros_like(normalise_patches(patches)) + patches.mean(-1, keepdims=True)
+    np.testing.assert_allclose(filled, unpatchify(zero, GRID), rtol=1e-6)
+
+
+def test_the_baseline_of_normalised_runs_is_named():
+    report = Reconstruction(inpainted=0).measure(_run(), [_batch(2)])
+    assert "psnr_patch_mean_db" in report.scalars
+    report = Reconstruction(inpainted=0).measure(
+        _run(normalise_target=False), [_batch(2)]
+    )
+    assert "psnr_patch_mean_db" not in report.scalars
+
+
+def test_inpainting_restores_a_smooth_image_and_keeps_what_is_known():
+    row, col = np.mgrid[:16, :16] / 16
+    image = np.stack([row, col, (row + col) / 2], axis=-1).astype(np.float32)
+    hidden = np.zeros((16, 16), bool)
+    hidden[4:8, 4:12] = True
+    filled = reconstruction.inpaint(image, hidden)
+    np.testing.assert_allclose(filled, image, atol=1e-3)
+    np.testing.assert_array_equal(filled[~hidden], image[~hidden])
+
+
+def test_report_is_written(tmp_path):
+    report = Reconstruction(inpainted=1).measure(_run(), [_batch(3)])
+    report.save(tmp_path / "report", "reconstruction")
+    saved = json.loads((tmp_path / "report" / "reconstruction.json").read_text())
+    assert saved == report.scalars
+    assert (tmp_path / "report" / "reconstruction.png").stat().st_size > 10_000
+
+
+def test_masks_do_not_depend_on_the_model():
+    """Trained and untrained models, and two runs, are measured on the same masks."""
+    seen = []
+
+    class Spy(Oracle):
+        def mask(self, batch, keys):
+            mask = super().mask(batch, keys)
+            jax.debug.callback(lambda keep: seen.append(np.asarray(keep)), mask.keep)
+            return mask
+
+    run = _run()
+    spy = Spy(
+        **{f.name: getattr(run.objective, f.name) for f in dataclasses.fields(MAE)}
+    )
+    for offset in (0.1, 0.2):
+        params = {"offset": jnp.asarray(offset)}
+        Reconstruction(inpainted=0, draws=2).measure(
+            dataclasses.replace(run, objective=spy, params=params), [_batch(3)]
+        )
+    jax.effects_barrier()
+    assert len(seen) == 4
+    np.testing.assert_array_equal(seen[:2], seen[2:])
+    assert (seen[0] != seen[1]).any()

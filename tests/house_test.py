@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house rules that protect users: who imports whom, and what nobody does."""
+
+import ast
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mim_jax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "mim_jax"
+CODE = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*.py")])
+ALL = sorted([*CODE, *(ROOT / "tests").rglob("*.py"), *ROOT.glob("benchmarks/*.py")])
+
+# Module or room: the project modules and rooms that it may import, besides
+# mim_jax itself (the version). The longest name that fits a module decides.
+MAY_IMPORT = {
+    "ops": ("ops",),
+    "models": ("models", "ops"),
+    "maskings": ("maskings.base", "ops"),
+    "objectives": ("objectives.base", "maskings", "models", "ops"),
+    "evals": ("evals.base", "objectives.base", "models", "ops"),
+    "data.sources": ("data.sources.base",),
+    "data.transforms": (),
+    "data.pipeline": ("data.sources.base", "data.transforms"),
+    "data.prepare": ("data.sources",),
+    # Beside, used by jobs: pytrees in, pytrees out.
+    "state": (),
+    "sharding": (),
+    "optim": ("objectives.base", "sharding"),
+    "checkpoint": ("interrupt", "sharding", "state"),
+    "metrics": (),
+    "interrupt": (),
+    # The only module that knows all tables; below it are built objects only.
+    "config": (
+        "checkpoint",
+        "data",
+        "evals",
+        "maskings",
+        "metrics",
+        "models",
+        "objectives",
+        "optim",
+        "sharding",
+    ),
+    # Jobs, which do not know each other, and what they share.
+    "rundir": ("config",),
+    "train": (
+        "checkpoint",
+        "config",
+        "data.pipeline",
+        "evals.base",
+        "interrupt",
+        "metrics",
+        "ops.backend",
+        "optim",
+        "rundir",
+        "sharding",
+        "state",
+    ),
+    "evaluate": (
+        "checkpoint",
+        "config",
+        "data.pipeline",
+        "evals.base",
+        "rundir",
+        "state",
+    ),
+    "main": ("checkpoint", "config", "evaluate", "interrupt", "train"),
+}
+TABLES = ("maskings", "objectives", "evals", "data.sources")
+# Another package's module: the only rooms that may import it.
+ONLY_IN = {
+    "flax.linen": ("models",),
+    "tensorflow": ("data.prepare",),
+    "tensorflow_datasets": ("data",),
+    "torch": (),
+    "orbax": ("checkpoint",),
+    "grain": ("data.pipeline",),
+}
+NEVER_IN_DATA = ("jax", "flax", "optax", "orbax")
+
+
+def module(path: pathlib.Path) -> str:
+    """`ops.masking` for mim_jax/ops/masking.py, `ops` for mim_jax/ops/__init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Full names of all that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(name: str, rooms) -> bool:
+    """Whether a dotted name is one of the rooms or in one of them."""
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+MODULES = {module(path): path for path in PACKAGE.rglob("*.py") if module(path)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_from_lower_rows_only(name):
+    if (PACKAGE / name.replace(".", "/")).is_dir():
+        # A room's own list: itself only.
+        allowed = (name,)
+    else:
+        rooms = [room for room in MAY_IMPORT if inside(name, [room])]
+        assert rooms, f"{name} has no row in MAY_IMPORT: where does it belong?"
+        allowed = MAY_IMPORT[max(rooms, key=len)]
+    for found in imports(MODULES[name]):
+        if inside(found, ["mim_jax"]) and found not in (
+            "mim_jax",
+            "mim_jax.__version__",
+        ):
+            below = found.removeprefix("mim_jax.")
+            assert inside(below, allowed), f"{name} imports {below}; may: {allowed}"
+
+
+def test_every_row_of_the_layers_exists():
+    for room in MAY_IMPORT:
+        assert inside(room, MODULES) or room in MODULES
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_other_packages_stay_in_their_rooms(path):
+    name = module(path) if path.is_relative_to(PACKAGE) else "configs"
+    for found in imports(path):
+        for package, rooms in ONLY_IN.items():
+            assert not inside(found, [package]) or inside(name, rooms), (name, found)
+        if inside(name, ["data"]):
+            assert not inside(found, NEVER_IN_DATA), (name, found)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
+def test_a_config_file_imports_config_and_kinds_only(path):
+    for found in imports(path):
+        allowed = found == "mim_jax.config" or found.endswith(".SIZES")
+        assert allowed or re.fullmatch(r"mim_jax\.[\w.]+\.base\.\w+", found), found
+
+
+@pytest.mark.parametrize("room", TABLES)
+def test_every_plug_in_file_has_a_row_in_its_table(room):
+    folder = PACKAGE / room.replace(".", "/")
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
+    kinds = [
+        table
+        for kind, (_, table) in config.KINDS.items()
+        if kind.__module__ == f"mim_jax.{room}.base"
+    ]
+    (table,) = kinds
+    assert {cls.__module__.rsplit(".", 1)[1] for cls in table.values()} == files
+
+
+@pytest.mark.parametrize("kind", config.KINDS)
+def test_no_plug_in_inherits_from_another(kind):
+    rows = list(config.KINDS[kind][1].values())
+    assert kind.__abstractmethods__
+    for row in rows:
+        assert not row.__abstractmethods__
+        assert not any(issubclass(row, other) for other in rows if other is not row)
+
+
+# A default belongs to the field of a class, once.
+TREES = re.compile(r"\b(c|cfg|config|configs|node|settings|tree)\b")
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_default_hides_where_a_config_is_read(path):
+    for node in ast.walk(parsed(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        if function.endswith(".get") and len(node.args) + len(node.keywords) > 1:
+            assert not TREES.search(function), f"{path}:{node.lineno} {function}"
+        if function == "getattr" and len(node.args) > 2:
+            read = ast.unparse(node.args[0])
+            assert not TREES.search(read), f"{path}:{node.lineno} getattr({read})"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_open_with_their_licence_and_check_their_shapes(path):
+    assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    # Annotations that are strings are not checked.
+    assert "__future__.annotations" not in imports(path)
+    assert ast.get_docstring(parsed(path))
+
+
+def test_importing_starts_no_backend_and_needs_no_tensorflow():
+    program = """
+import importlib, sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "torch"):
+            raise AssertionError(f"{name} is imported")
+sys.meta_path.insert(0, Refused())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+from jax._src import xla_bridge
+assert not xla_bridge._backends, xla_bridge._backends
+import jax
+jax.devices()
+assert xla_bridge._backends  # so that the line above would have seen one
+"""
+    names = [f"mim_jax.{name}" for name in MODULES]
+    command = [sys.executable, "-c", program, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tests_reach_no_network():
+    with socket.socket() as wire, pytest.raises(OSError, match="wants the network"):
+        wire.connect(("192.0.2.1", 80))  # an address that is nobody's

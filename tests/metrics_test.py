@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a resumed run writes continues what the killed one wrote."""
+
+import json
+import math
+import time
+
+import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+
+from mim_jax.metrics import Log, Progress, Window, Writer
+
+
+def write(workdir, steps, start=0, **log):
+    writer = Writer(workdir, Log(**log), start)
+    for step in steps:
+        writer.write(step, {"loss": 1 / step, "images_per_second": 8.0})
+    writer.close()
+
+
+def lines(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def events(workdir):
+    """All TensorBoard events, file after file, by the record format itself."""
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            yield event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+
+def shown(workdir):
+    """(step, tag) -> value as TensorBoard shows them: a restart purges later steps."""
+    found = {}
+    for event in events(workdir):
+        if event.session_log.status == event_pb2.SessionLog.START:
+            found = {key: v for key, v in found.items() if key[0] < event.step}
+        for value in event.summary.value:
+            assert (event.step, value.tag) not in found
+            found[event.step, value.tag] = value.simple_value
+    return found
+
+
+def test_lines_are_objects_with_their_step(tmp_path):
+    write(tmp_path, [1, 2])
+    assert lines(tmp_path)[1] == {"step": 2, "loss": 0.5, "images_per_second": 8.0}
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\0\0\0\n", b"[3]\n", b""])
+def test_torn_lines_and_lines_after_the_checkpoint_are_dropped(tmp_path, torn):
+    write(tmp_path, [1, 2, 3, 4])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    write(tmp_path, [3, 4], start=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_torn_line_that_lacks_only_its_end_is_dropped(tmp_path):
+    write(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    write(tmp_path, [3], start=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path, start):
+    write(tmp_path, [1, 2, 3])
+    time.sleep(1.1)  # event files are named by the second; no start is faster
+    write(tmp_path, range(start + 1, 5), start=start)
+    steps = [step for step, tag in shown(tmp_path) if tag == "loss"]
+    assert sorted(steps) == [1, 2, 3, 4]
+    assert shown(tmp_path)[4, "loss"] == pytest.approx(0.25)
+
+
+def test_without_tensorboard_there_is_no_folder(tmp_path):
+    write(tmp_path, [1], tensorboard=False)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_window_means_survive_a_save_exactly():
+    values = [0.1, 0.2, 0.3, 1e-9, 7.0]
+    straight, first = Window(), Window()
+    for value in values:
+        straight.add({"loss": value})
+    for value in values[:2]:
+        first.add({"loss": value})
+    second = Window(json.loads(json.dumps(first.saved())))
+    for value in values[2:]:
+        second.add({"loss": value})
+    assert second.take() == straight.take() == {"loss": sum(values) / 5}
+    second.add({"loss": 4.0})
+    assert second.take() == {"loss": 4.0}
+
+
+def test_plain_lines_name_step_loss_and_speed(capsys):
+    progress = Progress("auto", 2, 10)  # pytest's output is no terminal
+    progress.advance(3)
+    progress.show(3, {"loss": math.pi, "images_per_second": 12.3})
+    progress.close()
+    line = capsys.readouterr().out
+    assert line.startswith("step 3/10  loss 3.1416  12 images/s  ")
+    assert line.endswith(" left\n") and line.count("\n") == 1
+
+
+def test_none_shows_nothing(capfd):
+    progress = Progress("none", 0, 10)
+    progress.advance(1)
+    progress.show(1, {"loss": 1.0, "images_per_second": 1.0})
+    progress.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bar_starts_at_the_resumed_step(capfd):
+    progress = Progress("bar", 4, 10)
+    progress.advance(5)
+    progress.show(5, {"loss": 0.5, "images_per_second": 8.0})
+    progress.close()
+    out, err = capfd.readouterr()
+    assert out == "" and "5/10" in err and "loss 0.5000" in err
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="every=0"):
+        Log(every=0)
+    with pytest.raises(ValueError, match="known: auto, bar, lines, none"):
+        Log(progress="loud")
