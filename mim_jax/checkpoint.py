@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 import mim_jax
 from mim_jax.interrupt import Interrupted
@@ -318,7 +319,7 @@ def read_params(run: str | pathlib.Path, step: int | None = None) -> tuple[int, 
             for name, (dtype, shape, _) in leaves.items()
             if name.startswith("params/")
         }
-        target = flax.traverse_util.unflatten_dict(target)
+        target = traverse_util.unflatten_dict(target)
         params = _restored(folder, step, target)
         _verify(params, leaves)
     except _DamageError as error:
@@ -427,7 +428,7 @@ def _typed(raw: Any, like: Any) -> Any:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _verify(state: Any, stored: dict[str, list]) -> None:

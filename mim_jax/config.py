@@ -156,7 +156,7 @@ class Evaluate:
 JOBS = {"train": Train, "eval": Evaluate}
 
 
-def schema(cls: type) -> Tree:
+def schema(cls: Any) -> Tree:
     """A locked tree with one typed leaf per field of a class, at its default."""
     node = config_dict.ConfigDict()
     for field in _fields(cls):
@@ -333,7 +333,7 @@ def difference(old: Tree, new: Tree) -> list[str]:
     ]
 
 
-def _fields(cls: type) -> list[dataclasses.Field]:
+def _fields(cls: Any) -> list[dataclasses.Field]:
     skip = _FLAX + (() if cls in JOBS.values() else SHARED)
     return [field for field in dataclasses.fields(cls) if field.name not in skip]
 
@@ -348,7 +348,7 @@ def _leaf(field: dataclasses.Field, kind: Any) -> Any:
         names = {cls: name for name, cls in table.items()}
         node = choose(kind, names[type(default)])
         return _default_values(node, default)
-    if dataclasses.is_dataclass(kind):
+    if _is_group(kind):
         node = schema(kind)
         if default is dataclasses.MISSING:
             return node
@@ -376,7 +376,11 @@ def _default_values(node: Tree, value: Any) -> Tree:
     return node
 
 
-def _places(tree: Tree, cls: type, kind: type) -> Iterator[tuple]:
+def _is_group(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
+
+
+def _places(tree: Tree, cls: Any, kind: type) -> Iterator[tuple]:
     """(node, field name) of every field of an abstract type in a tree."""
     for field in _fields(cls):
         if field.type is kind:
@@ -384,11 +388,11 @@ def _places(tree: Tree, cls: type, kind: type) -> Iterator[tuple]:
         elif field.type in KINDS:
             chosen = KINDS[field.type][1][tree[field.name]["name"]]
             yield from _places(tree[field.name], chosen, kind)
-        elif dataclasses.is_dataclass(field.type):
+        elif _is_group(field.type):
             yield from _places(tree[field.name], field.type, kind)
 
 
-def _build(cls: type, node: Any, path: str, shared: dict) -> Any:
+def _build(cls: Any, node: Any, path: str, shared: dict) -> Any:
     if not isinstance(node, config_dict.ConfigDict):
         raise ConfigError(f"{path}={node!r}: want a group of fields")
     fields = _fields(cls)
@@ -404,7 +408,7 @@ def _build(cls: type, node: Any, path: str, shared: dict) -> Any:
         value = node[field.name]
         if field.type in KINDS:
             value = _build(_chosen(field.type, value, below), value, below, shared)
-        elif dataclasses.is_dataclass(field.type):
+        elif _is_group(field.type):
             value = _build(field.type, value, below, shared)
         else:
             value = _typed(value, field.type, below)
@@ -470,7 +474,7 @@ def _names_field(error: Exception, values: dict) -> bool:
     return str(error).startswith(tuple(f"{name}=" for name in values))
 
 
-def _fill(tree: Tree, cls: type, saved: Any, path: str) -> None:
+def _fill(tree: Tree, cls: Any, saved: Any, path: str) -> None:
     """Puts the values of a parsed file into a tree of the class's defaults."""
     if not isinstance(saved, dict):
         raise ConfigError(f"{path}={saved!r}: want a group of fields")
@@ -487,7 +491,7 @@ def _fill(tree: Tree, cls: type, saved: Any, path: str) -> None:
                 tree[field.name] = choose(field.type, name)
             rest = {key: value[key] for key in value if key != "name"}
             _fill(tree[field.name], table[name], rest, below)
-        elif dataclasses.is_dataclass(field.type):
+        elif _is_group(field.type):
             _fill(tree[field.name], field.type, value, below)
         else:
             tree[field.name] = _typed(value, field.type, below)

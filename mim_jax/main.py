@@ -4,8 +4,13 @@
 import os
 import pathlib
 import re
+import signal
 import sys
 from typing import NoReturn
+
+if __name__ == "__main__":
+    # Until there is a run to save, Ctrl-C just ends it: no traceback from an import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -22,11 +27,13 @@ EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT = 2, 3, 4
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/FILE.py[:variant]; any leaf: --config.LEAF=VALUE"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, made if absent.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run, made if absent.", required=True
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One process of several: call jax.distributed.initialize."
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -55,7 +62,7 @@ def main(argv: list[str]) -> None:
     try:
         if config.job not in JOBS:
             configs.build(config)  # says which jobs there are
-        JOBS[config.job](config, pathlib.Path(_WORKDIR.value))
+        JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
     except (configs.ConfigError, MismatchError) as error:
         _leave(f"error: {error}", EXIT_CONFIG)
     except FloatingPointError as error:

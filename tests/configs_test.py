@@ -92,7 +92,9 @@ def test_a_config_builds_and_its_step_traces(argument, imagenet):
     after, metrics = jax.eval_shape(step, state, plan.abstract_batch())
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == () and plan.total >= 1
-    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {
+        jnp.dtype("float32")
+    }
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,7 @@
 """The house rules that protect users: who imports whom, and what nobody does."""
 
 import ast
+import functools
 import pathlib
 import re
 import socket
@@ -92,10 +93,12 @@ def module(path: pathlib.Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
+@functools.cache
 def parsed(path: pathlib.Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@functools.cache
 def imports(path: pathlib.Path) -> set[str]:
     """Full names of all that a file imports, wherever in the file."""
     found = set()
@@ -125,11 +128,8 @@ def test_a_module_imports_from_lower_rows_only(name):
         rooms = [room for room in MAY_IMPORT if inside(name, [room])]
         assert rooms, f"{name} has no row in MAY_IMPORT: where does it belong?"
         allowed = MAY_IMPORT[max(rooms, key=len)]
-    for found in imports(MODULES[name]):
-        if inside(found, ["mim_jax"]) and found not in (
-            "mim_jax",
-            "mim_jax.__version__",
-        ):
+    for found in imports(MODULES[name]) - {"mim_jax"}:
+        if inside(found, ["mim_jax"]):
             below = found.removeprefix("mim_jax.")
             assert inside(below, allowed), f"{name} imports {below}; may: {allowed}"
 
@@ -200,7 +200,6 @@ def test_files_open_with_their_licence_and_check_their_shapes(path):
     assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
     # Annotations that are strings are not checked.
     assert "__future__.annotations" not in imports(path)
-    assert ast.get_docstring(parsed(path))
 
 
 def test_importing_starts_no_backend_and_needs_no_tensorflow():
@@ -208,7 +207,7 @@ def test_importing_starts_no_backend_and_needs_no_tensorflow():
 import importlib, sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tensorflow", "torch"):
+        if name.split(".")[0] == "tensorflow":
             raise AssertionError(f"{name} is imported")
 sys.meta_path.insert(0, Refused())
 for name in sys.argv[1:]:

@@ -8,6 +8,7 @@ state of the data, and no number of hosts, workers or threads changes a byte.
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from mim_jax.data import transforms
 from mim_jax.data.sources.base import Source
 
 Batch = dict[str, np.ndarray]
+Example = dict[str, Any]  # one row of a batch
 _SUBSTITUTES = 20  # tried before a run gives up on a record
 _ENDLESS = 2**40  # steps
 
@@ -116,7 +118,7 @@ def train_batches(
         .random_map(functools.partial(_train_example, data))
     )
     steps = grain.MapDataset.range(start, stop)
-    read = examples.__getitem__
+    read: Any = examples.__getitem__
     return _read(data, steps, functools.partial(_load, read, rows, data.threads))
 
 
@@ -193,6 +195,9 @@ class Batches:
 def _close(iterators: list[Any]) -> None:
     while iterators:
         iterators.pop().close()  # and let go of it: Grain closes once more when freed
+    # Batches lie in shared memory until they are freed, and Grain leaves the last ones
+    # in cycles: Python would end with a warning of leaks.
+    gc.collect()
 
 
 def _rows(batch_size: int, host: int, hosts: int) -> Callable[[int], range]:
@@ -212,7 +217,10 @@ def _positions(batch_size: int, share: int, host: int, step: int) -> range:
 
 
 def _load(
-    read: Callable[[int], Batch], rows: Callable[[int], range], threads: int, step: int
+    read: Callable[[int], Example],
+    rows: Callable[[int], range],
+    threads: int,
+    step: int,
 ) -> Batch:
     """One batch. Threads read its rows side by side: Pillow releases the GIL."""
     with futures.ThreadPoolExecutor(threads) as pool:
@@ -220,7 +228,7 @@ def _load(
     return {key: np.stack([row[key] for row in loaded]) for key in loaded[0]}
 
 
-def _train_example(data: Input, index: int, rng: np.random.Generator) -> Batch:
+def _train_example(data: Input, index: int, rng: np.random.Generator) -> Example:
     image, label, replaced = _decoded(data.source, index)
     image = transforms.random_resized_crop(
         image, data.image_size, data.crop_scale, data.crop_ratio, rng
@@ -230,7 +238,7 @@ def _train_example(data: Input, index: int, rng: np.random.Generator) -> Batch:
     return _example(image, label, index, replaced)
 
 
-def _eval_example(data: Input, source: Source, position: int) -> Batch:
+def _eval_example(data: Input, source: Source, position: int) -> Example:
     blank = np.zeros((*data.image_size, source.channels), np.uint8)
     if position >= len(source):
         return {**_example(blank, -1, -1, False), "valid": np.bool_(False)}
@@ -246,7 +254,7 @@ def _eval_example(data: Input, source: Source, position: int) -> Batch:
     return {**example, "valid": np.bool_(True)}
 
 
-def _example(image: np.ndarray, label: int, index: int, replaced: bool) -> Batch:
+def _example(image: np.ndarray, label: int, index: int, replaced: bool) -> Example:
     numbers = {"label": np.int32(label), "index": np.int32(index)}
     return {"image": image, **numbers, "replaced": np.bool_(replaced)}
 

@@ -89,8 +89,8 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
 def _copy_records(shard: str, target: str) -> int:
     """Copies the records of one TFRecord file as they are; returns their number."""
     # Not convert_format of TFDS, which wants apache-beam even for one process.
-    import tensorflow as tf
-    from array_record.python import array_record_module
+    import tensorflow as tf  # pyright: ignore  (extra `prepare`)
+    from array_record.python import array_record_module  # pyright: ignore  (compiled)
 
     count = 0
     # One record in a group, as TFDS writes: any one can be read alone.

@@ -51,8 +51,8 @@ class Reconstruction(Eval):
     def check(self, objective: Objective) -> None:
         if not isinstance(objective, PixelObjective):
             raise ValueError(
-                f"reconstruction of a {type(objective).__name__} run: want an objective "
-                "that predicts pixels"
+                f"reconstruction of a {type(objective).__name__} run: want an "
+                "objective that predicts pixels"
             )
 
     def measure(self, run: Run, batches: Iterable[dict[str, np.ndarray]]) -> Report:

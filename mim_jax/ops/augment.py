@@ -109,7 +109,7 @@ def adjust_hue(image: Float[Array, "h w 3"], turns) -> Float[Array, "h w 3"]:
 
 
 def to_float(
-    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"]
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
     """0..255 to 0..1 in float32; float images are taken to be in 0..1 already."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

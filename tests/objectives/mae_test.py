@@ -214,6 +214,23 @@ def test_reconstruction_is_the_prediction_scaled_back_patch_by_patch():
     assert math.isclose((errors[hidden] ** 2).mean(), loss, rel_tol=1e-4)
 
 
+def test_initial_parameters_follow_the_key():
+    mae = dataclasses.replace(MAE_ODD, decoder=Decoder(width=16, depth=1, heads=2))
+    init = jax.jit(lambda key: mae.init(key, draw_batch(1))[0])
+    one, other = init(jax.random.key(0)), init(jax.random.key(1))
+    kernels = [
+        params[part]["block00"]["fc1"]["kernel"]
+        for params in (one, other)
+        for part in ("encoder", "decoder")
+    ]
+    # Of one shape, yet all different: the networks do not share a key.
+    assert len({kernel[0, 0].item() for kernel in kernels}) == 4
+    for mine, theirs in zip(
+        *map(jax.tree.leaves, (one, init(jax.random.key(0)))), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_mae_has_no_teacher():
     params = params_of(MAE_ODD)
     assert MAE_ODD.teacher(None, params, jnp.zeros((), jnp.int32)) is None

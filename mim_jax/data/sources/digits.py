@@ -23,7 +23,7 @@ class Digits(Source):
     def _data(self) -> tuple[np.ndarray, np.ndarray]:
         from sklearn import datasets  # slow to import: only when digits are read
 
-        digits = datasets.load_digits()
+        digits: Any = datasets.load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         labels = digits.target.astype(np.int32)
         order = np.zeros(len(labels), np.int32)  # position among those of its class

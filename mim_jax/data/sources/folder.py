@@ -50,7 +50,8 @@ class Folder(Source):
     split: str = "train"  # "train" | "held_out"
     train_folder: str = "train"
     held_out_folder: str = "val"
-    channels: int = 3  # 1 or 3: every image is converted to that
+    # 1 or 3: every image is converted to that. A field stands for the property.
+    channels: int = 3  # pyright: ignore
 
     def __post_init__(self):
         check_split(self.split)
@@ -104,8 +105,12 @@ class Folder(Source):
         name, label = self._records[index]
         return {"image": (self._folder / name).read_bytes(), "label": label}
 
-    @functools.cached_property
+    @property
     def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    @functools.cached_property
+    def _classes(self) -> tuple[str, ...]:
         return list_classes(pathlib.Path(self.path) / self.train_folder)
 
     def held_out(self) -> "Folder":
