@@ -223,9 +223,8 @@ class Checkpointer:
         finally:
             self._waiter.shutdown()
             self._writer.close()
-            if self._failure:
-                gc.collect()
-            self._quiet.close()
+            if not self._failure:  # else Orbax may still be dropping what it began
+                self._quiet.close()
         if self._failures:
             raise CheckpointError(self._failure)
 

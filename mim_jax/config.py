@@ -130,6 +130,7 @@ class Train:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("remat", self.remat, REMAT)
         _one_of("on_change", self.on_change, ("refuse", "accept"))
+        self.optim.schedule(self.batch_size, self.epochs, 1)  # raises if it cannot be
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -471,7 +472,8 @@ def _typed(value: Any, kind: Any, path: str) -> Any:
 
 
 def _names_field(error: Exception, values: dict) -> bool:
-    return str(error).startswith(tuple(f"{name}=" for name in values))
+    starts = tuple(f"{name}{sign}" for name in values for sign in "=.")
+    return str(error).startswith(starts)
 
 
 def _fill(tree: Tree, cls: Any, saved: Any, path: str) -> None:

@@ -24,14 +24,15 @@ class Interrupts:
     with 128 + its number.
 
     With several hosts all must leave at the same step, so there JAX's preemption
-    service owns SIGTERM and tells every host which step that is.
+    service owns SIGTERM and tells every host which step that is; SIGINT just ends one,
+    and the others with it.
     """
 
     def __enter__(self) -> "Interrupts":
         # Not a threading.Event: a handler must not take a lock.
         self._asked = False
         several = jax.process_count() > 1
-        owned = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        owned = () if several else (signal.SIGINT, signal.SIGTERM)
         self._before = {name: signal.signal(name, self._ask) for name in owned}
         return self
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program: python -m mim_jax.main --config=configs/mae.py --workdir=runs/mae."""
 
+import gc
 import os
 import pathlib
 import re
 import signal
 import sys
+import time
 from typing import NoReturn
 
 if __name__ == "__main__":
@@ -63,15 +65,20 @@ def main(argv: list[str]) -> None:
         if config.job not in JOBS:
             configs.build(config)  # says which jobs there are
         JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
+        return
     except (configs.ConfigError, MismatchError) as error:
-        _leave(f"error: {error}", EXIT_CONFIG)
+        why = f"error: {error}", EXIT_CONFIG
     except FloatingPointError as error:
-        _leave(f"error: {error}", EXIT_NON_FINITE)
+        why = f"error: {error}", EXIT_NON_FINITE
     except CheckpointError as error:
-        _leave(f"error: {error}", EXIT_CHECKPOINT)
+        why = f"error: {error}", EXIT_CHECKPOINT
     except Interrupted:
-        # A compilation may still hold a thread, and has nothing left to give.
-        _leave("saved; the same command goes on from here", EXIT_INTERRUPTED)
+        why = "saved; the same command goes on from here", EXIT_INTERRUPTED
+    # The error is gone by now, and with it the batches in shared memory that it held.
+    # Grain frees them in a thread; left behind, they would be told of as leaks.
+    gc.collect()
+    time.sleep(0.1)
+    _leave(*why)
 
 
 def _check_config(argv: list[str]) -> None:
@@ -89,6 +96,7 @@ def _check_config(argv: list[str]) -> None:
 def _leave(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
+    # A compilation may still hold a thread, and has nothing left to give.
     os._exit(code)
 
 

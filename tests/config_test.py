@@ -323,6 +323,11 @@ REFUSED = [
         "config.optim.weight_decay=-0.1, warmup_epochs=20.0: want numbers >= 0",
     ),
     (
+        "optim.warmup_epochs",
+        100.0,
+        "config.optim.warmup_epochs=100.0: want less than the run's epochs=100.0",
+    ),
+    (
         "objective.masking.ratio",
         1.5,
         "config.objective.masking.ratio=1.5: want 0 < ratio < 1",

@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -30,6 +31,7 @@ Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # one row of a batch
 _SUBSTITUTES = 20  # tried before a run gives up on a record
 _ENDLESS = 2**40  # steps
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,7 @@ class Batches:
     """Iterator of batches; `close` (or leaving a `with` block) stops its workers."""
 
     def __init__(self, dataset: grain.IterDataset):
-        self._open = [iter(dataset)]
+        self._open, self._started = [iter(dataset)], False
         # Closes also when it is forgotten, and before Python ends.
         self._close = weakref.finalize(self, _close, self._open)
 
@@ -179,7 +181,17 @@ class Batches:
     def __next__(self) -> Batch:
         if not self._open:
             raise ValueError("these batches are closed; ask for new ones")
-        return next(self._open[0])
+        if self._started:
+            return next(self._open[0])
+        # Workers are born now, deaf: Ctrl-C and some schedulers signal all processes of
+        # a group, and a worker that dies while it imports takes the trainer with it.
+        resource_tracker.ensure_running()  # its start ends with all signals unblocked
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            return next(self._open[0])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._started = True
 
     def close(self) -> None:
         """Stops the workers; calling it again does nothing."""
@@ -304,10 +316,9 @@ def _read(data: Input, steps: grain.MapDataset, load: Callable) -> Batches:
 
 def _start_worker(worker: int, workers: int) -> None:
     del worker, workers
-    # The trainer decides when to stop: it saves first. Ctrl-C and some schedulers
-    # signal the whole process group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The trainer decides when to stop: it saves first.
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # A worker never needs an accelerator, and must not take it from the trainer.
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:  # came with Grain, and has read the variable already
