@@ -36,7 +36,7 @@ def photos(c: config.Tree) -> None:
     keep the model from that: without them it fills held-out pictures in worse than
     their mean colour does (docs/photos.md).
     """
-    c.steps = 1000
+    c.steps = 800
     c.batch_size = 64
     c.dtype, c.scan, c.remat = "float32", False, "none"
     c.objective.encoder.update(dict(patch=4, width=64, depth=3, heads=2))

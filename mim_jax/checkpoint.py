@@ -7,7 +7,6 @@ leaf is stored and compared; a checkpoint that fails is set aside and the one be
 is used.
 """
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -17,7 +16,6 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -35,6 +33,7 @@ from mim_jax.state import stack_blocks, unstack_blocks
 
 _FAILURES = 3  # saves that may fail one after the other before the run stops
 _UNFINISHED = (".orbax-checkpoint-tmp", ".deleting")  # left by a killed process
+_ASYNCIO_LOG, _ABSL_LOG = logging.getLogger("asyncio"), logging.getLogger("absl")
 _SHOWN = 8  # leaves named in a message
 
 
@@ -89,8 +88,7 @@ class Checkpointer:
                     shutil.rmtree(path, ignore_errors=True)
         # Not Orbax's CheckpointManager: after a failed save it raises for ever, and its
         # list of steps is a memory of the disk, not the disk.
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet())
+        self._quiet = _Quiet().__enter__()
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._waiter = futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, futures.Future] | None = None
@@ -224,7 +222,7 @@ class Checkpointer:
             self._waiter.shutdown()
             self._writer.close()
             if not self._failure:  # else Orbax may still be dropping what it began
-                self._quiet.close()
+                self._quiet.__exit__()
         if self._failures:
             raise CheckpointError(self._failure)
 
@@ -367,7 +365,7 @@ def _restored(folder: pathlib.Path, step: int, target: dict) -> dict[str, Any]:
         partial_restore=True,
     )
     failure = ""
-    with _quiet(), warnings.catch_warnings():
+    with _Quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         try:
             with ocp.PyTreeCheckpointer() as reader:
@@ -381,29 +379,28 @@ def _restored(folder: pathlib.Path, step: int, target: dict) -> dict[str, Any]:
     raise _DamageError(failure)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """We tell of a failed save or restore in one line: here Orbax, and what it leaves
-    to asyncio and to the interpreter, tell nothing (else hundreds of tracebacks)."""
+class _Quiet:
+    """We tell of a failed save or restore in one line: in here Orbax, and what it
+    leaves to asyncio and Python, tell nothing (else hundreds of tracebacks)."""
 
-    def ours(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+    def __enter__(self) -> "_Quiet":
+        self._hook, self._level = sys.unraisablehook, _ASYNCIO_LOG.level
+        sys.unraisablehook = self._unraisable
+        _ASYNCIO_LOG.setLevel(logging.CRITICAL)
+        _ABSL_LOG.addFilter(self._allows)
+        return self
 
-    def hook(unraisable) -> None:
+    def __exit__(self, *exc) -> None:
+        sys.unraisablehook = self._hook
+        _ASYNCIO_LOG.setLevel(self._level)
+        _ABSL_LOG.removeFilter(self._allows)
+
+    def _unraisable(self, unraisable) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
+            self._hook(unraisable)
 
-    asyncio_log, absl_log = logging.getLogger("asyncio"), logging.getLogger("absl")
-    before, level = sys.unraisablehook, asyncio_log.level
-    absl_log.addFilter(ours)
-    asyncio_log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-        asyncio_log.setLevel(level)
-        absl_log.removeFilter(ours)
+    def _allows(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
 
 
 def _raw(tree: Any) -> Any:

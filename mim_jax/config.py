@@ -60,8 +60,7 @@ DTYPES = ("bfloat16", "float32", "float64")
 Tree = Any
 
 
-# Not a ValueError: ml_collections and absl would wrap it in a traceback of their own.
-class ConfigError(Exception):
+class ConfigError(ValueError):
     """The user's configuration or data cannot work; the message says what would."""
 
 

@@ -21,6 +21,7 @@ from mim_jax import config as configs
 from mim_jax import evaluate, train
 from mim_jax.checkpoint import CheckpointError, MismatchError
 from mim_jax.interrupt import EXIT_INTERRUPTED, Interrupted
+from mim_jax.metrics import MetricsError
 
 JOBS = {"train": train.run, "eval": evaluate.run}
 
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
         why = f"error: {error}", EXIT_CONFIG
     except FloatingPointError as error:
         why = f"error: {error}", EXIT_NON_FINITE
-    except CheckpointError as error:
+    except (CheckpointError, MetricsError) as error:
         why = f"error: {error}", EXIT_CHECKPOINT
     except Interrupted:
         why = "saved; the same command goes on from here", EXIT_INTERRUPTED

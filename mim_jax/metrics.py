@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells: JSON lines, TensorBoard events, a progress bar or plain lines."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -63,6 +64,10 @@ class Window:
         return {"sums": dict(self.sums), "steps": self.steps}
 
 
+class MetricsError(RuntimeError):
+    """A line could not be written; a resumed run writes it again."""
+
+
 class Writer:
     """metrics.jsonl and TensorBoard events of one run, continued after `step`.
 
@@ -86,9 +91,18 @@ class Writer:
             )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One object: {"step": step, **values}."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """One object: {"step": step, **values}.
+
+        Raises:
+            MetricsError: the disk does not take it.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise MetricsError(
+                f"step {step}: {self._file.name} could not be written: {error}"
+            ) from error
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -96,7 +110,8 @@ class Writer:
 
     def close(self) -> None:
         """Flush and close; later writes fail."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # told by `write` already
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -276,7 +276,8 @@ class Book:
     def dispatched(self, step: int, values: dict, batch: dict) -> None:
         """`step` steps are on their way to the device; read the one before."""
         self.settle()
-        self._pending = (step, values, batch["index"], int(batch["replaced"].sum()))
+        indices = np.array(batch["index"])  # a copy: the batch lies in shared memory
+        self._pending = (step, values, indices, int(batch["replaced"].sum()))
 
     def settle(self) -> None:
         """Read the metrics that are outstanding, waiting for them if need be.

@@ -142,9 +142,9 @@ def test_names_on_disk_do_not_depend_on_scan(tmp_path, before, after):
     assert "blocks" in layouts["stacked"].params["encoder"]
     with Checkpointer(tmp_path, Checkpoints()) as checkpointer:
         checkpointer.save(3, layouts[before], EXTRA)
-    assert_same_bits(
-        unstack_blocks(restore(tmp_path, like(layouts[after]))[1]), placed(make(3))
-    )
+    found = restore(tmp_path, like(layouts[after]))[1]
+    assert jax.tree.structure(found) == jax.tree.structure(layouts[after])
+    assert_same_bits(unstack_blocks(found), placed(make(3)))
     about = checkpoint._about(tmp_path / "checkpoints", 3)
     assert "params/encoder/block01/mlp/fc1/kernel" in about["leaves"]
     assert not any("/blocks/" in name for name in about["leaves"])
@@ -231,6 +231,16 @@ def test_no_damaged_file_can_change_what_comes_back(fill, tmp_path, capfd, fault
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_leaf_that_orbax_does_not_find_is_damage(fill, tmp_path, capfd):
+    folder = fill(2, 4)
+    listing = folder / "4" / "state" / "_METADATA"
+    text = listing.read_text()
+    assert text.count("'seen'") == 1
+    listing.write_text(text.replace("'seen'", "'sein'").replace('"seen"', '"sein"'))
+    assert restore(tmp_path)[0] == 2
+    assert "stats/seen: not the bytes that were saved" in capfd.readouterr().err
+
+
 def test_the_checkpoint_of_another_step_is_damage(fill, tmp_path):
     folder = fill(2, 4)
     (folder / "2").rename(folder / "6")
@@ -288,9 +298,9 @@ def test_what_a_killed_process_left_is_ignored_and_cleaned(fill, tmp_path):
     folder = fill(2)
     shutil.copytree(folder / "2", folder / "4.orbax-checkpoint-tmp")
     shutil.copytree(folder / "2", folder / "1.deleting")
-    (folder / "notes").mkdir()
+    (folder / "3 of mine").mkdir()
     assert restore(tmp_path)[0] == 2
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "notes"]
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3 of mine"]
 
 
 def test_a_failed_save_is_told_soon_and_the_next_one_works(fill, tmp_path, capfd):
@@ -368,6 +378,14 @@ def test_read_params_says_damaged(fill, tmp_path):
     with pytest.raises(CheckpointError, match="checkpoint 4 .* is damaged"):
         read_params(tmp_path)
     assert read_params(tmp_path, 2)[0] == 2
+
+
+def test_read_params_sees_a_flipped_bit(fill, tmp_path):
+    folder = fill(2, width=4096)
+    data = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+    flip(data, data.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="params/.*: not the bytes"):
+        read_params(tmp_path)
 
 
 def test_digest_sees_every_single_bit():

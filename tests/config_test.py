@@ -102,6 +102,7 @@ def test_a_plug_in_is_chosen_where_it_belongs():
     assert tree.objective.masking.to_dict() == {"name": "grid", "cell": 2}
     assert tree.data.source.name == "photos"
     assert "masking" not in tree and "source" not in tree
+    assert "eval" not in train(eval="reconstruction")  # that field is called report
     assert config.build(tree).objective.masking == GridMasking(cell=2)
     assert tree.objective.masking.is_locked and tree.is_locked
 

@@ -3,13 +3,14 @@
 
 import json
 import math
+import resource
 import time
 
 import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from mim_jax.metrics import Log, Progress, Window, Writer
+from mim_jax.metrics import Log, MetricsError, Progress, Window, Writer
 
 
 def write(workdir, steps, start=0, **log):
@@ -79,6 +80,21 @@ def test_tensorboard_shows_every_step_once_after_a_restart(tmp_path, start):
     assert shown(tmp_path)[4, "loss"] == pytest.approx(0.25)
 
 
+def test_a_line_that_the_disk_does_not_take_is_told(tmp_path):
+    writer = Writer(tmp_path, Log(tensorboard=False), 0)
+    writer.write(1, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(MetricsError, match="step 2: .*metrics.jsonl could not be"):
+            writer.write(2, {"loss": 1.0, "text": "x" * 64})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    write(tmp_path, [2], start=1)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
 def test_without_tensorboard_there_is_no_folder(tmp_path):
     write(tmp_path, [1], tensorboard=False)
     assert not (tmp_path / "tensorboard").exists()
@@ -123,7 +139,9 @@ def test_bar_starts_at_the_resumed_step(capfd):
     progress.show(5, {"loss": 0.5, "images_per_second": 8.0})
     progress.close()
     out, err = capfd.readouterr()
-    assert out == "" and "5/10" in err and "loss 0.5000" in err
+    assert (
+        out == "" and "| 4/10 [" in err and "| 5/10 [" in err and "loss 0.5000" in err
+    )
 
 
 def test_settings_out_of_range_are_refused():

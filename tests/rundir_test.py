@@ -39,7 +39,8 @@ def test_a_second_process_is_refused_by_host_and_pid(tmp_path, holder):
     holder.kill()  # SIGKILL: nobody tidies the lock file
     holder.join()
     with rundir.claim(tmp_path):
-        assert f"pid {os.getpid()}\n" in (tmp_path / "lock").read_text()
+        mine = f"{socket.gethostname()} pid {os.getpid()}\n"
+        assert (tmp_path / "lock").read_text() == mine
     with rundir.claim(tmp_path):
         pass
 

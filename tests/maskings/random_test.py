@@ -32,7 +32,10 @@ def units_of(hidden: np.ndarray, grid: Grid, side: int) -> list[list[bool]]:
     ]
 
 
-ratios = st.integers(1, 9999).map(lambda n: f"{n / 10000:.4f}")
+# As people write them: one decimal, or four.
+ratios = st.integers(1, 9).map(lambda n: f"0.{n}") | st.integers(1, 9999).map(
+    lambda n: f"0.{n:04d}"
+)
 
 
 @settings(max_examples=1000)
