@@ -133,7 +133,7 @@ def test_without_data_the_error_shows_three_ways_out(tmp_path):
         f"{tmp_path}/imagenet2012/VERSION/dataset_info.json"
     )
     assert f"mim_jax.data.prepare imagenet2012 --data_dir={tmp_path}" in text
-    assert "pip install 'mim_jax[prepare]'" in text
+    assert "pip install -e '.[prepare]'" in text
     assert "--config=configs/mae.py:photos" in text
 
 

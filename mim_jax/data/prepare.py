@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("tensorflow") is None:
         parser.error(
             "preparing data needs TensorFlow (reading does not):"
-            " pip install 'mim_jax[prepare]'"
+            " pip install -e '.[prepare]'"
         )
     run = {"dataset": dataset, "convert": convert, "folder": folder}
     print(run[options.pop("command")](**options))

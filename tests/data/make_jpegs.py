@@ -3,7 +3,7 @@
 
     python tests/data/make_jpegs.py [OUT]
 
-It needs pip install 'mim_jax[prepare]'. The crops come from the embedded photographs;
+It needs pip install -e '.[prepare]'. The crops come from the embedded photographs;
 made with tensorflow-datasets 4.9.10, tensorflow 2.21.0, pillow 13.0.0.
 """
 

@@ -16,7 +16,7 @@ from mim_jax.data.sources.tfds import Tfds
 HERE = pathlib.Path(__file__).parent
 has_tensorflow = importlib.util.find_spec("tensorflow") is not None
 needs_tensorflow = pytest.mark.skipif(
-    not has_tensorflow, reason="needs TensorFlow: pip install 'mim_jax[prepare]'"
+    not has_tensorflow, reason="needs TensorFlow: pip install -e '.[prepare]'"
 )
 
 
@@ -48,7 +48,7 @@ def test_without_tensorflow_it_names_the_extra(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             prepare.main(command)
         assert stop.value.code == 2
-        assert "pip install 'mim_jax[prepare]'" in capsys.readouterr().err
+        assert "pip install -e '.[prepare]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_tfds_errors_say_what_to_do(tmp_path):
     for words in (
         f"looked for {tmp_path}/imagenet2012/",
         f"python -m mim_jax.data.prepare imagenet2012 --data_dir={tmp_path}",
-        "pip install 'mim_jax[prepare]'",
+        "pip install -e '.[prepare]'",
         "prepare convert --from=",
         "--config=configs/mae.py:photos",
     ):

@@ -82,7 +82,7 @@ class Tfds(Source):
                 " TFDS_DATA_DIR. If it is nowhere:\n"
                 f"  {PREPARE} {name} --data_dir={home}\n"
                 "    prepares it, once, on any machine; it needs TensorFlow:"
-                " pip install 'mim_jax[prepare]'\n"
+                " pip install -e '.[prepare]'\n"
                 f"  {PREPARE} convert --from=VERSION_DIR --to={home}\n"
                 "    converts a copy that TFDS prepared as TFRecord, there too\n"
                 "  --config=configs/mae.py:photos\n"
@@ -95,7 +95,7 @@ class Tfds(Source):
             raise ValueError(
                 f"{folder} holds {found.value if found else 'unknown'} files, which"
                 " have no random access; convert them once to array_record, where"
-                " TensorFlow is installed (pip install 'mim_jax[prepare]'):\n"
+                " TensorFlow is installed (pip install -e '.[prepare]'):\n"
                 f"  {PREPARE} convert --from={folder} --to=OTHER_DATA_DIR\n"
                 "and set data_dir=OTHER_DATA_DIR (--config.data.source.data_dir=...)"
             )

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The eval job reads a run as it was trained: same numbers as the run's own report."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from mim_jax import config, evaluate, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    tree = config.read(str(ROOT / "configs" / "mae.py:photos"))
+    tree.steps, tree.batch_size, tree.seed, tree.scan = 3, 8, 5, True
+    tree.objective.encoder.update(dict(width=16, depth=2, heads=2))
+    tree.objective.decoder.update(dict(width=16, depth=1, heads=2))
+    tree.report.update(dict(images=2, draws=1, inpainted=0, rows=1))
+    tree.compile_cache = False
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    # Strict promotion is for our own code; here a whole program runs, optax included.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        train.run(tree, workdir)
+    return workdir
+
+
+def _evaluation(run, **values):
+    tree = config.read(str(ROOT / "configs" / "reconstruction.py"))
+    tree.run = str(run)
+    tree.eval.update(dict(images=2, draws=1, inpainted=0, rows=1))
+    tree.update(values)
+    return tree
+
+
+def test_a_checkpoint_gives_the_numbers_of_the_runs_own_report(trained, tmp_path):
+    evaluate.run(_evaluation(trained), tmp_path / "out")
+    name = "report/reconstruction.json"
+    ours = json.loads((tmp_path / "out" / name).read_text())
+    theirs = json.loads((trained / name).read_text())
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, abs=1e-4), key
+    assert ours["psnr_model_db"] != ours["psnr_untrained_db"]
+
+
+def test_a_run_is_what_its_own_config_says(trained):
+    run, settings = evaluate.load(trained)
+    assert run.step == 3 and run.name == "tiny" and settings.seed == 5
+    assert settings.objective.encoder.width == 16
+    assert {"block00", "block01"} <= run.params["encoder"].keys()
+    # The first update has learning rate 0; the next ones move every kernel.
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), run.params, run.initial
+    )
+    assert all(change > 0 for change in jax.tree.leaves(moved["encoder"]["block01"]))
+
+
+def test_a_run_that_is_not_there_is_named(trained, tmp_path):
+    with pytest.raises(config.ConfigError, match="no config.json there"):
+        evaluate.run(_evaluation(tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(config.ConfigError, match="no checkpoint 2 under .*there: 3"):
+        evaluate.run(_evaluation(trained, step=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
