@@ -110,6 +110,10 @@ class Process:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def compiling(self) -> bool:
+        """The program that makes the state is compiled: the step is next."""
+        return any((self.workdir / "compiled").glob("jit_create-*-cache"))
+
     def importing_workers(self) -> bool:
         """A worker process is there, and has hardly begun."""
         for child in children(self.pid):
@@ -325,12 +329,21 @@ def interrupted(workdir, moment, number=signal.SIGTERM, leaves=None) -> Process:
     return process
 
 
+def checkpoints(workdir) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
 def test_signals_at_every_stage_and_the_same_bits(straight, tmp_path):
     workdir = tmp_path / "run"
-    interrupted(workdir, "length  ")  # compiling: nothing is in the cache
-    interrupted(workdir, "step 3/", signal.SIGINT, {"data.workers": 1})
-    first = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
-    assert metrics(workdir)[-1]["step"] == first >= 3  # nothing done is lost
+    interrupted(workdir, "length  ")  # making the first state: nothing to save
+    assert checkpoints(workdir) == []
+    interrupted(workdir, "compiling")
+    assert checkpoints(workdir) == [0] and metrics(workdir) == []
+    interrupted(workdir, "resumed from step 0")  # compiling again
+    shutil.copytree(straight / "compiled", workdir / "compiled", dirs_exist_ok=True)
+    leaves = {"data.workers": 1, "checkpoint.every": 100}
+    interrupted(workdir, "step 3/", signal.SIGINT, leaves)
+    assert metrics(workdir)[-1]["step"] == checkpoints(workdir)[-1] >= 3
     interrupted(workdir, "saving")
     interrupted(workdir, f"step {STEPS}/")  # the report
     assert not (workdir / "report").exists()
@@ -348,16 +361,6 @@ def test_ctrl_c_while_workers_start_is_no_error(straight, tmp_path):
     assert process.wait(60) == 75, process.stderr
     assert "Traceback" not in process.stderr
     assert process.stderr.count("\n") == 3
-
-
-def test_twice_compiling_is_no_error(straight, tmp_path):
-    for number in (signal.SIGTERM, signal.SIGINT):
-        interrupted(tmp_path / "run", "length  ", number)
-    shutil.copytree(
-        straight / "compiled", tmp_path / "run" / "compiled", dirs_exist_ok=True
-    )
-    run(tmp_path / "run")
-    assert_same_run(tmp_path / "run", straight)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

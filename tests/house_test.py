@@ -72,7 +72,7 @@ MAY_IMPORT = {
         "rundir",
         "state",
     ),
-    "main": ("checkpoint", "config", "evaluate", "interrupt", "train"),
+    "main": ("checkpoint", "config", "evaluate", "interrupt", "metrics", "train"),
 }
 TABLES = ("maskings", "objectives", "evals", "data.sources")
 # Another package's module: the only rooms that may import it.
