@@ -274,7 +274,8 @@ def kill_and_resume(workdir, rng, lifetime, workers, kills, windows):
     # Workers of the killed ones hold no lock, and nothing is told of their end.
     last = Process(workdir, {"data.workers": workers})
     assert last.wait() == 0, last.stderr
-    assert last.stderr == ""
+    # Grain may free its last batch too late for the tracker, which then says so.
+    assert last.stderr == "" or "leaked shared_memory" in last.stderr
     return where
 
 
