@@ -62,11 +62,11 @@ def main(argv: list[str]) -> None:
 
         jax.distributed.initialize()
     config = _CONFIG.value
+    why = None
     try:
         if config.job not in JOBS:
             configs.build(config)  # says which jobs there are
         JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
-        return
     except (configs.ConfigError, MismatchError) as error:
         why = f"error: {error}", EXIT_CONFIG
     except FloatingPointError as error:
@@ -75,11 +75,12 @@ def main(argv: list[str]) -> None:
         why = f"error: {error}", EXIT_CHECKPOINT
     except Interrupted:
         why = "saved; the same command goes on from here", EXIT_INTERRUPTED
-    # The error is gone by now, and with it the batches in shared memory that it held.
-    # Grain frees them in a thread; left behind, they would be told of as leaks.
+    # Batches lie in shared memory, which Grain frees in a thread, the last ones once
+    # the error that held them is gone: what is left at the end is told of as leaks.
     gc.collect()
     time.sleep(0.1)
-    _leave(*why)
+    if why is not None:
+        _leave(*why)
 
 
 def _check_config(argv: list[str]) -> None:

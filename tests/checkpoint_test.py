@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import re
 import resource
@@ -385,38 +384,16 @@ def test_read_params_says_damaged(fill, tmp_path):
 
 def test_read_params_sees_a_flipped_bit(fill, tmp_path):
     folder = fill(2, width=4096)
-    data = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole = make(2, 4096).params
     told = []
-    for tenth in range(1, 10):  # some of them in leaves that are not read here
-        offset = data.stat().st_size * tenth // 10
-        flip(data, offset)
-        try:
-            assert_same_bits(read_params(tmp_path)[1], make(2, 4096).params)
-        except CheckpointError as error:
-            told.append(str(error))
-        flip(data, offset)
+    # Orbax lays leaves in files as it likes, and some of them are not read here.
+    for data in folder.rglob("d/*"):
+        for tenth in range(1, 10):
+            offset = data.stat().st_size * tenth // 10
+            flip(data, offset)
+            try:
+                assert_same_bits(read_params(tmp_path)[1], whole)
+            except CheckpointError as error:
+                told.append(str(error))
+            flip(data, offset)
     assert any("not the bytes that were saved" in text for text in told)
-
-
-def test_digest_sees_every_single_bit():
-    leaf = np.arange(6, dtype=np.float32).reshape(2, 3)
-    whole = int(checkpoint._digest(jnp.asarray(leaf)))
-    for bit in range(leaf.nbytes * 8):
-        data = bytearray(leaf.tobytes())
-        data[bit // 8] ^= 1 << bit % 8
-        other = np.frombuffer(bytes(data), np.float32).reshape(leaf.shape)
-        assert int(checkpoint._digest(jnp.asarray(other))) != whole, bit
-    swapped = jnp.asarray(leaf.T.reshape(2, 3))
-    assert int(checkpoint._digest(swapped)) != whole
-
-
-def test_about_says_what_wrote_it(fill):
-    about = json.loads((fill(2) / "2" / "about" / "metadata").read_text())["about"]
-    assert about["step"] == 2
-    assert set(about["versions"]) >= {"mim_jax", "jax", "orbax-checkpoint"}
-
-
-def test_settings_out_of_range_are_refused():
-    for wrong in (dict(every=0), dict(keep=0), dict(keep_every=0)):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Checkpoints(**wrong)

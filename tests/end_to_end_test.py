@@ -274,8 +274,7 @@ def kill_and_resume(workdir, rng, lifetime, workers, kills, windows):
     # Workers of the killed ones hold no lock, and nothing is told of their end.
     last = Process(workdir, {"data.workers": workers})
     assert last.wait() == 0, last.stderr
-    # Grain may free its last batch too late for the tracker, which then says so.
-    assert last.stderr == "" or "leaked shared_memory" in last.stderr
+    assert last.stderr == ""
     return where
 
 
@@ -382,7 +381,9 @@ def test_a_second_signal_leaves_at_once_and_loses_little(straight, tmp_path):
     process.send(signal.SIGTERM)
     time.sleep(0.01)
     process.send(signal.SIGINT)
-    assert process.wait(10) in (75, 128 + signal.SIGINT)
+    # Which of the two Python takes as the second is its own business.
+    seconds = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert process.wait(10) in (75, *seconds)
     assert "Traceback" not in process.stderr
 
 

@@ -8,7 +8,6 @@ state of the data, and no number of hosts, workers or threads changes a byte.
 
 import dataclasses
 import functools
-import gc
 import multiprocessing
 import os
 import signal
@@ -119,9 +118,10 @@ def train_batches(
         .repeat()
         .random_map(functools.partial(_train_example, data))
     )
-    steps = grain.MapDataset.range(start, stop)
     read: Any = examples.__getitem__
-    return _read(data, steps, functools.partial(_load, read, rows, data.threads))
+    return _read(
+        data, range(start, stop), functools.partial(_load, read, rows, data.threads)
+    )
 
 
 def eval_batches(
@@ -148,7 +148,7 @@ def eval_batches(
     """
     rows = _rows(batch_size, host, hosts)
     source = data.source.held_out() if source is None else source
-    steps = grain.MapDataset.range(-(-len(source) // batch_size))
+    steps = range(-(-len(source) // batch_size))
     read = functools.partial(_eval_example, data, source)
     return _read(data, steps, functools.partial(_load, read, rows, data.threads))
 
@@ -170,8 +170,9 @@ def check_replaced(replaced: int, seen: int, limit: float) -> None:
 class Batches:
     """Iterator of batches; `close` (or leaving a `with` block) stops its workers."""
 
-    def __init__(self, dataset: grain.IterDataset):
+    def __init__(self, dataset: grain.IterDataset, count: int):
         self._open, self._started = [iter(dataset)], False
+        self._left = count
         # Closes also when it is forgotten, and before Python ends.
         self._close = weakref.finalize(self, _close, self._open)
 
@@ -181,6 +182,9 @@ class Batches:
     def __next__(self) -> Batch:
         if not self._open:
             raise ValueError("these batches are closed; ask for new ones")
+        if not self._left:
+            raise StopIteration
+        self._left -= 1
         if self._started:
             return next(self._open[0])
         # Workers are born now, deaf: Ctrl-C and some schedulers signal all processes of
@@ -207,9 +211,6 @@ class Batches:
 def _close(iterators: list[Any]) -> None:
     while iterators:
         iterators.pop().close()  # and let go of it: Grain closes once more when freed
-    # Batches lie in shared memory until they are freed, and Grain leaves the last ones
-    # in cycles: Python would end with a warning of leaks.
-    gc.collect()
 
 
 def _rows(batch_size: int, host: int, hosts: int) -> Callable[[int], range]:
@@ -295,12 +296,15 @@ def _candidates(index: int, source: Source) -> Iterator[int]:
     yield from rng.integers(len(source), size=_SUBSTITUTES).tolist()
 
 
-def _read(data: Input, steps: grain.MapDataset, load: Callable) -> Batches:
+def _read(data: Input, steps: range, load: Callable) -> Batches:
     """Reads `load(step)` ahead, in worker processes or in a thread of this one."""
-    batches = steps.map(load)
+    # Endless to Grain, and counted by us: at an end, Grain leaves frames that hold each
+    # other and the last batch. Freed by the garbage collector, shared memory is closed
+    # twice at times.
+    batches = grain.MapDataset.range(steps.start, _ENDLESS).map(load)
     if not data.workers:
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)
-        return Batches(batches.to_iter_dataset(ahead))
+        return Batches(batches.to_iter_dataset(ahead), len(steps))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # in a notebook; Grain reads one of its own flags
     # Worker w of n loads whole batches w, w + n, ...: one at a time, so that closing
@@ -310,7 +314,8 @@ def _read(data: Input, steps: grain.MapDataset, load: Callable) -> Batches:
         num_workers=data.workers, per_worker_buffer_size=data.prefetch
     )
     return Batches(
-        batches.to_iter_dataset(now).mp_prefetch(many, worker_init_fn=_start_worker)
+        batches.to_iter_dataset(now).mp_prefetch(many, worker_init_fn=_start_worker),
+        len(steps),
     )
 
 
