@@ -48,6 +48,7 @@ SHARED = ("dtype", "remat")
 
 # Not part of a class's configuration: flax keeps its own bookkeeping in these.
 _FLAX = ("parent", "name")
+_TRAINER = ("total_steps",)  # the trainer sets these
 
 # A run may be resumed with another value here: none changes a number that is learned.
 FREE = ("stop_after", "log", "checkpoint", "compile_cache", "profile", "on_change")
@@ -72,6 +73,8 @@ class Train:
         seed: of parameters, data order, crops and masks.
         epochs: passes over the source; `steps`, if set, decides instead and keeps the
             warm-up's share of the run.
+        epoch_images: images drawn in what counts as an epoch; None is the size of the
+            source. ImageNet's 1,281,167 gives few images the steps of many.
         steps: optimiser steps of the whole run: its length and the schedule's horizon.
         stop_after: end early, after this many steps in all; the schedule is unchanged.
         batch_size: images per step, over all devices.
@@ -88,6 +91,7 @@ class Train:
 
     seed: int = 0
     epochs: float = 100.0
+    epoch_images: int | None = None
     steps: int | None = None
     stop_after: int | None = None
     batch_size: int = 1024
@@ -108,7 +112,7 @@ class Train:
     profile: str = ""
 
     def __post_init__(self):
-        for name in ("steps", "stop_after"):
+        for name in ("steps", "stop_after", "epoch_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: want at least 1")
@@ -334,7 +338,7 @@ def difference(old: Tree, new: Tree) -> list[str]:
 
 
 def _fields(cls: Any) -> list[dataclasses.Field]:
-    skip = _FLAX + (() if cls in JOBS.values() else SHARED)
+    skip = _FLAX + _TRAINER + (() if cls in JOBS.values() else SHARED)
     return [field for field in dataclasses.fields(cls) if field.name not in skip]
 
 

@@ -9,7 +9,7 @@ import jax
 from mim_jax import config as configs
 from mim_jax import rundir, state
 from mim_jax.checkpoint import read_params
-from mim_jax.data.pipeline import eval_batches
+from mim_jax.data.pipeline import EvalPasses
 from mim_jax.evals.base import Run
 
 
@@ -28,8 +28,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         raise configs.ConfigError(f"config.eval: {error}") from error
     with rundir.claim(workdir):
         (workdir / "config.json").write_text(configs.dumps(config))
-        with eval_batches(training.data, batch_size=64) as batches:
-            report = settings.eval.measure(trained, batches)
+        report = settings.eval.measure(trained, EvalPasses(training.data))
         report.save(workdir / "report", name)
 
 

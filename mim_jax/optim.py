@@ -2,9 +2,10 @@
 """Optimisers and schedules, decided from the names and ranks of single blocks."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,11 @@ class AdamW:
         b1, b2, eps: of Adam.
         weight_decay: decoupled, on kernels and on class and mask tokens; biases and
             norms are spared.
+        final_weight_decay: if set, weight decay goes there from `weight_decay` as half
+            a cosine (DINO, arXiv:2104.14294).
+        decay: what decays: "matrices" as above, or "all" parameters (MoCo v3).
+        final_lr: learning rate at the end of the cosine, not scaled by the batch.
+        clip: largest global norm of the gradient, or None.
     """
 
     base_lr: float = 1.5e-4
@@ -35,6 +41,10 @@ class AdamW:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
+    final_weight_decay: float | None = None
+    decay: Literal["matrices", "all"] = "matrices"
+    final_lr: float = 0.0
+    clip: float | None = None
 
     def __post_init__(self):
         if not self.base_lr > 0 or not math.isfinite(self.base_lr):
@@ -49,6 +59,13 @@ class AdamW:
                 f"weight_decay={self.weight_decay}, warmup_epochs={self.warmup_epochs}:"
                 " want numbers >= 0"
             )
+        if self.final_lr < 0 or (self.final_weight_decay or 0) < 0:
+            raise ValueError(
+                f"final_lr={self.final_lr}, final_weight_decay="
+                f"{self.final_weight_decay}: want numbers >= 0"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip}: want a number > 0, or none")
 
     def schedule(
         self, batch_size: int, epochs: float, total: int
@@ -64,17 +81,39 @@ class AdamW:
                 f"epochs={epochs}"
             )
         peak = self.base_lr * batch_size / 256
-        return warmup_cosine(peak, self.warmup_epochs / epochs * total, float(total))
+        warmup = self.warmup_epochs / epochs * total
+        return warmup_cosine(peak, warmup, float(total), self.final_lr)
 
     def build(
-        self, schedule: Callable[[Any], Any]
+        self,
+        schedule: Callable[[Any], Any],
+        total: int = 1,
+        frozen: tuple[str, ...] = (),
     ) -> optax.GradientTransformationExtraArgs:
-        """The optax transformation for a learning rate per step."""
-        return optax.chain(
+        """The optax transformation for a learning rate per step.
+
+        Args:
+            schedule: learning rate at each step.
+            total: steps of the run, for weight decay that changes.
+            frozen: paths of parameters that are never updated.
+        """
+        decay: Any = self.weight_decay
+        if self.final_weight_decay is not None:
+            last = self.final_weight_decay
+            decay = warmup_cosine(self.weight_decay, 0.0, float(total), last)
+        steps = [
             optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
-            optax.add_decayed_weights(self.weight_decay, mask=decays),
+            optax.add_decayed_weights(
+                decay, mask=decays if self.decay == "matrices" else None
+            ),
             optax.scale_by_learning_rate(schedule),
-        )
+        ]
+        if self.clip is not None:
+            steps.insert(0, optax.clip_by_global_norm(self.clip))
+        if frozen:
+            still = functools.partial(_under, frozen)
+            steps.append(optax.masked(optax.set_to_zero(), still))
+        return optax.chain(*steps)
 
 
 def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
@@ -124,12 +163,15 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.stack(leaves).all()
 
 
-def warmup_cosine(peak: float, warmup: float, total: float) -> Callable[[Any], Any]:
-    """Learning rate at each step: linear from 0 to `peak`, then half a cosine to 0.
+def warmup_cosine(
+    peak: float, warmup: float, total: float, last: float = 0.0
+) -> Callable[[Any], Any]:
+    """Learning rate at each step: linear from 0 to `peak`, half a cosine to `last`.
 
     Args:
-        peak: the highest learning rate.
+        peak: learning rate after the warm-up.
         warmup, total: in the unit of the argument (steps), not necessarily whole.
+        last: learning rate at `total`.
     """
 
     def schedule(step):
@@ -139,9 +181,19 @@ def warmup_cosine(peak: float, warmup: float, total: float) -> Callable[[Any], A
         rise = step / max(warmup, 1e-9)
         progress = (step - warmup) / max(total - warmup, 1e-9)
         fall = 0.5 * (1 + xp.cos(math.pi * xp.clip(progress, 0.0, 1.0)))
-        return peak * xp.where(step < warmup, rise, fall)
+        return xp.where(step < warmup, peak * rise, last + (peak - last) * fall)
 
     return schedule
+
+
+def _under(paths: tuple[str, ...], params: Any) -> Any:
+    """True at the leaves at or below the paths."""
+
+    def rule(path, leaf):
+        name = path_name(path)
+        return any(name == one or name.startswith(one + "/") for one in paths)
+
+    return jax.tree_util.tree_map_with_path(rule, params)
 
 
 def decays(params: Any) -> Any:

@@ -21,9 +21,10 @@ from mim_jax import config as configs
 from mim_jax import metrics, optim, rundir, sharding
 from mim_jax import state as states
 from mim_jax.checkpoint import Checkpointer
-from mim_jax.data.pipeline import check_replaced, eval_batches, train_batches
+from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
 from mim_jax.evals.base import Run
 from mim_jax.interrupt import Interrupted, Interrupts
+from mim_jax.objectives.base import Objective
 from mim_jax.ops.backend import compile_for
 from mim_jax.state import TrainState
 
@@ -80,7 +81,7 @@ class Plan:
         objective, data = settings.objective, settings.data
         try:
             mesh = settings.mesh.build(devices)
-            objective.check(data.image_shape)
+            _check_reads(objective, data)
             settings.report.check(objective)
         except ValueError as error:
             raise configs.ConfigError(f"config: {error}") from error
@@ -101,11 +102,20 @@ class Plan:
             )
         total = settings.steps
         if total is None:
-            total = math.ceil(settings.epochs * len(data.source) / settings.batch_size)
+            draws = settings.epoch_images or len(data.source)
+            total = math.ceil(settings.epochs * draws / settings.batch_size)
         stop = min(total, settings.stop_after or total)
+        if hasattr(objective, "total_steps"):
+            objective = dataclasses.replace(objective, total_steps=total)
+            settings = dataclasses.replace(settings, objective=objective)
         schedule = settings.optim.schedule(settings.batch_size, settings.epochs, total)
-        tx = settings.optim.build(schedule)
+        tx = settings.optim.build(schedule, total, objective.frozen)
         return cls(settings, mesh, tx, schedule, total, stop)
+
+    @property
+    def epoch_images(self) -> int:
+        """Images drawn in an epoch."""
+        return self.settings.epoch_images or len(self.settings.data.source)
 
     @property
     def create(self):
@@ -127,9 +137,13 @@ class Plan:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, type and sharding of what a step reads."""
-        shape = (self.settings.batch_size, *self.settings.data.image_shape)
-        images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-        return {"image": _placed(images, sharding.by_row(self.mesh))}
+        rows, rule = self.settings.batch_size, sharding.by_row(self.mesh)
+        shapes = self.settings.data.shapes
+        return {
+            name: jax.ShapeDtypeStruct((rows, *shape), kind, sharding=rule)
+            for name in self.settings.objective.reads
+            for shape, kind in [shapes[name]]
+        }
 
     def lowered(self) -> jax.stages.Lowered:
         """The training step, traced for this mesh: the state is donated, and its
@@ -226,8 +240,8 @@ def _loop(
     )
     with batches, jax.transfer_guard("disallow"):
         for step, batch in enumerate(book.timed(batches), start + 1):
-            images = sharding.to_devices({"image": batch["image"]}, plan.mesh)
-            state, values = step_fn(state, images)
+            needed = {name: batch[name] for name in settings.objective.reads}
+            state, values = step_fn(state, sharding.to_devices(needed, plan.mesh))
             book.dispatched(step, values, batch)
             checkpointer.check()
             leaving = interrupts.asked(step)
@@ -320,7 +334,7 @@ class Book:
         values = self._window.take() | {
             # The rate at which this step's update was made: steps count from 0.
             "lr": float(self._plan.schedule(step - 1)),
-            "epoch": step * settings.batch_size / len(settings.data.source),
+            "epoch": step * settings.batch_size / self._plan.epoch_images,
             "replaced": self._replaced,
             "images_per_second": self._steps_since * settings.batch_size / elapsed,
             "input_wait_share": self._waiting / elapsed,
@@ -405,10 +419,30 @@ def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
         step=int(state.step),
         name=workdir.resolve().name,
     )
-    with eval_batches(settings.data, batch_size=64) as batches:
-        report = settings.report.measure(trained, batches)
+    report = settings.report.measure(trained, EvalPasses(settings.data))
     name = type(settings.report).__name__.lower()
     report.save(workdir / "report", name)
+
+
+def _check_reads(objective: Objective, data: Input) -> None:
+    """ValueError unless the data offer what an objective reads, in shapes that fit."""
+    shapes = data.shapes
+    for name in objective.reads:
+        if name not in shapes:
+            want = {"image2": "data.crops=2", "local": "data.local_crops >= 1"}[name]
+            raise ValueError(
+                f"data has no {name!r}, which {type(objective).__name__} reads; want "
+                f"config.{want}"
+            )
+        shape, _ = shapes[name]
+        if len(shape) >= 3:
+            rows, cols, channels = shape[-3:]
+            objective.check((rows, cols, channels))
+    if "label" in objective.reads and not data.source.classes:
+        raise ValueError(
+            f"data.source has no labels, which {type(objective).__name__} reads; want "
+            "a source with classes, such as digits"
+        )
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -58,6 +58,7 @@ MAY_IMPORT = {
         "evals.base",
         "interrupt",
         "metrics",
+        "objectives.base",
         "ops.backend",
         "optim",
         "rundir",

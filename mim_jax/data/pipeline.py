@@ -45,6 +45,10 @@ class Input:
     image_size: tuple[int, int] = (224, 224)  # rows, columns
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    crops: int = 1  # of an image: 1, or 2 for methods that compare two
+    local_crops: int = 0  # further, smaller crops of an image
+    local_size: tuple[int, int] = (96, 96)
+    local_scale: tuple[float, float] = (0.05, 0.25)
     flip: bool = True  # left to right, one image of two
     eval_crop_fraction: float = 0.875  # 224 of 256
     workers: int = 8  # processes that read; 0: threads of this process
@@ -53,9 +57,17 @@ class Input:
     max_replaced: float = 0.01  # largest share of undecodable images; above, stop
 
     def __post_init__(self):
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size={self.image_size}: want (rows, columns) >= 1")
-        for name, top in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+        for name in ("image_size", "local_size"):
+            size = getattr(self, name)
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"{name}={size}: want (rows, columns) >= 1")
+        if self.crops not in (1, 2) or self.local_crops < 0:
+            raise ValueError(
+                f"crops={self.crops}, local_crops={self.local_crops}: want 1 or 2 "
+                "crops and at least 0 local ones"
+            )
+        tops = {"crop_scale": 1.0, "local_scale": 1.0, "crop_ratio": float("inf")}
+        for name, top in tops.items():
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
                 raise ValueError(f"{name}={pair}: want 0 < least <= greatest <= {top}")
@@ -75,6 +87,20 @@ class Input:
     def image_shape(self) -> tuple[int, int, int]:
         """Rows, columns and channels of every image of a batch."""
         return (*self.image_size, self.source.channels)
+
+    @property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and type of one row of what a training step may read."""
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {
+            "image": (self.image_shape, np.uint8),
+            "label": ((), np.int32),
+        }
+        if self.crops == 2:
+            shapes["image2"] = shapes["image"]
+        if self.local_crops:
+            local = (self.local_crops, *self.local_size, self.source.channels)
+            shapes["local"] = (local, np.uint8)
+        return shapes
 
 
 def train_batches(
@@ -101,7 +127,9 @@ def train_batches(
         Iterator of batches; `b` = batch_size / hosts, everything a pure function of
         (seed, step, row): `image` uint8 (b, h, w, c); `label` int32 (b,), -1 if
         unknown; `index` int32 (b,), the record asked for; `replaced` bool (b,), True
-        where that record could not be decoded and a substitute stands in.
+        where that record could not be decoded and a substitute stands in; and, if the
+        input has them, `image2` like `image`, a second crop, and `local` uint8
+        (b, l, h', w', c), the local ones.
     Raises:
         ValueError: a number out of range.
     """
@@ -151,6 +179,33 @@ def eval_batches(
     steps = range(-(-len(source) // batch_size))
     read = functools.partial(_eval_example, data, source)
     return _read(data, steps, functools.partial(_load, read, rows, data.threads))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPasses:
+    """Ordered passes over both splits of an input, for evaluations.
+
+    Attributes:
+        data: whose training source and held-out split are read.
+        batch_size: images per batch.
+    """
+
+    data: Input
+    batch_size: int = 64
+
+    def train(self) -> "Batches":
+        """One pass over the training images, without augmentation."""
+        source = self.data.source
+        return eval_batches(self.data, batch_size=self.batch_size, source=source)
+
+    def held_out(self) -> "Batches":
+        """One pass over the held-out images."""
+        return eval_batches(self.data, batch_size=self.batch_size)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; () if unlabelled."""
+        return self.data.source.classes
 
 
 def check_replaced(replaced: int, seen: int, limit: float) -> None:
@@ -243,12 +298,21 @@ def _load(
 
 def _train_example(data: Input, index: int, rng: np.random.Generator) -> Example:
     image, label, replaced = _decoded(data.source, index)
-    image = transforms.random_resized_crop(
-        image, data.image_size, data.crop_scale, data.crop_ratio, rng
-    )
-    if data.flip:
-        image = transforms.flip(image, rng)
-    return _example(image, label, index, replaced)
+
+    def crop(size, scale):
+        part = transforms.random_resized_crop(image, size, scale, data.crop_ratio, rng)
+        return transforms.flip(part, rng) if data.flip else part
+
+    first = crop(data.image_size, data.crop_scale)
+    example = _example(first, label, index, replaced)
+    if data.crops == 2:
+        example["image2"] = crop(data.image_size, data.crop_scale)
+    if data.local_crops:
+        local = [
+            crop(data.local_size, data.local_scale) for _ in range(data.local_crops)
+        ]
+        example["local"] = np.stack(local)
+    return example
 
 
 def _eval_example(data: Input, source: Source, position: int) -> Example:

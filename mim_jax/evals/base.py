@@ -6,7 +6,8 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -58,6 +59,30 @@ class Report:
         print(f"report in {folder}", flush=True)
 
 
+Batch = dict[str, np.ndarray]
+
+
+class Passes(Protocol):
+    """Passes over images, in order, without augmentation, each image once.
+
+    A pass is to be used in a `with` statement, and gives batches with "image" (uint8
+    "b h w c"), "label" (-1: unknown), "index" and "valid", False on padding.
+    """
+
+    def train(self) -> AbstractContextManager[Iterable[Batch]]:
+        """One pass over the images that the run learned from."""
+        ...
+
+    def held_out(self) -> AbstractContextManager[Iterable[Batch]]:
+        """One pass over the images held out."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of labels; () if unlabelled."""
+        ...
+
+
 class Eval(abc.ABC):
     """A measurement: a frozen dataclass, whose fields are its config."""
 
@@ -66,10 +91,5 @@ class Eval(abc.ABC):
         """ValueError if this cannot be measured on runs of that objective."""
 
     @abc.abstractmethod
-    def measure(self, run: Run, batches: Iterable[dict[str, np.ndarray]]) -> Report:
-        """Measure a run.
-
-        Args:
-            batches: "image" (uint8 "b h w c"), "label", "index" and "valid", which is
-                False on padding; each example exactly once.
-        """
+    def measure(self, run: Run, data: Passes) -> Report:
+        """Measure a run on the data of its config."""

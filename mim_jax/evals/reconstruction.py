@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from skimage.restoration import inpaint_biharmonic
 
-from mim_jax.evals.base import Eval, Report, Run
+from mim_jax.evals.base import Batch, Eval, Passes, Report, Run
 from mim_jax.objectives.base import Objective, PixelObjective
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid, patchify, unpatchify
@@ -55,7 +55,11 @@ class Reconstruction(Eval):
                 "objective that predicts pixels"
             )
 
-    def measure(self, run: Run, batches: Iterable[dict[str, np.ndarray]]) -> Report:
+    def measure(self, run: Run, data: Passes) -> Report:
+        with data.held_out() as batches:
+            return self._measure(run, batches)
+
+    def _measure(self, run: Run, batches: Iterable[Batch]) -> Report:
         objective = run.objective
         assert isinstance(objective, PixelObjective)  # by `check`
         draw = jax.jit(lambda images, keys: objective.mask({"image": images}, keys))

@@ -3,6 +3,7 @@
 
 from mim_jax.maskings.block import Block
 from mim_jax.maskings.grid import GridMasking
+from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
 
-MASKINGS = {"random": Random, "block": Block, "grid": GridMasking}
+MASKINGS = {"random": Random, "block": Block, "grid": GridMasking, "none": Nothing}

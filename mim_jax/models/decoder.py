@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         mask: Mask,
         grid: Grid,
         outputs: int,
-        predict: Literal["hidden", "all"] = "hidden",
+        predict: Literal["hidden", "visible", "all"] = "hidden",
     ) -> Float[Array, "b m {outputs}"]:
         """Predictions at hidden patches, in the order of `mask.drop`.
 
@@ -47,7 +47,8 @@ class Decoder(nn.Module):
             tokens: encoder output, the class token first, then the visible patches in
                 the order of `mask.keep`.
             outputs: numbers per patch.
-            predict: "all" predicts visible patches as well, in the order keep, drop
+            predict: "visible" predicts at visible patches instead, in the order of
+                `mask.keep`; "all" at both, in the order keep, drop
                 (`mim_jax.ops.masking.unshuffle` gives grid order).
         """
         table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32)
@@ -74,8 +75,13 @@ class Decoder(nn.Module):
             dtype=self.dtype,
             remat=self.remat,
         )
-        first = 1 if predict == "all" else 1 + mask.keep.shape[1]
-        x = LayerNorm(self.dtype, name="norm")(x[:, first:])
+        middle = 1 + mask.keep.shape[1]
+        first, last = {
+            "hidden": (middle, None),
+            "visible": (1, middle),
+            "all": (1, None),
+        }[predict]
+        x = LayerNorm(self.dtype, name="norm")(x[:, first:last])
         return xavier(outputs, self.dtype, name="predict")(x)
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mim_jax.ops.backend import dense_dot
 from mim_jax.ops.patches import Grid
@@ -183,6 +183,7 @@ class Encoder(nn.Module):
         grid: Grid,
         keep: Int[Array, "b k"] | None = None,
         taps: Sequence[str] = (),
+        hidden: Bool[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "l b ..."]]]:
         """Class token and patch tokens after the final norm.
 
@@ -193,9 +194,15 @@ class Encoder(nn.Module):
             taps: what to return besides, of TAPS: "blocks" is the tokens after each
                 block "l b t d" (before the final norm), "attention" the softmax weights
                 of each block "l b a t t".
+            hidden: True where a learned mask token stands in for the patch, before the
+                first block; its parameter exists if `hidden` was given to `init`.
         Returns:
             (tokens, taps) with t = 1 + k, the class token first.
+        Raises:
+            ValueError: both keep and hidden are given.
         """
+        if keep is not None and hidden is not None:
+            raise ValueError("keep drops patches and hidden replaces them: want one")
         table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32)
         if keep is None:
             positions = table[None]
@@ -206,6 +213,11 @@ class Encoder(nn.Module):
         # The reference embeds by a convolution, whose bias does not start at zero.
         bias = _uniform(patches.shape[-1] ** -0.5)
         x = xavier(self.width, self.dtype, name="embed", bias_init=bias)(patches)
+        if hidden is not None:
+            hole = self.param(
+                "mask_token", nn.initializers.normal(0.02), (1, 1, self.width)
+            )
+            x = jnp.where(hidden[:, :, None], hole.astype(x.dtype), x)
         x = x + positions.astype(x.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width))

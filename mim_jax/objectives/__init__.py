@@ -1,6 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives by name."""
 
+from mim_jax.objectives.base import Objective
+from mim_jax.objectives.cmae import CMAE
+from mim_jax.objectives.dino import DINO
 from mim_jax.objectives.mae import MAE
+from mim_jax.objectives.mocov3 import MoCoV3
+from mim_jax.objectives.rmae import RMAE
+from mim_jax.objectives.supervised import Supervised
 
-OBJECTIVES = {"mae": MAE}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "mae": MAE,
+    "rmae": RMAE,
+    "cmae": CMAE,
+    "mocov3": MoCoV3,
+    "dino": DINO,
+    "supervised": Supervised,
+}

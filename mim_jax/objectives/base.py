@@ -2,12 +2,24 @@
 """What an objective is: what is learned, as pure functions of pytrees."""
 
 import abc
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from jaxtyping import Array, Float, Key, Shaped
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
-from mim_jax.ops.masking import Mask
-from mim_jax.ops.patches import Grid
+from mim_jax.maskings.base import Masking
+from mim_jax.models.decoder import Decoder
+from mim_jax.models.vit import Encoder
+from mim_jax.ops import augment
+from mim_jax.ops.masking import Mask, unshuffle
+from mim_jax.ops.patches import (
+    Grid,
+    grid_of,
+    patch_statistics,
+    patchify,
+    unpatchify,
+)
 
 Params = Any
 Stats = Any
@@ -35,19 +47,46 @@ class Aux(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
 
 
+def purpose(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
+    """Keys for another use of the same examples, independent of `keys` themselves."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
 class Objective(abc.ABC):
     """What is learned: a frozen dataclass, whose fields are its config.
 
     Attributes:
-        batch_coupled: True where an example's loss depends on the other examples, as in
-            contrastive losses: then a sum over micro-batches is another loss.
+        reads: keys of a batch that the loss needs; see `mim_jax.data.pipeline.Input`.
+        encoder: the network that is learned.
+        mean, std: of the data, per channel, for pixels in 0..1.
     """
 
-    batch_coupled: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+
+    encoder: Encoder
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def batch_coupled(self) -> bool:
+        """True where an example's loss depends on the other examples, as in contrastive
+        losses: then a mean over micro-batches is another loss."""
+        return False
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Paths of parameters (`encoder/embed`) that keep their first values."""
+        return ()
+
+    @property
+    def feature(self) -> Literal["cls", "avg"]:
+        """Which tokens represent an image: the class token, or the patches' mean."""
+        return "cls"
 
     @abc.abstractmethod
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Host-side validation for images of (rows, columns, channels).
+        """Host-side validation for images of (rows, columns, channels); called for each
+        kind of image that the objective reads.
 
         Raises:
             ValueError: naming the field, its value and what would fit.
@@ -55,7 +94,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        """New parameters (per block) and statistics for batches shaped like `batch`."""
+        """New parameters (per block) and statistics, for images like the batch's."""
 
     @abc.abstractmethod
     def loss(
@@ -64,8 +103,8 @@ class Objective(abc.ABC):
         """Loss of a batch. Pure; differentiated in params alone.
 
         Args:
-            state: the TrainState, for its teacher and stats.
-            batch: "image" (uint8 "b h w c") and whatever else the objective names.
+            state: the TrainState, for its teacher, stats and step.
+            batch: what `reads` names: "image" (uint8 "b h w c") and others.
             keys: one key per example, the only source of randomness: an example's
                 masks depend neither on its neighbours nor on the number of devices.
         """
@@ -78,26 +117,75 @@ class Objective(abc.ABC):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         """FLOPs of one training step per image; recomputation is not counted."""
 
+    def grid(self, image_shape: tuple[int, ...]) -> Grid:
+        """The patches of images of (rows, columns, channels)."""
+        return grid_of(image_shape[0], image_shape[1], self.encoder.patch)
+
+    def patches(
+        self, images: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b n p"], Grid]:
+        """Standardised patches of images in 0..1, and where they sit."""
+        grid = self.grid(images.shape[1:])
+        standard = augment.normalise(images, self.mean, self.std)
+        return patchify(standard, grid.patch), grid
+
+    def encode(
+        self,
+        params: Params,
+        images: Float[Array, "b h w c"],
+        keep: Int[Array, "b k"] | None = None,
+        hidden: Bool[Array, "b n"] | None = None,
+        taps: Sequence[str] = (),
+    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "l b ..."]]]:
+        """Tokens and taps of the encoder, as `Encoder` returns them.
+
+        Args:
+            params: trained ones, or a teacher's, with the encoder under "encoder".
+            images: in 0..1.
+            keep, hidden, taps: as for `Encoder`.
+        """
+        patches, grid = self.patches(images)
+        return apply(self.encoder, params["encoder"], patches, grid, keep, taps, hidden)
+
+    def features(
+        self, params: Params, images: UInt8[Array, "b h w c"]
+    ) -> Float[Array, "b d"]:
+        """One vector per image, of the whole image: what `feature` names."""
+        tokens, _ = self.encode(params, augment.to_float(images))
+        return tokens[:, 0] if self.feature == "cls" else tokens[:, 1:].mean(axis=1)
+
+    def check_images(self, image_shape: tuple[int, int, int]) -> None:
+        """ValueError if encoder and standardisation do not fit such images."""
+        channels = image_shape[2]
+        self.encoder.check()
+        self.grid(image_shape)
+        if not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
+            raise ValueError(
+                f"mean={self.mean}, std={self.std} for images of {channels} channel(s):"
+                " want one number per channel, std > 0"
+            )
+
 
 class PixelObjective(Objective):
     """An objective that can fill in the pixels of hidden patches.
 
     Attributes:
+        decoder: from tokens to pixels, its parameters under "decoder".
+        masking: which patches are hidden.
         normalise_target: patches are predicted with their own mean and deviation
             removed.
     """
 
+    decoder: Decoder
+    masking: Masking
     normalise_target: bool
 
-    @abc.abstractmethod
-    def grid(self, image_shape: tuple[int, ...]) -> Grid:
-        """The patches of images of (rows, columns, channels)."""
-
-    @abc.abstractmethod
     def mask(self, batch: Batch, keys: Key[Array, " b"]) -> Mask:
         """The masks of a batch: its own under "mask" if there is one, else drawn."""
+        if "mask" in batch:
+            return batch["mask"]
+        return self.masking(keys, self.grid(batch["image"].shape[1:]))
 
-    @abc.abstractmethod
     def reconstruct(
         self, params: Params, batch: Batch, mask: Mask
     ) -> Shaped[Array, "b h w c"]:
@@ -106,3 +194,37 @@ class PixelObjective(Objective):
         Nothing is pasted in. Where targets are normalised per patch, the prediction is
         scaled back by the TRUE patch's mean and deviation, which no prediction knows.
         """
+        patches, grid = self.patches(augment.to_float(batch["image"]))
+        tokens, _ = apply(self.encoder, params["encoder"], patches, grid, mask.keep)
+        outputs = patches.shape[-1]
+        prediction = apply(
+            self.decoder, params["decoder"], tokens, mask, grid, outputs, predict="all"
+        )
+        prediction = unshuffle(prediction.astype(patches.dtype), mask)
+        if self.normalise_target:
+            mean, deviation = patch_statistics(patches)
+            prediction = prediction * deviation + mean
+        return augment.denormalise(unpatchify(prediction, grid), self.mean, self.std)
+
+    def init_networks(self, key: Key[Array, ""], batch: Batch) -> Params:
+        """New parameters of the encoder and of one decoder."""
+        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
+        mask = self.masking(jax.random.split(key, 1), grid)
+        encoder_key, decoder_key = jax.random.split(key)
+        (tokens, _), encoder = self.encoder.init_with_output(
+            encoder_key, patches, grid, mask.keep
+        )
+        decoder = self.decoder.init(decoder_key, tokens, mask, grid, patches.shape[-1])
+        return {"encoder": encoder["params"], "decoder": decoder["params"]}
+
+    def check_pixels(self, image_shape: tuple[int, int, int]) -> None:
+        """ValueError if networks, masking and standardisation do not fit."""
+        self.check_images(image_shape)
+        self.decoder.check()
+        self.masking.kept(self.grid(image_shape))
+
+    def decoder_flops(self, visible: int, image_shape: tuple[int, int, int]) -> float:
+        """FLOPs of one forward pass of the decoder that predicts the hidden patches."""
+        outputs = self.encoder.patch**2 * image_shape[2]
+        grid = self.grid(image_shape)
+        return self.decoder.flops(visible, grid, self.encoder.width, outputs)

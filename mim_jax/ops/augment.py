@@ -2,13 +2,15 @@
 """Device-side image transforms: pure functions of uint8 batches already on device."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
-_STRENGTHS = ("brightness", "contrast", "saturation", "p", "gray_p")
+_SHARES = ("p", "gray_p", "blur_p", "solarize_p")
+_STRENGTHS = ("brightness", "contrast", "saturation", *_SHARES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,9 @@ class ColorJitter:
     """Random colours of a whole image, as in SimSiam (arXiv:2011.10566).
 
     Brightness, contrast, saturation and hue change one after the other, in a random
-    order, then the image may lose its colour. Contrast pulls towards the mean grey of
-    the image.
+    order, then the image may lose its colour, be blurred and be solarised. Contrast
+    pulls towards the mean grey of the image. Images of one channel have brightness and
+    contrast alone.
 
     Attributes:
         brightness, contrast, saturation: factors are uniform in 1 - it .. 1 + it,
@@ -25,6 +28,10 @@ class ColorJitter:
         hue: shift in turns, uniform in -it .. it, 0 <= it <= 0.5.
         p: share of images whose colours change.
         gray_p: share of images that become grey, drawn separately.
+        blur_p: share of images that are blurred, by a Gaussian.
+        blur_sigma: least and greatest deviation of the Gaussian, in pixels; it is cut
+            off at three times the greatest one.
+        solarize_p: share of images whose values from 0.5 on are inverted.
     """
 
     brightness: float = 0.4
@@ -33,6 +40,9 @@ class ColorJitter:
     hue: float = 0.1
     p: float = 0.8
     gray_p: float = 0.2
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
 
     def __post_init__(self):
         for name, most in dict.fromkeys(_STRENGTHS, 1.0).items() | {("hue", 0.5)}:
@@ -40,15 +50,36 @@ class ColorJitter:
                 value = getattr(self, name)
                 raise ValueError(f"{name}={value}: want 0 <= {name} <= {most}")
 
+        if (
+            len(self.blur_sigma) != 2
+            or not 0 < self.blur_sigma[0] <= max(self.blur_sigma) == self.blur_sigma[1]
+        ):
+            raise ValueError(
+                f"blur_sigma={self.blur_sigma}: want 0 < least <= greatest"
+            )
+
+    def check(self, channels: int) -> None:
+        """ValueError if images of so many channels cannot be jittered like this."""
+        if channels == 1 and (self.saturation, self.hue, self.gray_p) != (0, 0, 0):
+            raise ValueError(
+                f"jitter.saturation={self.saturation}, jitter.hue={self.hue}, "
+                f"jitter.gray_p={self.gray_p} for grey images: want 0 for all three"
+            )
+        if channels not in (1, 3):
+            raise ValueError(
+                f"color jitter for images of {channels} channels: want 1 or 3, or "
+                "color_jitter='none'"
+            )
+
     def __call__(
-        self, images: Float[Array, "b h w 3"], keys: Key[Array, " b"]
-    ) -> Float[Array, "b h w 3"]:
+        self, images: Float[Array, "b h w c"], keys: Key[Array, " b"]
+    ) -> Float[Array, "b h w c"]:
         """Jittered images, in and out in 0..1, each a function of its own key."""
         return jax.vmap(self._one)(images, keys)
 
     def _one(
-        self, image: Float[Array, "h w 3"], key: Key[Array, ""]
-    ) -> Float[Array, "h w 3"]:
+        self, image: Float[Array, "h w c"], key: Key[Array, ""]
+    ) -> Float[Array, "h w c"]:
         order_key, amount_key, p_key, gray_key = jax.random.split(key, 4)
         spread = jnp.array([self.brightness, self.contrast, self.saturation, self.hue])
         amounts = jax.random.uniform(amount_key, (4,), minval=-spread, maxval=spread)
@@ -58,26 +89,100 @@ class ColorJitter:
             lambda x: adjust_saturation(x, 1 + amounts[2]),
             lambda x: adjust_hue(x, amounts[3]),
         ]
+        coloured = image.shape[-1] > 1
+        changes = changes if coloured else changes[:2]
         jittered = image
-        for which in jax.random.permutation(order_key, 4):
+        for which in jax.random.permutation(order_key, len(changes)):
             jittered = jax.lax.switch(which, changes, jittered)
         image = jnp.where(jax.random.uniform(p_key) < self.p, jittered, image)
-        grey = jnp.broadcast_to(luma(image), image.shape)
-        return jnp.where(jax.random.uniform(gray_key) < self.gray_p, grey, image)
+        if coloured:
+            grey = jnp.broadcast_to(luma(image), image.shape)
+            image = jnp.where(jax.random.uniform(gray_key) < self.gray_p, grey, image)
+        if self.blur_p > 0:
+            blur_key, sigma_key = jax.random.split(jax.random.fold_in(key, 0))
+            least, most = self.blur_sigma
+            sigma = jax.random.uniform(sigma_key, minval=least, maxval=most)
+            blurred = gaussian_blur(image, sigma, radius=math.ceil(3 * most))
+            image = jnp.where(
+                jax.random.uniform(blur_key) < self.blur_p, blurred, image
+            )
+        if self.solarize_p > 0:
+            chosen = jax.random.uniform(jax.random.fold_in(key, 1)) < self.solarize_p
+            image = jnp.where(chosen & (image >= 0.5), 1 - image, image)
+        return image
 
 
-def luma(images: Float[Array, "*b 3"]) -> Float[Array, "*b 1"]:
+def gaussian_blur(
+    image: Float[Array, "h w c"], sigma: Float[Array, ""], radius: int
+) -> Float[Array, "h w c"]:
+    """Gaussian of deviation `sigma` pixels, cut off at `radius`, edges repeated."""
+    offsets = jnp.arange(-radius, radius + 1, dtype=image.dtype)
+    weights = jnp.exp(-0.5 * (offsets / sigma) ** 2)
+    weights = weights / weights.sum()
+    for axis in (0, 1):
+        pads = [(radius, radius) if axis == i else (0, 0) for i in range(3)]
+        padded = jnp.pad(image, pads, mode="edge")
+        length = image.shape[axis]
+        image = sum(
+            (
+                weights[i] * jax.lax.slice_in_dim(padded, i, i + length, axis=axis)
+                for i in range(2 * radius + 1)
+            ),
+            start=jnp.zeros_like(image),
+        )
+    return image
+
+
+def cutmix(
+    images: Float[Array, "b h w c"], keys: Key[Array, " b"], partner: int = 1
+) -> tuple[Float[Array, "b h w c"], Bool[Array, "b h w"]]:
+    """Paste a box of another image of the batch, arXiv:1905.04899.
+
+    The box has the share 1 - lambda of the area, lambda uniform in 0..1, the image's
+    own proportions and a uniform centre; what reaches over the border is cut off.
+
+    Args:
+        keys: one per example, for its box.
+        partner: the box of example i is cut from example i + partner.
+    Returns:
+        The mixed images, and True at the pixels that were pasted.
+    Raises:
+        ValueError: an image would be its own partner.
+    """
+    rows, height, width, _ = images.shape
+    if partner % rows == 0:
+        raise ValueError(f"cutmix of {rows} image(s) with number {partner} after each")
+
+    def box(key):
+        lam_key, row_key, col_key = jax.random.split(key, 3)
+        half = 0.5 * jnp.sqrt(1 - jax.random.uniform(lam_key))
+
+        def inside(key, length):
+            centre = length * jax.random.uniform(key)
+            place = jnp.arange(length, dtype=jnp.float32) + 0.5
+            return jnp.abs(place - centre) < length * half
+
+        return inside(row_key, height)[:, None] & inside(col_key, width)[None, :]
+
+    pasted = jax.vmap(box)(keys)
+    others = jnp.roll(images, -partner, axis=0)
+    return jnp.where(pasted[..., None], others, images), pasted
+
+
+def luma(images: Float[Array, "*b c"]) -> Float[Array, "*b 1"]:
     """Grey value of colours by ITU-R 601: .299 red + .587 green + .114 blue."""
+    if images.shape[-1] == 1:
+        return images
     weights = jnp.array([0.299, 0.587, 0.114], images.dtype)
     return jnp.einsum("...c,c->...", images, weights)[..., None]
 
 
-def adjust_brightness(image: Float[Array, "h w 3"], factor) -> Float[Array, "h w 3"]:
+def adjust_brightness(image: Float[Array, "h w c"], factor) -> Float[Array, "h w c"]:
     """Every value times the factor, clipped to 0..1."""
     return jnp.clip(image * factor, 0, 1)
 
 
-def adjust_contrast(image: Float[Array, "h w 3"], factor) -> Float[Array, "h w 3"]:
+def adjust_contrast(image: Float[Array, "h w c"], factor) -> Float[Array, "h w c"]:
     """Distances from the image's mean grey value times the factor, clipped to 0..1."""
     mean = luma(image).mean()
     return jnp.clip(mean + (image - mean) * factor, 0, 1)

@@ -78,6 +78,12 @@ def from_hidden(hidden: Bool[np.ndarray, "b n"]) -> Mask:
     return cut(_argsort(jnp.asarray(hidden)), hidden.shape[1] - int(counts[0]))
 
 
+def everything(rows: int, grid: Grid) -> Mask:
+    """The mask that hides nothing, `keep` being in grid order."""
+    keep = jnp.broadcast_to(jnp.arange(grid.size, dtype=jnp.int32), (rows, grid.size))
+    return Mask(keep=keep, drop=keep[:, :0])
+
+
 def complement(mask: Mask) -> Mask:
     """Visible and hidden exchanged: 1 - M of arXiv:2208.04164, Eq. (6)."""
     return Mask(keep=mask.drop, drop=mask.keep)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from passes import Given
 
 from mim_jax.evals import reconstruction
 from mim_jax.evals.base import Run
@@ -48,7 +49,7 @@ def _run(offset=0.1, **fields):
 
 
 def test_psnr_of_a_known_error():
-    report = Reconstruction(inpainted=0).measure(_run(0.05), [_batch(5)])
+    report = Reconstruction(inpainted=0).measure(_run(0.05), Given([_batch(5)]))
     assert report.scalars["images"] == 5
     # The error is .05 everywhere: -20 log10(.05) dB.
     assert report.scalars["psnr_model_db"] == pytest.approx(26.0206, abs=1e-3)
@@ -66,7 +67,7 @@ def test_padding_and_batch_size_change_nothing():
             blank |= {"index": np.array([-1], np.int32), "valid": np.array([False])}
             part = {k: np.concatenate([part[k], blank[k]]) for k in part}
         padded.append(part)
-    one, many = measure(_run(), [whole]), measure(_run(), padded)
+    one, many = measure(_run(), Given([whole])), measure(_run(), Given(padded))
     assert one.scalars.keys() == many.scalars.keys()
     for name, value in one.scalars.items():
         assert many.scalars[name] == pytest.approx(value, rel=1e-5), name
@@ -76,7 +77,7 @@ def test_padding_and_batch_size_change_nothing():
 
 def test_no_more_images_than_asked_for():
     report = Reconstruction(images=3, inpainted=9, rows=9).measure(
-        _run(), [_batch(2), _batch(2), _batch(2)]
+        _run(), Given([_batch(2), _batch(2), _batch(2)])
     )
     assert report.scalars["images"] == 3
     assert report.arrays["psnr_biharmonic_db"].shape == (3,)
@@ -110,10 +111,10 @@ def test_patch_mean_is_the_zero_prediction():
 
 
 def test_the_baseline_of_normalised_runs_is_named():
-    report = Reconstruction(inpainted=0).measure(_run(), [_batch(2)])
+    report = Reconstruction(inpainted=0).measure(_run(), Given([_batch(2)]))
     assert "psnr_patch_mean_db" in report.scalars
     report = Reconstruction(inpainted=0).measure(
-        _run(normalise_target=False), [_batch(2)]
+        _run(normalise_target=False), Given([_batch(2)])
     )
     assert "psnr_patch_mean_db" not in report.scalars
 
@@ -129,7 +130,7 @@ def test_inpainting_restores_a_smooth_image_and_keeps_what_is_known():
 
 
 def test_report_is_written(tmp_path):
-    report = Reconstruction(inpainted=1).measure(_run(), [_batch(3)])
+    report = Reconstruction(inpainted=1).measure(_run(), Given([_batch(3)]))
     report.save(tmp_path / "report", "reconstruction")
     saved = json.loads((tmp_path / "report" / "reconstruction.json").read_text())
     assert saved == report.scalars
@@ -153,7 +154,7 @@ def test_masks_do_not_depend_on_the_model():
     for offset in (0.1, 0.2):
         params = {"offset": jnp.asarray(offset)}
         Reconstruction(inpainted=0, draws=2).measure(
-            dataclasses.replace(run, objective=spy, params=params), [_batch(3)]
+            dataclasses.replace(run, objective=spy, params=params), Given([_batch(3)])
         )
     jax.effects_barrier()
     assert len(seen) == 4

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mim_jax.maskings import MASKINGS
 from mim_jax.maskings.block import Block
 from mim_jax.maskings.grid import GridMasking
+from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import Grid
 
@@ -41,7 +42,16 @@ def same(one, other) -> bool:
 
 
 def test_every_row_of_the_table_is_tested():
-    assert {name: type(kind[0]) for name, kind in MEMBERS.items()} == MASKINGS
+    assert {name: type(kind[0]) for name, kind in MEMBERS.items()} | {
+        "none": Nothing
+    } == MASKINGS
+
+
+def test_nothing_is_hidden_by_nothing():
+    mask = Nothing()(keys_of(3), GRID)
+    assert Nothing().kept(GRID) == GRID.size
+    assert mask.keep.tolist() == [list(range(GRID.size))] * 3
+    assert mask.drop.shape == (3, 0) and not mask.hidden.any()
 
 
 @every_member

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No masking: the encoder sees the whole image."""
+
+import dataclasses
+
+from jaxtyping import Array, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.ops.masking import Mask, everything
+from mim_jax.ops.patches import Grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nothing(Masking):
+    """Hides nothing: for the rows without masking of arXiv:2208.04164, table 5."""
+
+    def kept(self, grid: Grid) -> int:
+        return grid.size
+
+    def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
+        return everything(keys.shape[0], grid)

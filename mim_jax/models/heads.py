@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projection and prediction heads of siamese methods, and classification heads."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mim_jax.models.vit import LayerNorm, accurate, xavier
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all leading axes of the global batch, in float32 at least.
+
+    Under jit a mean over a sharded axis is the mean over all devices, so statistics are
+    synchronised by construction. Running ones are not kept: the heads that use this are
+    thrown away after pre-training.
+    """
+
+    dtype: str
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        x = x.astype(accurate(self.dtype))
+        axes = tuple(range(x.ndim - 1))
+        variance = x.var(axis=axes, keepdims=True)
+        x = (x - x.mean(axis=axes, keepdims=True)) * jax.lax.rsqrt(variance + 1e-5)
+        if self.affine:
+            shape = (1,) * len(axes) + x.shape[-1:]
+            scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+            x = x * scale.reshape(shape).astype(x.dtype)
+            x = x + bias.reshape(shape).astype(x.dtype)
+        return x.astype(self.dtype)
+
+
+class Head(nn.Module):
+    """MLP applied to each token: linear, norm and activation, at last linear.
+
+    The defaults are C-MAE's (arXiv:2208.04164, section 5): "2 layers, the activation
+    function is GELU, hidden 2048, output 768"; batch norm is MoCo v3's. Linear layers
+    before a batch norm have no bias.
+
+    Attributes:
+        layers: number of linear layers, >= 1.
+        hidden, out: width of hidden layers and of the output.
+        norm: between layers: batch norm, layer norm or none.
+        activation: after each hidden layer.
+        last_norm: batch norm without scale and bias after the last layer.
+        dtype: of activations.
+    """
+
+    layers: int = 2
+    hidden: int = 2048
+    out: int = 768
+    norm: Literal["batch", "layer", "none"] = "batch"
+    activation: Literal["gelu", "relu"] = "gelu"
+    last_norm: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
+        for i in range(1, self.layers):
+            bias = self.norm != "batch"
+            x = xavier(self.hidden, self.dtype, name=f"fc{i}", use_bias=bias)(x)
+            if self.norm == "batch":
+                x = BatchNorm(self.dtype, name=f"norm{i}")(x)
+            elif self.norm == "layer":
+                x = LayerNorm(self.dtype, name=f"norm{i}")(x)
+            if self.activation == "gelu":
+                x = jax.nn.gelu(x, approximate=False)
+            else:
+                x = jax.nn.relu(x)
+        bias = not self.last_norm
+        x = xavier(self.out, self.dtype, name=f"fc{self.layers}", use_bias=bias)(x)
+        if self.last_norm:
+            x = BatchNorm(self.dtype, affine=False, name="last_norm")(x)
+        return x
+
+    def check(self, name: str) -> None:
+        """ValueError if a size is out of range."""
+        if min(self.layers, self.hidden, self.out) < 1:
+            raise ValueError(
+                f"{name}.layers={self.layers}, {name}.hidden={self.hidden}, "
+                f"{name}.out={self.out}: want at least 1"
+            )
+
+    def flops(self, width: int) -> float:
+        """FLOPs of one forward pass of one token of `width` numbers."""
+        widths = [width, *[self.hidden] * (self.layers - 1), self.out]
+        return sum(2.0 * a * b for a, b in zip(widths, widths[1:], strict=False))
+
+
+class Prototypes(nn.Module):
+    """DINO's head (arXiv:2104.14294, section 3.1): an MLP, rows of length 1, and cosine
+    similarities to `out` prototypes.
+
+    Attributes:
+        layers, hidden: of the MLP, with GELU and without norms.
+        bottleneck: its output width.
+        out: number of prototypes.
+        dtype: of activations; similarities are float32 at least.
+    """
+
+    layers: int = 3
+    hidden: int = 2048
+    bottleneck: int = 256
+    out: int = 65536
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.out}"]:
+        mlp = Head(
+            layers=self.layers,
+            hidden=self.hidden,
+            out=self.bottleneck,
+            norm="none",
+            dtype=self.dtype,
+            name="mlp",
+        )
+        kind = accurate(self.dtype)
+        x = _unit(mlp(x).astype(kind), axis=-1)
+        shape = (self.bottleneck, self.out)
+        # Weight norm with all lengths fixed to 1: only directions are learned.
+        kernel = self.param("prototypes", nn.initializers.normal(0.02), shape)
+        kernel = _unit(kernel.astype(kind), axis=0).astype(self.dtype)
+        return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=kind)
+
+    def flops(self, width: int) -> float:
+        """FLOPs of one forward pass of one view."""
+        widths = [width, *[self.hidden] * (self.layers - 1), self.bottleneck, self.out]
+        return sum(2.0 * a * b for a, b in zip(widths, widths[1:], strict=False))
+
+
+class Classifier(nn.Module):
+    """Linear classification head; logits in float32 at least.
+
+    Attributes:
+        classes: number of logits.
+        deviation: of the normal that initialises the kernel.
+        dtype: of the product.
+    """
+
+    classes: int
+    deviation: float = 2e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.classes}"]:
+        init = nn.initializers.truncated_normal(self.deviation)
+        x = nn.Dense(self.classes, dtype=self.dtype, kernel_init=init, name="linear")(x)
+        return x.astype(accurate(self.dtype))
+
+
+def _unit(x: Array, axis: int) -> Array:
+    return x * jax.lax.rsqrt((x * x).sum(axis=axis, keepdims=True) + 1e-12)

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C-MAE: occlusion-invariant features learned by comparing two masked views."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.maskings.random import Random
+from mim_jax.models.heads import Head
+from mim_jax.models.vit import SIZES, Encoder
+from mim_jax.objectives.base import (
+    Aux,
+    Batch,
+    Objective,
+    Params,
+    Stats,
+    apply,
+    purpose,
+)
+from mim_jax.ops import augment
+from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.contrastive import Negatives, cosine_distance, info_nce
+from mim_jax.ops.ema import EMA
+from mim_jax.ops.masking import Mask, complement, everything, unshuffle
+from mim_jax.ops.patches import Grid, patchify
+
+
+class View(NamedTuple):
+    """One view of a batch: what is seen of it.
+
+    Attributes:
+        images: in 0..1, after its own augmentation.
+        mask: which patches are hidden.
+        pasted: True at patches that show another image, or None.
+    """
+
+    images: Float[Array, "b h w c"]
+    mask: Mask
+    pasted: Bool[Array, "b n"] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CMAE(Objective):
+    """Contrastive MAE, Eq. (9) to (11) of arXiv:2208.04164, and its ablations.
+
+    Two views of one crop, masked by T1 and T2 and each with colours of its own. The
+    online branch is encoder, projector and predictor; the target is a moving average of
+    encoder and projector, and gets no gradient. Token q_i of one view is compared with
+    token k_i of the other.
+
+    Attributes:
+        encoder: the network that is learned.
+        projector, predictor: heads, applied to every token.
+        masking: T1.
+        t2: what T2 hides: the "complement", patches of its own by `t2_masking`
+            ("independent"), or nothing ("identity"). Where `masking` hides nothing,
+            neither does T2.
+        t2_masking: only used by "independent".
+        mask_token: hidden patches are replaced by a learned token; else dropped, and
+            two views have tokens in common only where both see (readings below).
+        contrast: "infonce" or "byol", which has no negatives (table 2).
+        tokens: what is compared: "patch" tokens, the "cls" token, the "avg" of patch
+            tokens before the heads (of the visible ones, without mask tokens), or
+            "patch+cls" (table 3).
+        negatives: keys of the same position in all images of the global batch, of all
+            positions of the same image, or all.
+        positions: of patch tokens, those that count: all, or those hidden or visible
+            in the view that is online.
+        symmetric: mean of both directions; else view 1 is online, Eq. (11) literally.
+        temperature: tau of Eq. (9).
+        loss_scale: "2tau" multiplies by twice the temperature, as MoCo v3 does.
+        chunk: positions compared at a time; memory grows with it.
+        color_jitter: "per_view" gives each view colours of its own.
+        jitter: how much.
+        cutmix: paste a box of another image into each view (table 5).
+        cutmix_tokens: "shared_only" leaves out positions pasted in either view.
+        ema: momentum of the target.
+        stop_grad_patch_embed: keep the patch embedding at its first values.
+        mean, std: of the data, per channel, for pixels in 0..1.
+        total_steps: of the run; set by the trainer.
+    """
+
+    encoder: Encoder = Encoder(**SIZES["B"])
+    projector: Head = Head()
+    predictor: Head = Head()
+    masking: Masking = Random(ratio=0.75)
+    t2: Literal["complement", "independent", "identity"] = "complement"
+    t2_masking: Masking = Random(ratio=0.75)
+    mask_token: bool = True
+    contrast: Literal["infonce", "byol"] = "infonce"
+    tokens: Literal["patch", "cls", "avg", "patch+cls"] = "patch"
+    negatives: Negatives = "same_position"
+    positions: Literal["all", "online_masked", "online_visible"] = "all"
+    symmetric: bool = True
+    temperature: float = 0.2
+    loss_scale: Literal["1", "2tau"] = "1"
+    chunk: int = 14
+    color_jitter: Literal["per_view", "none"] = "per_view"
+    jitter: ColorJitter = ColorJitter()
+    cutmix: bool = False
+    cutmix_tokens: Literal["all", "shared_only"] = "all"
+    ema: EMA = EMA()
+    stop_grad_patch_embed: bool = False
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    total_steps: int = 1
+
+    def __post_init__(self):
+        if not self.temperature > 0 or self.chunk < 1:
+            raise ValueError(
+                f"temperature={self.temperature}, chunk={self.chunk}: want "
+                "temperature > 0 and chunk >= 1"
+            )
+        by_patch = self.tokens in ("patch", "patch+cls")
+        if not self.mask_token and by_patch and self.t2 != "identity":
+            raise ValueError(
+                f"tokens={self.tokens!r} with mask_token=False and t2={self.t2!r}: the "
+                "two views see different patches, so there are no two tokens of one "
+                "position to compare; want tokens='avg' or 'cls', or t2='identity', or "
+                "mask_token=True"
+            )
+        if not self.mask_token and by_patch:
+            if self.symmetric or self.positions != "online_visible":
+                raise ValueError(
+                    f"symmetric={self.symmetric}, positions={self.positions!r} with "
+                    "mask_token=False: the masked view has tokens only where it sees, "
+                    "and only as the online one; want symmetric=False and "
+                    "positions='online_visible'"
+                )
+            if self.tokens != "patch":
+                raise ValueError(
+                    f"tokens={self.tokens!r} with mask_token=False: want 'patch', "
+                    "'avg' or 'cls'"
+                )
+        if self.tokens != "patch":
+            for name, value, plain in (
+                ("positions", self.positions, "all"),
+                ("cutmix_tokens", self.cutmix_tokens, "all"),
+            ):
+                if value != plain:
+                    raise ValueError(
+                        f"{name}={value!r} with tokens={self.tokens!r}: it chooses "
+                        f"among patch tokens; want {name}={plain!r}, or tokens='patch'"
+                    )
+            if self.negatives == "same_image" and self.contrast == "infonce":
+                raise ValueError(
+                    f"negatives='same_image' with tokens={self.tokens!r}: it compares "
+                    "the patches of an image; want tokens='patch', or "
+                    "negatives='same_position'"
+                )
+        if self.cutmix_tokens != "all" and not self.cutmix:
+            raise ValueError("cutmix_tokens='shared_only' without cutmix: want 'all'")
+
+    @property
+    def batch_coupled(self) -> bool:
+        # The batch norm of the heads couples examples even where the loss does not.
+        return True
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return ("encoder/embed",) if self.stop_grad_patch_embed else ()
+
+    @property
+    def feature(self) -> Literal["cls", "avg"]:
+        # Where only patch tokens are compared, nothing teaches the class token.
+        return "cls" if self.tokens == "cls" else "avg"
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_images(image_shape)
+        grid = self.grid(image_shape)
+        self.projector.check("projector")
+        self.predictor.check("predictor")
+        if self.predictor.out != self.projector.out:
+            raise ValueError(
+                f"predictor.out={self.predictor.out}, projector.out="
+                f"{self.projector.out}: want the same, since they are compared"
+            )
+        if self.color_jitter != "none":
+            self.jitter.check(image_shape[2])
+        hidden = grid.size - self.masking.kept(grid)
+        if self.t2 == "independent":
+            self.t2_masking.kept(grid)
+        if not hidden and self.positions == "online_masked":
+            raise ValueError(
+                "positions='online_masked' with masking 'none': no patch is hidden; "
+                "want positions='all'"
+            )
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
+        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
+        mask = self.masking(jax.random.split(key, 1), grid)
+        encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
+        how = self._occluded(mask)
+        (tokens, _), encoder = self.encoder.init_with_output(
+            encoder_key, patches, grid, **how
+        )
+        projected, projector = self.projector.init_with_output(projector_key, tokens)
+        predictor = self.predictor.init(predictor_key, projected)
+        networks = dict(encoder=encoder, projector=projector, predictor=predictor)
+        return {name: made["params"] for name, made in networks.items()}, {}
+
+    def loss(
+        self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Aux]:
+        views = self.views(batch, keys)
+        online, target = views
+        loss = self._direction(params, state.teacher, online, target)
+        if self.symmetric:
+            other = self._direction(params, state.teacher, target, online)
+            loss = 0.5 * (loss + other)
+        if self.loss_scale == "2tau":
+            loss = loss * (2 * self.temperature)
+        weight = jnp.asarray(keys.shape[0], loss.dtype)
+        return loss, Aux(weight=weight, stats={}, metrics={})
+
+    def views(self, batch: Batch, keys: Key[Array, " b"]) -> tuple[View, View]:
+        """Both views of a batch; `keys` as for `loss`."""
+        images = augment.to_float(batch["image"])
+        grid = self.grid(images.shape[1:])
+        mask1 = batch["mask"] if "mask" in batch else self.masking(keys, grid)
+        masks = mask1, self._second_mask(mask1, keys, grid)
+        views = []
+        for number, mask in enumerate(masks):
+            seen, pasted = images, None
+            if self.color_jitter != "none":
+                seen = self.jitter(seen, purpose(keys, 10 + number))
+            if self.cutmix:
+                # Another partner for each view, so that pasted tokens never match.
+                seen, box = augment.cutmix(
+                    seen, purpose(keys, 20 + number), partner=(1, -1)[number]
+                )
+                pasted = patchify(box[..., None], grid.patch).any(axis=-1)
+            views.append(View(seen, mask, pasted))
+        return views[0], views[1]
+
+    def _second_mask(self, mask1: Mask, keys: Key[Array, " b"], grid: Grid) -> Mask:
+        if self.t2 == "identity" or not mask1.drop.shape[1]:
+            return everything(keys.shape[0], grid)
+        if self.t2 == "complement":
+            return complement(mask1)
+        return self.t2_masking(purpose(keys, 3), grid)
+
+    def _direction(
+        self, params: Params, teacher: Params, online: View, target: View
+    ) -> Float[Array, ""]:
+        """Loss with one view through the online branch and the other as its target."""
+        query = self._projected(params, online)
+        query = apply(self.predictor, params["predictor"], query)
+        key = jax.lax.stop_gradient(self._projected(teacher, target))
+        weights = self._weights(online, target)
+        if query.shape[1] < key.shape[1]:
+            # Tokens of visible patches alone: each to its place in the grid.
+            rest = jnp.zeros((query.shape[0], online.mask.drop.shape[1], key.shape[2]))
+            query = jnp.concatenate([query, rest.astype(query.dtype)], axis=1)
+            query = unshuffle(query, online.mask)
+        if self.contrast == "byol":
+            each = cosine_distance(query, key)
+        else:
+            each = info_nce(query, key, self.temperature, self.negatives, self.chunk)
+        if weights is None:
+            return each.mean()
+        weights = weights.astype(each.dtype)
+        return (weights * each).sum() / jnp.maximum(weights.sum(), 1)
+
+    def _projected(self, params: Params, view: View) -> Float[Array, "b m d"]:
+        tokens, _ = self.encode(params, view.images, **self._occluded(view.mask))
+        if self.tokens == "cls":
+            tokens = tokens[:, :1]
+        elif self.tokens == "avg":
+            tokens = tokens[:, 1:].mean(axis=1, keepdims=True)
+        elif self.tokens == "patch":
+            tokens = tokens[:, 1:]
+        return apply(self.projector, params["projector"], tokens)
+
+    def _occluded(self, mask: Mask) -> dict[str, Any]:
+        """How the encoder is told of a mask."""
+        return {"hidden": mask.hidden} if self.mask_token else {"keep": mask.keep}
+
+    def _weights(self, online: View, target: View) -> Bool[Array, "b n"] | None:
+        """Which patch tokens count; None: all."""
+        weights = None
+        if self.positions != "all":
+            hidden = online.mask.hidden
+            weights = hidden if self.positions == "online_masked" else ~hidden
+        if online.pasted is not None and target.pasted is not None:
+            if self.cutmix_tokens == "all":
+                return weights
+            shared = ~(online.pasted | target.pasted)
+            weights = shared if weights is None else weights & shared
+        return weights
+
+    def teacher(self, old: Params | None, params: Params, step: Array) -> Params:
+        new = {name: params[name] for name in ("encoder", "projector")}
+        return self.ema.update(old, new, step + 1, self.total_steps)
+
+    def flops(self, image_shape: tuple[int, int, int]) -> float:
+        channels, grid = image_shape[2], self.grid(image_shape)
+        total = 0.0
+        visible = self.masking.kept(grid)
+        other = {
+            "complement": grid.size - visible or grid.size,
+            "identity": grid.size,
+            "independent": self.t2_masking.kept(grid),
+        }[self.t2]
+        sizes = (visible, other) if not self.mask_token else (grid.size, grid.size)
+        for online, target in (sizes, sizes[::-1])[: 1 + self.symmetric]:
+            single = self.tokens in ("cls", "avg")
+            heads = self.projector.flops(self.encoder.width)
+            after = self.predictor.flops(self.projector.out)
+            total += 3 * self.encoder.flops(online, channels)
+            total += 3 * (heads + after) * (1 if single else online)
+            total += self.encoder.flops(target, channels)
+            total += heads * (1 if single else target)
+        return total

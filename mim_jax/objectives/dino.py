@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DINO, the self-distillation baseline of arXiv:2208.04164."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from mim_jax.models.heads import Prototypes
+from mim_jax.models.vit import SIZES, Encoder
+from mim_jax.objectives.base import (
+    Aux,
+    Batch,
+    Objective,
+    Params,
+    Stats,
+    apply,
+    purpose,
+)
+from mim_jax.ops import augment
+from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.ema import EMA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DINO(Objective):
+    """Self-distillation with no labels, arXiv:2104.14294, algorithm 1.
+
+    The student sees two global and some local crops, the teacher the global ones. Each
+    student view is taught every teacher view but its own: cross-entropy to the
+    teacher's centred and sharpened distribution over prototypes.
+
+    Attributes:
+        encoder: the network that is learned; its class token is compared.
+        head: from class token to similarities with the prototypes.
+        student_temperature: of the student's softmax.
+        teacher_temperature: first and last of the teacher's.
+        teacher_warmup: share of the run over which it goes from first to last.
+        centre_momentum: of the running mean of teacher outputs.
+        freeze_prototypes: share of the run in which the prototypes stay as they are.
+        view1, view2, local: augmentation of the two global crops and of local ones.
+        ema: momentum of the teacher.
+        mean, std: of the data, per channel, for pixels in 0..1.
+        total_steps: of the run; set by the trainer.
+    """
+
+    reads = ("image", "image2", "local")
+
+    encoder: Encoder = Encoder(**SIZES["B"])
+    head: Prototypes = Prototypes()
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_warmup: float = 0.125
+    centre_momentum: float = 0.9
+    freeze_prototypes: float = 0.0075
+    view1: ColorJitter = ColorJitter(saturation=0.2, blur_p=1.0)
+    view2: ColorJitter = ColorJitter(saturation=0.2, blur_p=0.1, solarize_p=0.2)
+    local: ColorJitter = ColorJitter(saturation=0.2, blur_p=0.5)
+    ema: EMA = EMA(base=0.996, schedule="cosine")
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    total_steps: int = 1
+
+    def __post_init__(self):
+        temperatures = (self.student_temperature, *self.teacher_temperature)
+        if len(temperatures) != 3 or not min(temperatures) > 0:
+            raise ValueError(
+                f"student_temperature={self.student_temperature}, teacher_temperature="
+                f"{self.teacher_temperature}: want numbers > 0, two for the teacher"
+            )
+        for name in ("teacher_warmup", "centre_momentum", "freeze_prototypes"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: want 0 <= {name} <= 1")
+
+    @property
+    def batch_coupled(self) -> bool:
+        return True  # by the centre, which is a mean over the batch
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_images(image_shape)
+        for view in (self.view1, self.view2, self.local):
+            view.check(image_shape[2])
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
+        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
+        encoder_key, head_key = jax.random.split(key)
+        (tokens, _), encoder = self.encoder.init_with_output(encoder_key, patches, grid)
+        head = self.head.init(head_key, tokens[:, 0])
+        stats = {"centre": jnp.zeros((self.head.out,), jnp.float32)}
+        return {"encoder": encoder["params"], "head": head["params"]}, stats
+
+    def loss(
+        self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Aux]:
+        globals_ = [
+            self.view1(augment.to_float(batch["image"]), purpose(keys, 10)),
+            self.view2(augment.to_float(batch["image2"]), purpose(keys, 11)),
+        ]
+        crops = augment.to_float(batch["local"])
+        rows, count = crops.shape[:2]
+        local_keys = jnp.stack([purpose(keys, 20 + i) for i in range(count)], axis=1)
+        crops = self.local(crops.reshape(-1, *crops.shape[2:]), local_keys.reshape(-1))
+        frozen = state.step < self.freeze_prototypes * self.total_steps
+        params = params | {"head": self._gated(params["head"], frozen)}
+        taught = [self._outputs(state.teacher, view) for view in globals_]
+        taught = jax.lax.stop_gradient(jnp.stack(taught))
+        # Crops of one size run as one batch.
+        locals_ = self._outputs(params, crops).reshape(rows, count, -1)
+        student = [self._outputs(params, view) for view in globals_]
+        student = jnp.concatenate(
+            [jnp.stack(student), jnp.moveaxis(locals_, 1, 0)], axis=0
+        )
+        centre = state.stats["centre"]
+        loss = self.distillation(student, taught, centre, state.step)
+        new = taught.mean(axis=(0, 1)).astype(centre.dtype)
+        m = self.centre_momentum
+        stats = {"centre": m * centre + (1 - m) * new}
+        weight = jnp.asarray(rows, loss.dtype)
+        return loss, Aux(weight=weight, stats=stats, metrics={})
+
+    def distillation(
+        self,
+        student: Float[Array, "v b k"],
+        teacher: Float[Array, "g b k"],
+        centre: Float[Array, " k"],
+        step: Array | int,
+    ) -> Float[Array, ""]:
+        """Mean cross-entropy over all pairs of a teacher view and another student view.
+
+        Args:
+            student: outputs of v views, of which the first g are the teacher's views.
+        """
+        temperature = self.temperature_at(step)
+        wanted = jax.nn.softmax((teacher - centre[None, None]) / temperature, axis=-1)
+        found = jax.nn.log_softmax(student / self.student_temperature, axis=-1)
+        pairs = -jnp.einsum("gbk,vbk->gv", wanted, found) / student.shape[1]
+        views, taught = student.shape[0], teacher.shape[0]
+        others = 1 - jnp.eye(taught, views, dtype=pairs.dtype)
+        return (pairs * others).sum() / (taught * (views - 1))
+
+    def temperature_at(self, step: Array | int) -> Float[Array, ""]:
+        """The teacher's temperature at a step: a line, then constant."""
+        first, last = self.teacher_temperature
+        length = max(self.teacher_warmup * self.total_steps, 1e-9)
+        progress = jnp.asarray(step, jnp.float32) / length
+        return first + (last - first) * jnp.clip(progress, 0, 1)
+
+    def _outputs(
+        self, params: Params, images: Float[Array, "b h w c"]
+    ) -> Float[Array, "b k"]:
+        tokens, _ = self.encode(params, images)
+        return apply(self.head, params["head"], tokens[:, 0])
+
+    def _gated(self, head: Params, frozen: Array) -> Params:
+        """The head's parameters, the prototypes without a gradient while frozen."""
+        kernel = head["prototypes"]
+        still = jax.lax.stop_gradient(kernel)
+        return head | {
+            "prototypes": still + jnp.where(frozen, 0.0, 1.0) * (kernel - still)
+        }
+
+    def teacher(self, old: Params | None, params: Params, step: Array) -> Params:
+        return self.ema.update(old, params, step + 1, self.total_steps)
+
+    def flops(self, image_shape: tuple[int, int, int]) -> float:
+        # Of the global crops alone: how many local ones there are is the data's choice.
+        grid = self.grid(image_shape)
+        view = self.encoder.flops(grid.size, image_shape[2])
+        view += self.head.flops(self.encoder.width)
+        return 2 * (3 * view + view)

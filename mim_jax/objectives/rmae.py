@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""R-MAE: masked autoencoding as learning features that occlusion does not change."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.maskings.random import Random
+from mim_jax.models.decoder import Decoder
+from mim_jax.models.vit import SIZES, Encoder
+from mim_jax.objectives.base import (
+    Aux,
+    Batch,
+    Params,
+    PixelObjective,
+    Stats,
+    apply,
+    purpose,
+)
+from mim_jax.ops import augment, losses
+from mim_jax.ops.masking import Mask, complement, everything, take, unshuffle
+from mim_jax.ops.patches import Grid, normalise_patches
+
+
+class Branches(NamedTuple):
+    """What the two branches say of the patches hidden from the first one.
+
+    Attributes:
+        first, second: predictions by each branch, at the patches hidden in T1.
+        target: the patches themselves.
+        weights: 1 where T2 sees the patch.
+        constrained, constraint_target: second branch and target of the constraint term.
+    """
+
+    first: Float[Array, "b m p"]
+    second: Float[Array, "b m p"]
+    target: Float[Array, "b m p"]
+    weights: Float[Array, "b m"]
+    constrained: Float[Array, "b c p"]
+    constraint_target: Float[Array, "b c p"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMAE(PixelObjective):
+    """Relaxed MAE, Eq. (8) of arXiv:2208.04164, its three variants and their readings.
+
+    The image is masked by T1 and by T2; both go through one encoder. With u1 and u2 the
+    decodings, t the target and w = hidden in T1 and visible in T2:
+    loss = <(u1 - u2)^2>_w + lam <(u2 - t)^2>_w, means over pixels, then over all such
+    patches of the batch.
+
+    Attributes:
+        encoder, decoder: the two networks.
+        masking: T1, which hides what is compared.
+        t2: what T2 hides: "complement" what T1 shows (R-MAE), "independent" patches of
+            its own by `t2_masking` (R-MAE dagger), "identity" nothing (double dagger).
+        t2_masking: only used by "independent".
+        lam: weight of the second term, lambda of Eq. (8), >= 0.
+        stop_grad: what learns from branch 2: "none" stops nothing; "distance_t2" keeps
+            the first term's gradient from it; "t2" keeps both terms' gradients from
+            the encoder there, while the decoder still learns.
+        share_decoder: one decoder for both branches, phi' = phi.
+        constraint_region: where the second term counts: "t1_masked" as the first, or
+            "all" patches (not with an independent T2).
+        normalise_target: predict patches with their own mean and deviation removed.
+        mean, std: of the data, per channel, for pixels in 0..1.
+    """
+
+    encoder: Encoder = Encoder(**SIZES["B"])
+    decoder: Decoder = Decoder()
+    masking: Masking = Random(ratio=0.75)
+    t2: Literal["complement", "independent", "identity"] = "complement"
+    t2_masking: Masking = Random(ratio=0.25)
+    lam: float = 1.0
+    stop_grad: Literal["none", "distance_t2", "t2"] = "none"
+    share_decoder: bool = True
+    constraint_region: Literal["t1_masked", "all"] = "t1_masked"
+    normalise_target: bool = True
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        if not 0 <= self.lam < float("inf"):
+            raise ValueError(f"lam={self.lam}: want a number >= 0")
+        if self.t2 == "independent" and self.constraint_region == "all":
+            raise ValueError(
+                "constraint_region='all' with t2='independent': the two terms would "
+                "count different patches in every image; want 't1_masked', or another "
+                "t2"
+            )
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_pixels(image_shape)
+        grid = self.grid(image_shape)
+        if self.masking.kept(grid) == grid.size:
+            raise ValueError("masking='none' hides nothing, and R-MAE learns from that")
+        if self.t2 == "independent":
+            self.t2_masking.kept(grid)
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
+        params = self.init_networks(key, batch)
+        if not self.share_decoder:
+            other = self.init_networks(jax.random.fold_in(key, 2), batch)
+            params["decoder2"] = other["decoder"]
+        return params, {}
+
+    def loss(
+        self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Aux]:
+        branches = self.branches(params, batch, keys)
+        distance, constraint = self.terms(branches)
+        # Dagger: images may share no patch at all, though a batch hardly can.
+        weight = branches.weights.sum()
+        metrics = {"distance": distance, "constraint": constraint}
+        loss = distance + self.lam * constraint
+        return loss, Aux(weight=weight, stats={}, metrics=metrics)
+
+    def branches(
+        self, params: Params, batch: Batch, keys: Key[Array, " b"]
+    ) -> Branches:
+        """Both branches on a batch; `keys` as for `loss`."""
+        patches, grid = self.patches(augment.to_float(batch["image"]))
+        mask1 = self.mask(batch, keys)
+        mask2 = self.second_mask(mask1, keys, grid)
+        tokens1, _ = apply(self.encoder, params["encoder"], patches, grid, mask1.keep)
+        tokens2, _ = apply(self.encoder, params["encoder"], patches, grid, mask2.keep)
+        if self.stop_grad == "t2":
+            tokens2 = jax.lax.stop_gradient(tokens2)
+        outputs = patches.shape[-1]
+        first = apply(
+            self.decoder, params["decoder"], tokens1, mask1, grid, outputs
+        ).astype(patches.dtype)
+        # Of complementary masks `mask2.keep` is `mask1.drop`: same patches, same order.
+        direct = self.t2 == "complement" and self.constraint_region != "all"
+        second = apply(
+            self.decoder,
+            params["decoder" if self.share_decoder else "decoder2"],
+            tokens2,
+            mask2,
+            grid,
+            outputs,
+            predict="visible" if direct else "all",
+        ).astype(patches.dtype)
+        target = take(patches, mask1.drop)
+        if self.normalise_target:
+            target = normalise_patches(target)
+        weights = jnp.ones(first.shape[:2], patches.dtype)
+        if direct:
+            return Branches(first, second, target, weights, second, target)
+        everywhere = unshuffle(second, mask2)
+        second = take(everywhere, mask1.drop)
+        if self.t2 == "independent":
+            seen = jnp.take_along_axis(~mask2.hidden, mask1.drop, axis=1)
+            weights = seen.astype(patches.dtype)
+        if self.constraint_region == "all":
+            if self.normalise_target:
+                patches = normalise_patches(patches)
+            return Branches(first, second, target, weights, everywhere, patches)
+        return Branches(first, second, target, weights, second, target)
+
+    def terms(self, branches: Branches) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Distance and constraint, the two terms of Eq. (8) without lambda."""
+        second = branches.second
+        if self.stop_grad == "distance_t2":
+            second = jax.lax.stop_gradient(second)
+        weight = jnp.maximum(branches.weights.sum(), 1)
+        distance = losses.patch_mse(branches.first, second)
+        distance = (branches.weights * distance).sum() / weight
+        errors = losses.patch_mse(branches.constrained, branches.constraint_target)
+        if self.constraint_region == "all":
+            return distance, errors.mean()
+        return distance, (branches.weights * errors).sum() / weight
+
+    def second_mask(self, mask1: Mask, keys: Key[Array, " b"], grid: Grid) -> Mask:
+        """What T2 hides where T1 hides `mask1`."""
+        if self.t2 == "complement":
+            return complement(mask1)
+        if self.t2 == "identity":
+            return everything(keys.shape[0], grid)
+        return self.t2_masking(purpose(keys, 3), grid)
+
+    def teacher(self, old: Params | None, params: Params, step: Array) -> None:
+        return None
+
+    def flops(self, image_shape: tuple[int, int, int]) -> float:
+        grid = self.grid(image_shape)
+        visible = self.masking.kept(grid)
+        other = {
+            "complement": grid.size - visible,
+            "identity": grid.size,
+            "independent": self.t2_masking.kept(grid),
+        }[self.t2]
+        channels = image_shape[2]
+        encoders = self.encoder.flops(visible, channels)
+        encoders += self.encoder.flops(other, channels)
+        # Both branches predict the patches hidden in T1.
+        return 3 * (encoders + 2 * self.decoder_flops(visible, image_shape))

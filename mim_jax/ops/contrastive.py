@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that compare tokens of two branches over a whole, possibly sharded, batch."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Negatives = Literal["same_position", "same_image", "all"]
+
+
+def info_nce(
+    query: Float[Array, "b n d"],
+    key: Float[Array, "b n d"],
+    temperature: float,
+    negatives: Negatives = "same_position",
+    chunk: int = 14,
+) -> Float[Array, "b n"]:
+    """Contrastive loss of each query token against tokens of the other branch.
+
+    The positive is the key of the same image and position. Logits exist for `chunk`
+    positions at a time, in the backward pass too: on D devices they take
+    chunk * b * b / D numbers for "same_position", the only one meant for large batches;
+    chunk * b * n / D for "same_image"; chunk * b * b * n / D for "all".
+
+    Args:
+        query, key: rows of any length, normalised here, rows of the global batch.
+        temperature: divides cosine similarity, > 0; smaller is sharper.
+        negatives: the denominator runs over the keys of the same position in all
+            images, of all positions in the same image, or over all keys; the positive
+            is among them.
+        chunk: query positions per round, >= 1.
+    Returns:
+        Loss per token in nats, float32 or wider, >= 0. Not averaged: the caller weighs.
+    Raises:
+        ValueError: temperature or chunk out of range.
+    Source: Eq. (9) of arXiv:2208.04164; one token per image is MoCo v3's loss
+        (arXiv:2104.02057) without its factor of twice the temperature.
+    """
+    if not temperature > 0 or chunk < 1:
+        raise ValueError(
+            f"temperature={temperature}, chunk={chunk}: want temperature > 0 and "
+            "chunk >= 1"
+        )
+    tokens = query.shape[1]
+    chunk = min(chunk, tokens)
+    rounds = -(-tokens // chunk)
+    kind = jnp.promote_types(query.dtype, jnp.float32)
+
+    def similar(pattern, one, other):
+        logits = jnp.einsum(pattern, one, other, preferred_element_type=kind)
+        return logits / temperature
+
+    whole = _unit(key) if negatives != "same_position" else key
+
+    # Logits are made again for the gradient: kept, they would be b * b * n numbers.
+    @jax.checkpoint
+    def part(q, k, whole):
+        q, k = _unit(q), _unit(k)
+        match = (q.astype(kind) * k.astype(kind)).sum(axis=-1) / temperature
+        if negatives == "same_position":
+            against = jax.nn.logsumexp(similar("bpd,jpd->pbj", q, k), axis=-1).T
+        elif negatives == "same_image":
+            against = jax.nn.logsumexp(similar("bpd,bnd->bpn", q, whole), axis=-1)
+        else:
+            logits = similar("bpd,jnd->bpjn", q, whole)
+            against = jax.nn.logsumexp(logits, axis=(-2, -1))
+        return against - match
+
+    if rounds == 1:
+        return part(query, key, whole)
+
+    def split(x):
+        short = rounds * chunk - tokens
+        x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
+        return jnp.moveaxis(x.reshape(x.shape[0], rounds, chunk, -1), 1, 0)
+
+    parts = jax.lax.map(lambda pair: part(*pair, whole), (split(query), split(key)))
+    return jnp.moveaxis(parts, 0, 1).reshape(query.shape[0], -1)[:, :tokens]
+
+
+def cosine_distance(
+    query: Float[Array, "b n d"], key: Float[Array, "b n d"]
+) -> Float[Array, "b n"]:
+    """BYOL's loss of each token, 2 - 2 cos, in 0..4 (arXiv:2006.07733, Eq. 2)."""
+    kind = jnp.promote_types(query.dtype, jnp.float32)
+    product = _unit(query.astype(kind)) * _unit(key.astype(kind))
+    return 2 - 2 * product.sum(axis=-1)
+
+
+def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Rows of length 1, rounded to their own dtype only at the end."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = (wide * wide).sum(axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)
