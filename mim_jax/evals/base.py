@@ -7,7 +7,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -62,6 +62,7 @@ class Report:
 Batch = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Passes(Protocol):
     """Passes over images, in order, without augmentation, each image once.
 
