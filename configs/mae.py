@@ -10,14 +10,16 @@ Variant `:photos`: the same program on the photographs inside scikit-image and
 scikit-learn, sized for two CPU cores: no data set, no accelerator.
 
 python -m mim_jax.main --config=configs/mae.py:photos --workdir=runs/photos
+
+Variant `:digits`: likewise on scikit-learn's scanned digits.
 """
 
-from mim_jax import config
+from mim_jax import config, embedded
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("photos",))
-    source = "photos" if preset == "photos" else "tfds"
+    preset, chosen = config.variant(variant, presets=("photos", "digits"))
+    source = preset or "tfds"
     chosen = {"objective": "mae", "source": source} | chosen
     c = config.experiment("train", **chosen)
     c.epochs = 100.0
@@ -25,28 +27,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.optim.base_lr = 1.5e-4
     c.optim.warmup_epochs = 20.0
     if preset == "photos":
-        photos(c)
+        embedded.photos(c)
+    if preset == "digits":
+        embedded.digits(c)
     return c
-
-
-def photos(c: config.Tree) -> None:
-    """A small model on small crops, pixels as they are, so that PSNR is honest.
-
-    Twelve photographs are soon known by heart. Small crops and strong colour jitter
-    keep the model from that: without them it fills held-out pictures in worse than
-    their mean colour does (docs/photos.md).
-    """
-    c.steps = 800
-    c.batch_size = 64
-    c.dtype, c.scan, c.remat = "float32", False, "none"
-    c.objective.encoder.update(dict(patch=4, width=64, depth=3, heads=2))
-    c.objective.decoder.update(dict(width=64, depth=2, heads=2))
-    c.objective.normalise_target = False
-    c.objective.color_jitter = "whole"
-    c.objective.jitter.update(dict(hue=0.5, gray_p=0.0))
-    c.data.image_size = (32, 32)
-    c.data.crop_scale = (0.05, 1.0)
-    c.data.workers = 0
-    c.optim.base_lr = 1e-2
-    c.optim.warmup_epochs = 10.0
-    c.checkpoint.every = 250

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "models": ("models", "ops"),
     "maskings": ("maskings.base", "ops"),
     "objectives": ("objectives.base", "maskings", "models", "ops"),
-    "evals": ("evals.base", "objectives.base", "models", "ops"),
+    "evals": ("evals.base", "evals.features", "objectives.base", "models", "ops"),
     "data.sources": ("data.sources.base",),
     "data.transforms": (),
     "data.pipeline": ("data.sources.base", "data.transforms"),
@@ -49,6 +49,8 @@ MAY_IMPORT = {
         "optim",
         "sharding",
     ),
+    # Leaves of config trees; used by configs/.
+    "embedded": ("config",),
     # Jobs, which do not know each other, and what they share.
     "rundir": ("config",),
     "train": (

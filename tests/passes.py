@@ -4,6 +4,8 @@
 import contextlib
 import dataclasses
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Given:
@@ -18,3 +20,11 @@ class Given:
 
     def train(self):
         return contextlib.nullcontext(self.training)
+
+    def train_examples(self, indices):
+        whole = {
+            name: np.concatenate([batch[name] for batch in self.training])
+            for name in self.training[0]
+        }
+        rows = [list(whole["index"]).index(index) for index in indices]
+        return {name: value[rows] for name, value in whole.items()}

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from multiprocessing import resource_tracker
 from typing import Any
@@ -201,6 +201,12 @@ class EvalPasses:
     def held_out(self) -> "Batches":
         """One pass over the held-out images."""
         return eval_batches(self.data, batch_size=self.batch_size)
+
+    def train_examples(self, indices: Sequence[int]) -> Batch:
+        """Those training records as one batch."""
+        source = self.data.source
+        rows = [_eval_example(self.data, source, index) for index in indices]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import abc
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,6 +76,10 @@ class Passes(Protocol):
 
     def held_out(self) -> AbstractContextManager[Iterable[Batch]]:
         """One pass over the images held out."""
+        ...
+
+    def train_examples(self, indices: Sequence[int]) -> Batch:
+        """Those training images as one batch, by their "index"."""
         ...
 
     @property

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoCo v3 ViT-B/16 on ImageNet-1k for 300 epochs, the recipe of arXiv:2104.02057.
+
+python -m mim_jax.main --config=configs/mocov3.py --workdir=runs/mocov3
+
+Hyper-parameters are those of the released ViT-B command: AdamW, weight decay 0.1 on
+every parameter, base learning rate 1.5e-4 at batch 4096, crops of 8 to 100 % of the
+area. Crops are bicubic here; docs/deviations.md has the rest.
+
+Hardware: not yet run. Paper: 76.7 linear probe (arXiv:2104.02057, table 4).
+
+Variant `:digits`: the same program on scanned digits, for two CPU cores.
+
+python -m mim_jax.main --config=configs/mocov3.py:digits --workdir=runs/mocov3-digits
+"""
+
+from mim_jax import config, embedded
+from mim_jax.evals.base import Eval
+
+
+def get_config(variant: str = "") -> config.Tree:
+    preset, chosen = config.variant(variant, presets=("digits",))
+    chosen = {"objective": "mocov3", "source": preset or "tfds"} | chosen
+    c = config.experiment("train", **chosen)
+    c.report = config.choose(Eval, "knn")
+    c.epochs = 300.0
+    c.batch_size = 4096
+    c.optim.base_lr = 1.5e-4
+    c.optim.warmup_epochs = 40.0
+    c.optim.b2 = 0.999
+    c.optim.weight_decay, c.optim.decay = 0.1, "all"
+    c.data.crops = 2
+    c.data.crop_scale = (0.08, 1.0)
+    if preset == "digits":
+        embedded.digits(c)
+    return c

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes at which every method runs on two CPU cores, on images that need no download.
+
+These are demonstrations of the program, not the papers' experiments: a config's
+`:photos` or `:digits` variant is its recipe with these leaves set.
+"""
+
+from mim_jax import config
+
+
+def photos(c: config.Tree) -> None:
+    """A small model on small crops, pixels as they are, so that PSNR is honest.
+
+    Twelve photographs are soon known by heart. Small crops and strong colour jitter
+    keep a model from that: without them it fills held-out pictures in worse than their
+    mean colour does (docs/photos.md).
+    """
+    _plain(c)
+    c.steps = 800
+    c.batch_size = 64
+    c.objective.encoder.update(dict(patch=4, width=64, depth=3, heads=2))
+    c.objective.decoder.update(dict(width=64, depth=2, heads=2))
+    c.objective.normalise_target = False
+    if "color_jitter" in c.objective:
+        c.objective.color_jitter = "whole"
+        c.objective.jitter.update(dict(hue=0.5, gray_p=0.0))
+    c.data.image_size = (32, 32)
+    c.data.crop_scale = (0.05, 1.0)
+    c.optim.base_lr = 1e-2
+    c.optim.warmup_epochs = 10.0
+    c.checkpoint.every = 250
+
+
+def digits(c: config.Tree) -> None:
+    """A small model on 8 x 8 scanned digits, 16 patches each."""
+    _plain(c)
+    c.steps = 600
+    c.batch_size = 128
+    objective = c.objective
+    objective.encoder.update(dict(patch=2, width=64, depth=3, heads=4))
+    objective.mean, objective.std = (0.3,), (0.38,)
+    if "decoder" in objective:
+        objective.decoder.update(dict(width=64, depth=1, heads=4))
+    for name in ("projector", "predictor"):
+        if name in objective:
+            objective[name].update(dict(hidden=256, out=64))
+    for name in ("jitter", "view1", "view2", "local"):
+        if name in objective:  # grey images have no colours, and 8 pixels no blur
+            colours = dict(saturation=0.0, hue=0.0, gray_p=0.0)
+            objective[name].update(dict(**colours, blur_p=0.0, solarize_p=0.0))
+    c.data.image_size = (8, 8)
+    c.data.crop_scale = (0.5, 1.0)
+    c.data.flip = False  # a mirrored digit is none
+    c.data.eval_crop_fraction = 1.0
+    c.optim.base_lr = 4e-3
+    c.optim.warmup_epochs = 10.0
+    c.checkpoint.every = 200
+
+
+def _plain(c: config.Tree) -> None:
+    c.dtype, c.scan, c.remat = "float32", False, "none"
+    c.data.workers = 0

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of every image of a pass."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from mim_jax.evals.base import Batch
+
+
+class Features(NamedTuple):
+    """Features of images, in the order of the pass.
+
+    Attributes:
+        vectors: one row per image.
+        labels: -1 where unknown.
+        indices: of the records in their source.
+    """
+
+    vectors: Float[np.ndarray, "n d"]
+    labels: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
+
+
+def extract(
+    encode: Callable[[jax.Array], jax.Array], batches: Iterable[Batch]
+) -> Features:
+    """Features of all valid images.
+
+    Args:
+        encode: from uint8 images "b h w c" to features "b d"; jitted here.
+    Raises:
+        ValueError: there is no valid image.
+    """
+    jitted = jax.jit(encode)
+    vectors, labels, index = [], [], []
+    for batch in batches:
+        valid = np.asarray(batch["valid"])
+        vectors.append(np.asarray(jitted(batch["image"]), np.float32)[valid])
+        labels.append(np.asarray(batch["label"])[valid])
+        index.append(np.asarray(batch["index"])[valid])
+    if not sum(map(len, labels)):
+        raise ValueError("features: the split has no images")
+    return Features(*(np.concatenate(part) for part in (vectors, labels, index)))
