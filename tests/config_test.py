@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import operator
+import os
 import pathlib
 import subprocess
 import sys
@@ -580,7 +581,7 @@ def test_what_is_wrong_with_the_flags_is_one_line(
         raise Left(code)
 
     argv = ["main", "--workdir=run", *arguments]
-    monkeypatch.setattr(main.os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(sys, "argv", argv)
     with flagsaver.flagsaver(), pytest.raises(Left, match="2"):
         main.parse(argv)

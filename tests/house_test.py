@@ -52,6 +52,7 @@ MAY_IMPORT = {
     # Leaves of config trees; used by configs/.
     "embedded": ("config",),
     # Jobs, which do not know each other, and what they share.
+    "commandline": ("config",),
     "rundir": ("config",),
     "train": (
         "checkpoint",
@@ -75,7 +76,17 @@ MAY_IMPORT = {
         "rundir",
         "state",
     ),
-    "main": ("checkpoint", "config", "evaluate", "interrupt", "metrics", "train"),
+    # Programs: `main` runs a job, `aot` compiles what job "train" would run.
+    "main": (
+        "checkpoint",
+        "commandline",
+        "config",
+        "evaluate",
+        "interrupt",
+        "metrics",
+        "train",
+    ),
+    "aot": ("commandline", "config", "data.sources.base", "sharding", "train"),
 }
 TABLES = ("maskings", "objectives", "evals", "data.sources")
 # Another package's module: the only rooms that may import it.

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the training step of any config for a TPU without having one.
+
+python -m mim_jax.aot --config=configs/mae.py --topology=v5e:2x4
+
+Says whether the step fits in the memory of that TPU, and what takes how much of it.
+Exit codes: 0 it fits, 1 it does or may not, 2 the command cannot work.
+"""
+
+import os
+
+if __name__ == "__main__":
+    # JAX reads the first when it is imported: tracing needs the CPU only, and a GPU or
+    # TPU of this machine stays free for others. libtpu reads the rest when it is
+    # loaded; without them it looks for the machine that a TPU would be part of.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: --topology decides
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened: none is locked
+
+import importlib.util
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+
+import mim_jax
+from mim_jax import config as configs
+from mim_jax import sharding
+from mim_jax.commandline import CONFIG, EXIT_CONFIG, leave, parse
+from mim_jax.data.sources.base import Source
+from mim_jax.train import Plan
+
+# What libtpu calls a chip, how its cores are used (as a megacore, two are one device),
+# and how many sides a layout of such chips has.
+CHIPS = {
+    "v4": ("v4", "megacore", 3),
+    "v5e": ("v5e", "default", 2),
+    "v5p": ("v5", "megacore", 3),
+    "v6e": ("v6e", "default", 2),
+    "tpu7x": ("tpu7x", "default", 3),
+}
+
+EXIT_DOES_NOT_FIT = 1
+
+# Not required by absl: that would hold for `main` too, where both are imported.
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", f"CHIP:LAYOUT, e.g. v5e:2x4; chips: {', '.join(CHIPS)}"
+)
+_OUT = flags.DEFINE_string("out", "", "JSON file to write the result to, if any.")
+
+
+def devices_of(topology: str) -> list:
+    """Devices that can be compiled for, of "v5e:2x4" or "v4:2x2x2".
+
+    Raises:
+        ConfigError: there is no such TPU, or no compiler for it.
+    """
+    chip, _, layout = topology.partition(":")
+    if chip not in CHIPS:
+        raise configs.ConfigError(
+            f"topology={topology!r}: want CHIP:LAYOUT, e.g. --topology=v5e:2x4 or "
+            f"v4:2x2x2; chips: {', '.join(CHIPS)}"
+        )
+    name, cores, sides = CHIPS[chip]
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * sides), layout):
+        example = "x".join("224"[-sides:])
+        raise configs.ConfigError(
+            f"topology={topology!r}: want {sides} sides, e.g. {chip}:{example}"
+        )
+    installed = importlib.util.find_spec("libtpu") is not None
+    if not installed and "TPU_LIBRARY_PATH" not in os.environ:
+        raise configs.ConfigError(
+            "the compiler for TPUs is not installed: want pip install -e '.[tpu]'"
+        )
+    rows, cols = map(int, layout.split("x")[:2])
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{name}:{layout}",
+            chip_config_name=cores,
+            chips_per_host_bounds=(min(rows, 2), min(cols, 2), 1),
+            num_slices=1,
+        )
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        raise configs.ConfigError(f"topology={topology!r}: {line}") from error
+    return list(found.devices)
+
+
+def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
+    """The plan of a run on a TPU that is not here, and where its images come from.
+
+    Where the data are not here either, photographs of the same size stand in: what is
+    compiled depends on the shape of a batch alone.
+
+    Raises:
+        ConfigError: the config cannot work on that TPU, or is of no training.
+    """
+    if config.job != "train":
+        raise configs.ConfigError(
+            f"config.job={config.job!r}: want a training config, e.g. configs/mae.py"
+        )
+    devices = devices_of(topology)
+    wanted = config.data.source.name
+    try:
+        return Plan.of(config, devices), wanted
+    except configs.ConfigError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+    config = config.copy_and_resolve_references()
+    with config.data.unlocked():
+        config.data.source = configs.choose(Source, "photos")
+    return Plan.of(config, devices), f"photos: the data of {wanted} are not here"
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """What is known of a plan before it is compiled; bytes are those of one device."""
+    settings, state = plan.settings, plan.abstract_state()
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return {
+        "versions": {"mim_jax": mim_jax.__version__, "jax": jax.__version__},
+        "objective": type(settings.objective).__name__,
+        "devices": plan.mesh.size,
+        "mesh": dict(plan.mesh.shape),
+        "image_shape": list(settings.data.image_shape),
+        "batch_size": settings.batch_size,
+        "batch_per_device": settings.batch_size // plan.mesh.size,
+        "micro_batches": settings.accumulate,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "state_bytes": sharding.bytes_per_device(state, placed),
+        "hbm_bytes": usable_hbm(plan.mesh),
+    }
+
+
+def compile_step(plan: Plan) -> dict[str, Any]:
+    """Compile the step: whether it fits, and what it takes on one device.
+
+    Returns:
+        `compiles`; `peak_bytes`, to two decimals of its unit if it does not; then also
+        `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the output that
+        takes the place of donated arguments), `temp_bytes`; `compile_seconds`.
+    """
+    lowered = plan.lowered()
+    started = time.monotonic()
+    try:
+        memory: Any = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        peak, _ = _over_hbm(error)
+        found = {"compiles": False, "peak_bytes": peak}
+    else:
+        found = {
+            "compiles": True,
+            "peak_bytes": memory.peak_memory_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "output_bytes": memory.output_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+        }
+    return found | {"compile_seconds": time.monotonic() - started}
+
+
+def verdict(found: dict[str, Any]) -> dict[str, Any]:
+    """Whether the step fits, by its peak and by the room that its buffers are given.
+
+    The compiler refuses by the peak of what is alive at once. Laid out in memory,
+    buffers leave gaps, and with loops (scan) `temp_bytes` was seen at 1.6 times the
+    peak: a step whose buffers have no room is not taken to fit, though it compiles.
+    """
+    held = found["peak_bytes"]
+    if found["compiles"]:
+        held = found["argument_bytes"] + found["output_bytes"] + found["temp_bytes"]
+        held = max(held - found["alias_bytes"], found["peak_bytes"])
+    return {"held_bytes": held, "fits": held <= found["hbm_bytes"]}
+
+
+def usable_hbm(mesh: jax.sharding.Mesh) -> int:
+    """Bytes that a program may use on a device of a TPU's mesh."""
+    # The compiler alone knows, and says so when it refuses: so ask for too much.
+    shape, rows = (mesh.size, 2**40), sharding.by_row(mesh)
+    too_much = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
+    try:
+        jax.jit(jnp.invert).lower(too_much).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _over_hbm(error)[1]
+    raise AssertionError("a program of a tebibyte fits")
+
+
+def _over_hbm(error: Exception) -> tuple[int, int]:
+    """(wanted, usable) bytes of a refusal, or the error itself if it is another."""
+    message = str(error)
+    sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)
+    exhausted = message.startswith("RESOURCE_EXHAUSTED") and "hbm" in message.lower()
+    if not exhausted or len(sizes) < 2:  # other memories of the chip run out, too
+        raise error
+    wanted, usable = (
+        round(float(number) * 1024 ** (" KMGT".index(unit)))
+        for number, unit in sizes[:2]
+    )
+    return wanted, usable
+
+
+def _before(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {it}" for name, it in found["versions"].items())
+    axes = " x ".join(f"{name} {size}" for name, size in found["mesh"].items())
+    shape = "x".join(map(str, found["image_shape"]))
+    parts = found["micro_batches"]
+    return (
+        f"{found['objective']} for {found['topology']}, {versions}\n"
+        f"source      {found['source']}; read as {shape}\n"
+        f"mesh        {axes} on {found['devices']} devices\n"
+        f"batch       {found['batch_size']} images, {found['batch_per_device']} per "
+        "device" + (f", in {parts} micro-batches" if parts > 1 else "") + "\n"
+        f"parameters  {found['parameters'] / 1e6:.2f} M; state "
+        f"{_gib(found['state_bytes'])} per device"
+    )
+
+
+def _after(found: dict[str, Any]) -> str:
+    lines = [f"compiled    in {found['compile_seconds']:.1f} s"]
+    if found["compiles"]:
+        for name in ("argument", "output", "alias", "temp"):
+            lines.append(f"{name:<11} {_gib(found[f'{name}_bytes'])} per device")
+    hbm, peak, held = (found[f"{name}_bytes"] for name in ("hbm", "peak", "held"))
+    if found["fits"]:
+        lines.append(
+            f"fits: peak {_gib(peak)} of {_gib(hbm)} per device, {_gib(hbm - peak)} "
+            f"spare; laid out, buffers take {_gib(held)}"
+        )
+        return "\n".join(lines)
+    if found["compiles"]:
+        lines.append(
+            f"may not fit: peak {_gib(peak)} of {_gib(hbm)} per device, but laid out, "
+            f"buffers take {_gib(held)}, {_gib(held - hbm)} too much"
+        )
+    else:
+        lines = [
+            f"does not fit: it wants {_gib(peak)} of {_gib(hbm)} per device, "
+            f"{_gib(peak - hbm)} too much"
+        ]
+    return "\n".join(lines) + (
+        "; try --config.accumulate=2, --config.remat=full or --config.mesh.fsdp=2"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3f} GiB"
+
+
+def main(argv: list[str]) -> None:
+    """Compile, print, write."""
+    del argv  # `parse` left nothing in it
+    config, topology = CONFIG.value, _TOPOLOGY.value
+    try:
+        plan, source = plan_for(config, topology)
+    except configs.ConfigError as error:
+        leave(f"error: {error}", EXIT_CONFIG)
+    found = {"topology": topology, "source": source} | facts(plan)
+    print(_before(found), flush=True)  # a full model takes minutes
+    found |= compile_step(plan)
+    found |= verdict(found)
+    print(_after(found), flush=True)
+    if _OUT.value:
+        text = json.dumps(found | {"config": config.to_dict()}, indent=2)
+        try:
+            pathlib.Path(_OUT.value).write_text(text + "\n")
+        except OSError as error:
+            leave(f"error: out={_OUT.value}: {error.strerror}", EXIT_CONFIG)
+    if not found["fits"]:
+        os._exit(EXIT_DOES_NOT_FIT)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled for TPUs that are not here: what fits, what does not, what is not lost."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from mim_jax import aot, config
+from mim_jax.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "data.image_size": "(32,32)",
+    "objective.encoder.depth": 2,
+    "objective.encoder.width": 256,
+    "objective.encoder.heads": 2,
+    "objective.decoder.depth": 1,
+    "objective.decoder.width": 128,
+    "objective.decoder.heads": 2,
+    "batch_size": 64,
+}
+GIB = 2**30
+
+
+def recipe(data_dir, **leaves):
+    """configs/mae.py, small, with its data looked for in a folder without any."""
+    tree = config.read(str(ROOT / "configs" / "mae.py"))
+    tree.data.source.data_dir = str(data_dir)
+    tree.data.image_size = (64, 32)
+    tree.objective.encoder.update(dict(depth=1, width=16, heads=2))
+    tree.objective.decoder.update(dict(depth=1, width=16, heads=2))
+    tree.batch_size = 16
+    tree.update(leaves)
+    return tree
+
+
+@pytest.fixture
+def cpus(monkeypatch):
+    """CPUs in place of a TPU's devices: what is planned does not depend on it."""
+    monkeypatch.setattr(aot, "devices_of", lambda topology: jax.devices())
+
+
+def test_photographs_stand_in_for_absent_data_at_the_same_size(tmp_path, cpus):
+    tree = recipe(tmp_path)
+    plan, source = aot.plan_for(tree, "v5e:2x4")
+    assert source == "photos: the data of tfds are not here"
+    assert plan.settings.data.image_shape == (64, 32, 3)
+    assert tree.data.source.name == "tfds"  # the caller's config is as it was
+    plan, source = aot.plan_for(config.read("configs/mae.py:photos"), "v5e:2x4")
+    assert source == "photos"
+
+
+def test_what_is_wrong_with_a_config_is_not_taken_for_absent_data(tmp_path, cpus):
+    with pytest.raises(ConfigError, match="batch_size=12 .* want a multiple of 8"):
+        aot.plan_for(recipe(tmp_path, batch_size=12), "v5e:2x4")
+    tree = config.read("configs/mae.py:source=folder")  # its path is empty
+    with pytest.raises(ConfigError, match="path is empty"):
+        aot.plan_for(tree, "v5e:2x4")
+    with pytest.raises(ConfigError, match="config.job='eval': want a training config"):
+        aot.plan_for(config.read("configs/reconstruction.py"), "v5e:2x4")
+
+
+@pytest.mark.parametrize(
+    "topology, expected",
+    [
+        ("", "topology='': want CHIP:LAYOUT, e.g. --topology=v5e:2x4"),
+        ("v9:2x2", "chips: v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e", "topology='v5e': want 2 sides, e.g. v5e:2x4"),
+        ("v5e:2x4x1", "want 2 sides"),
+        ("v5e:0x4", "want 2 sides"),
+        ("v4:2x2", "topology='v4:2x2': want 3 sides, e.g. v4:2x2x4"),
+    ],
+)
+def test_a_topology_is_checked_before_the_compiler_is_needed(
+    monkeypatch, topology, expected
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        aot.devices_of(topology)
+    assert expected in str(error.value)
+
+
+def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(ConfigError, match=r"want pip install -e '\.\[tpu\]'"):
+        aot.devices_of("v5e:2x4")
+
+
+@pytest.fixture
+def refused(tmp_path, cpus, monkeypatch):
+    """A plan whose step the compiler refuses with a message."""
+
+    def of(message):
+        def compile(lowered):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+        return plan
+
+    plan, _ = aot.plan_for(recipe(tmp_path), "v5e:2x4")
+    lowered = jax.jit(lambda x: x).lower(0)
+    monkeypatch.setattr(type(plan), "lowered", lambda self: lowered)
+    return of
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (20.50G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of "
+        "15.75G hbm. Exceeds hbm capacity by 4.75G.",
+    ],
+)
+def test_both_numbers_of_a_refusal_are_read(refused, message):
+    found = aot.compile_step(refused(message))
+    assert not found["compiles"] and found["peak_bytes"] == 20.5 * GIB
+    found = aot.verdict(found | {"hbm_bytes": round(15.75 * GIB)})
+    assert found == {"fits": False, "held_bytes": 20.5 * GIB}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.50M of "
+        "16.00M vmem.",
+        "INTERNAL: hbm of 20.50G and 15.75G",
+    ],
+)
+def test_another_refusal_is_not_taken_for_a_step_too_large(refused, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message[:20]):
+        aot.compile_step(refused(message))
+
+
+def test_a_step_whose_buffers_have_no_room_is_not_taken_to_fit():
+    sizes = dict(argument=2, output=2, alias=1, temp=6, peak=5, hbm=9)
+    found = {f"{name}_bytes": size for name, size in sizes.items()}
+    found["compiles"] = True
+    assert aot.verdict(found) == {"fits": True, "held_bytes": 9}
+    assert not aot.verdict(found | {"temp_bytes": 7})["fits"]
+    assert aot.verdict(found | {"temp_bytes": 1}) == {"fits": True, "held_bytes": 5}
+
+
+# In processes of their own: libtpu reads its environment once, and stays loaded.
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu: pip install -e '.[tpu]'",
+)
+
+
+def program(config_file, topology, *arguments, **leaves):
+    command = [
+        *(sys.executable, "-m", "mim_jax.aot", f"--topology={topology}"),
+        f"--config={config_file}",
+        *(f"--config.{name}={value}" for name, value in leaves.items()),
+        *arguments,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+
+
+@pytest.mark.tpu
+@needs_libtpu
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_the_step_fits_and_its_state_is_donated(tmp_path, fsdp):
+    out = tmp_path / "aot.json"
+    absent = {"data.source.data_dir": tmp_path, "mesh.fsdp": fsdp}
+    done = program("configs/mae.py", "v5e:2x4", f"--out={out}", **TINY, **absent)
+    assert done.returncode == 0, done.stderr
+    assert "source      photos: the data of tfds are not here" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("fits: peak 0.")
+    found = json.loads(out.read_text())
+    assert found["fits"] and found["devices"] == 8
+    assert found["batch_size"] == 64 and found["batch_per_device"] == 8
+    assert found["hbm_bytes"] == 15.75 * GIB
+    assert found["config"]["objective"]["encoder"]["width"] == 256
+    # Donated: all of the new state takes the place of the old. Rows of an array are
+    # padded to 128 numbers, so it takes more than its numbers do.
+    assert found["state_bytes"] < found["alias_bytes"] < 1.4 * found["state_bytes"]
+    assert found["output_bytes"] - found["alias_bytes"] < 0.01 * found["output_bytes"]
+    if fsdp == 1:  # parameters and both moments of Adam, float32
+        assert found["state_bytes"] == pytest.approx(12 * found["parameters"], 0.01)
+    else:
+        assert found["state_bytes"] < 8 * found["parameters"]
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_an_impossible_batch_does_not_fit(tmp_path):
+    out = tmp_path / "aot.json"
+    leaves = TINY | {"batch_size": 2**21}
+    done = program("configs/mae.py:photos", "v5e:2x2", f"--out={out}", **leaves)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(out.read_text())
+    assert not found["fits"] and found["devices"] == 4
+    assert found["peak_bytes"] > found["hbm_bytes"] == 15.75 * GIB
+    wanted = f"does not fit: it wants {found['peak_bytes'] / GIB:.3f} GiB of 15.750 GiB"
+    assert done.stdout.splitlines()[-1].startswith(wanted)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_what_libtpu_refuses_is_one_line(tmp_path):
+    done = program("configs/mae.py:photos", "v5e:3x3")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: topology='v5e:3x3': INVALID_ARGUMENT: ")
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_every_chip_is_known_to_the_compiler():
+    """Devices, and GiB that the compiler of libtpu 0.0.42.1 gives to a program."""
+    expected = {
+        "v4:2x2x2": (8, 30.75),
+        "v5e:1x1": (1, 15.75),
+        "v5e:1x2": (2, 15.75),
+        "v5e:16x16": (256, 15.75),
+        "v5p:2x2x1": (4, 95.74),
+        "v6e:2x4": (8, 31.25),
+        "tpu7x:2x2x1": (8, 94.75),  # two devices a chip
+    }
+    assert {name.partition(":")[0] for name in expected} == set(aot.CHIPS)
+    text = """
+import json, sys
+from mim_jax import aot
+from mim_jax.sharding import Mesh
+found = {}
+for name in sys.argv[1:]:
+    devices = aot.devices_of(name)
+    gib = aot.usable_hbm(Mesh().build(devices)) / 2**30
+    found[name] = len(devices), round(gib, 2)
+print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", text, *expected],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: tuple(pair) for name, pair in found.items()} == expected
