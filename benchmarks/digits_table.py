@@ -5,7 +5,8 @@ python benchmarks/digits_table.py --out=runs/digits-table
 
 Trains each method's `:digits` variant, then measures the frozen encoder on the 355
 held-out digits: weighted 10-nearest-neighbours, and logistic regression (scikit-learn)
-on the training digits' features. "random" is the encoder before training. Prints one
+on the training digits' features. "random" is the encoder before training, its features being the class token or the
+mean of the patch tokens, as the method's are. Prints one
 Markdown table of mean and standard deviation over seeds, and writes table.json. It
 shows that the methods run and learn, not which is better: images have 64 pixels, and
 no method was tuned here beyond its learning rate.
@@ -46,6 +47,8 @@ METHODS: dict[str, tuple[str, dict]] = {
     "DINO": ("dino", {}),
     "BEiT": ("beit", {}),
 }
+# The encoder before training, by the token that represents an image.
+RANDOM = {"MAE": "random, class token", "C-MAE (InfoNCE)": "random, patch mean"}
 
 
 def tree_of(method: str, seed: int, steps: int | None) -> config.Tree:
@@ -101,8 +104,9 @@ def main() -> None:
             workdir = arguments.out / f"{method.replace(' ', '-')}-{seed}"
             train.run(tree_of(method, seed, arguments.steps), workdir)
             found.setdefault(method, []).append(measure(workdir, trained=True))
-            if method == "MAE":
-                found.setdefault("random", []).append(measure(workdir, trained=False))
+            if method in RANDOM:
+                untrained = measure(workdir, trained=False)
+                found.setdefault(RANDOM[method], []).append(untrained)
             seconds = time.monotonic() - start
             print(f"{method}, seed {seed}: {found[method][-1]}, {seconds:.0f} s")
     print("\n| method | 10-NN | linear | seeds |\n|---|---|---|---|")

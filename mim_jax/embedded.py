@@ -44,6 +44,8 @@ def digits(c: config.Tree) -> None:
     for name in ("projector", "predictor"):
         if name in objective:
             objective[name].update(dict(hidden=256, out=64))
+    if "ema" in objective and objective.ema.base > 0.99:
+        objective.ema.base = 0.98  # a run of 600 steps, not of 100,000
     for name in ("jitter", "view1", "view2", "local"):
         if name in objective:  # grey images have no colours, and 8 pixels no blur
             colours = dict(saturation=0.0, hue=0.0, gray_p=0.0)
