@@ -35,10 +35,13 @@ from mim_jax.objectives.base import Objective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import AdamW
 from mim_jax.sharding import Mesh
+from mim_jax.tokenizers import TOKENIZERS
+from mim_jax.tokenizers.base import Tokenizer
 
 KINDS: dict[type, tuple[str, dict[str, type]]] = {
     Objective: ("objective", OBJECTIVES),
     Masking: ("masking", MASKINGS),
+    Tokenizer: ("tokenizer", TOKENIZERS),
     Source: ("source", SOURCES),
     Eval: ("eval", EVALS),
 }

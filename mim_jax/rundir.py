@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import socket
@@ -81,4 +82,18 @@ def write_config(workdir: pathlib.Path, config: configs.Tree) -> None:
     path = workdir / "config.json"
     replacement = path.with_suffix(".tmp")
     replacement.write_text(configs.dumps(config))
+    replacement.replace(path)
+
+
+def write_images(workdir: pathlib.Path, ids: tuple[int, ...] | None) -> None:
+    """Write images.json, once: which records of a larger source the run learns from.
+
+    Args:
+        ids: their positions there; None, where a source is read in full: no file.
+    """
+    path = workdir / "images.json"
+    if ids is None or jax.process_index() != 0 or path.exists():
+        return
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(json.dumps({"ids": ids}) + "\n")
     replacement.replace(path)

@@ -83,6 +83,7 @@ class Plan:
             mesh = settings.mesh.build(devices)
             _check_reads(objective, data)
             settings.report.check(objective)
+            data.source.chosen()  # refuses here what only labels can tell
         except ValueError as error:
             raise configs.ConfigError(f"config: {error}") from error
         if objective.batch_coupled and settings.accumulate > 1:
@@ -187,6 +188,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
                 lambda: _begin(plan, like, checkpointer)
             )
             rundir.write_config(workdir, config)
+            rundir.write_images(workdir, settings.data.source.chosen())
             book = Book(plan, workdir, start, extra, checkpointer.newest)
             try:
                 if start < plan.stop:

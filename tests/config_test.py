@@ -243,7 +243,7 @@ MISTAKES = [
     ),
     (
         lambda: config.experiment("train", objective="mea"),
-        "objective 'mea' is unknown (did you mean 'mae'?); known: cmae, dino, mae, ",
+        "objective 'mea' is unknown (did you mean 'mae'?); known: beit, cmae, ",
     ),
     (
         lambda: config.experiment("train", masking="gird"),
@@ -252,12 +252,12 @@ MISTAKES = [
     ),
     (
         lambda: config.experiment("train", source="imagenet"),
-        "source 'imagenet' is unknown; known: digits, folder, photos, tfds",
+        "source 'imagenet' is unknown; known: digits, few, folder, photos, tfds",
     ),
     (
         lambda: config.experiment("train", maskin="grid"),
         "kind of plug-in 'maskin' is unknown (did you mean 'masking'?); known: "
-        "eval, masking, objective, source",
+        "eval, masking, objective, source, tokenizer",
     ),
     (
         lambda: config.experiment("eval", masking="grid"),
@@ -275,7 +275,7 @@ MISTAKES = [
     (
         lambda: config.variant("photos,maskng=grid", ("photos",)),
         "kind of plug-in 'maskng' is unknown (did you mean 'masking'?); known: "
-        "eval, masking, objective, source",
+        "eval, masking, objective, source, tokenizer",
     ),
     (
         lambda: config.read("configs/mea.py"),

@@ -22,6 +22,8 @@ FILES = {
         "photos,masking=grid",
         "photos,source=digits",
     ),
+    "beit.py": ("digits", "masking=random", "digits,masking=random"),
+    "few.py": ("photos", "source=photos", "objective=rmae"),
     "reconstruction.py": ("eval=reconstruction",),
 }
 every_config = pytest.mark.parametrize(
@@ -40,6 +42,7 @@ def imagenet(monkeypatch):
     monkeypatch.setattr(Tfds, "__post_init__", lambda self: None)
     monkeypatch.setattr(Tfds, "__len__", lambda self: 1281167)
     monkeypatch.setattr(Tfds, "channels", 3)
+    monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"dataset": self.dataset})
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "ops": ("ops",),
     "models": ("models", "ops"),
     "maskings": ("maskings.base", "ops"),
-    "objectives": ("objectives.base", "maskings", "models", "ops"),
+    "tokenizers": ("tokenizers.base", "ops"),
+    "objectives": ("objectives.base", "maskings", "models", "ops", "tokenizers"),
     "evals": ("evals.base", "evals.features", "objectives.base", "models", "ops"),
     "data.sources": ("data.sources.base",),
     "data.transforms": (),
@@ -48,6 +49,7 @@ MAY_IMPORT = {
         "objectives",
         "optim",
         "sharding",
+        "tokenizers",
     ),
     # Leaves of config trees; used by configs/.
     "embedded": ("config",),
@@ -88,7 +90,7 @@ MAY_IMPORT = {
     ),
     "aot": ("commandline", "config", "data.sources.base", "sharding", "train"),
 }
-TABLES = ("maskings", "objectives", "evals", "data.sources")
+TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
 # Another package's module: the only rooms that may import it.
 ONLY_IN = {
     "flax.linen": ("models",),

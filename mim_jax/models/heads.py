@@ -136,7 +136,7 @@ class Prototypes(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Linear classification head; logits in float32 at least.
+    """Linear classification head of images or tokens; logits in float32 at least.
 
     Attributes:
         classes: number of logits.
@@ -149,7 +149,7 @@ class Classifier(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.classes}"]:
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.classes}"]:
         init = nn.initializers.truncated_normal(self.deviation)
         x = nn.Dense(self.classes, dtype=self.dtype, kernel_init=init, name="linear")(x)
         return x.astype(accurate(self.dtype))

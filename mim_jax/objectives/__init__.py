@@ -2,6 +2,7 @@
 """Objectives by name."""
 
 from mim_jax.objectives.base import Objective
+from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.cmae import CMAE
 from mim_jax.objectives.dino import DINO
 from mim_jax.objectives.mae import MAE
@@ -15,5 +16,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "cmae": CMAE,
     "mocov3": MoCoV3,
     "dino": DINO,
+    "beit": BEiT,
     "supervised": Supervised,
 }

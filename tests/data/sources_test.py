@@ -19,7 +19,9 @@ from sklearn import datasets
 
 from mim_jax.data import transforms
 from mim_jax.data.sources import SOURCES, photos
+from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.digits import Digits
+from mim_jax.data.sources.few import Few
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
 from mim_jax.data.sources.tfds import Tfds, find_version
@@ -55,6 +57,7 @@ def source(request, tree):
         "digits": Digits(),
         "tfds": small_jpegs(),
         "folder": Folder(path=str(tree)),
+        "few": Few(source=Folder(path=str(tree)), images=3),
     }
     assert set(built) == set(SOURCES)  # a new source has its row here
     return built[request.param]
@@ -79,10 +82,18 @@ def test_contract(source):
 
 
 def test_fields_are_config_leaves(source):
-    types = (int, float, bool, str, type(None))
+    types = (int, float, bool, str, tuple, type(None))
     for field in dataclasses.fields(source):
+        if field.type is Source:  # another row of the table, itself made of leaves
+            continue
         assert field.default is not dataclasses.MISSING
         assert isinstance(getattr(source, field.name), types)
+
+
+def test_labels_are_those_of_the_records(source):
+    want = [source[index]["label"] for index in range(len(source))]
+    np.testing.assert_array_equal(source.labels(), want)
+    assert source.labels().dtype == np.int32
 
 
 def test_pickles_without_what_it_has_opened(source):

@@ -3,6 +3,7 @@
 
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.digits import Digits
+from mim_jax.data.sources.few import Few
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
 from mim_jax.data.sources.tfds import Tfds
@@ -12,4 +13,5 @@ SOURCES: dict[str, type[Source]] = {
     "digits": Digits,
     "tfds": Tfds,
     "folder": Folder,
+    "few": Few,
 }

@@ -5,6 +5,8 @@ import abc
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 
 class Source(abc.ABC):
     """Random-access labelled images. A concrete one is a final frozen dataclass.
@@ -43,6 +45,16 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed: plain JSON values, no paths."""
+
+    def labels(self) -> np.ndarray:
+        """Label of every record, int32. This reads each record once; a source that
+        knows its labels says so faster."""
+        labels = [self[index]["label"] for index in range(len(self))]
+        return np.array(labels, np.int32)
+
+    def chosen(self) -> tuple[int, ...] | None:
+        """Positions of these records in a larger source, or None: there is none."""
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # Fields alone travel to a worker: open files and caches stay behind.

@@ -49,6 +49,9 @@ class Digits(Source):
     def channels(self) -> int:
         return 1
 
+    def labels(self) -> np.ndarray:
+        return self._data[1]
+
     def held_out(self) -> "Digits":
         return dataclasses.replace(self, split="held_out")
 

@@ -8,6 +8,8 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from mim_jax.data.sources.base import Source, check_split
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -112,6 +114,9 @@ class Folder(Source):
     @functools.cached_property
     def _classes(self) -> tuple[str, ...]:
         return list_classes(pathlib.Path(self.path) / self.train_folder)
+
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self._records], np.int32)
 
     def held_out(self) -> "Folder":
         return dataclasses.replace(self, split="held_out")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few images of another source, for pre-training on those alone."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any, Literal
+
+import numpy as np
+
+from mim_jax.data.sources.base import Source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Few(Source):
+    """Images chosen once from `source`: arXiv:2208.04164, section 4, tables 6 to 8.
+
+    The choice is a pure function of the seed and the source's fingerprint, the same on
+    any machine. With one seed, 10 images are among the 100 of the same sampling, as
+    long as the class of "one_class" has so many.
+
+    "random" reads nothing. The other two need the label of every record: at once from
+    `digits` and `folder`, but `tfds` keeps labels beside the images, so that each
+    process of a run reads the whole data set once when it starts (ImageNet: 140 GB).
+    To spare that, give the ids that an earlier run wrote to its images.json.
+
+    Held out is what the source holds out.
+
+    Attributes:
+        source: to choose from.
+        images: how many.
+        sampling: "random" over all images; "one_class", all from one class, drawn among
+            those that are large enough; "one_per_class", no two from the same.
+        seed: of the choice, >= 0.
+        ids: positions in the source, if you choose them yourself; then `images`,
+            `sampling` and `seed` count for nothing.
+    """
+
+    source: Source
+    images: int = 1
+    sampling: Literal["random", "one_class", "one_per_class"] = "random"
+    seed: int = 0
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        count = len(self.source)
+        if self.ids:
+            if min(self.ids) < 0 or max(self.ids) >= count:
+                raise ValueError(
+                    f"ids={_short(self.ids)}: want 0 <= id < {count}, the number of "
+                    "images of the source"
+                )
+            if len(set(self.ids)) < len(self.ids):
+                raise ValueError(f"ids={_short(self.ids)}: want each one once")
+            return
+        if not 1 <= self.images <= count:
+            raise ValueError(
+                f"images={self.images}: want 1 <= images <= {count}, the number of "
+                "images of the source"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: want seed >= 0")
+        if self.sampling == "random":
+            return
+        classes = len(self.source.classes)
+        if not classes:
+            raise ValueError(
+                f"sampling={self.sampling!r} of a source without labels: want "
+                "sampling='random', or a source with classes"
+            )
+        if self.sampling == "one_per_class" and self.images > classes:
+            raise ValueError(
+                f"images={self.images}, sampling='one_per_class': want at most "
+                f"{classes} images, one of each class"
+            )
+
+    def chosen(self) -> tuple[int, ...]:
+        """Positions in `source` of these images, record by record.
+
+        Raises:
+            ValueError: the classes have too few images for this sampling.
+        """
+        return self._chosen
+
+    @functools.cached_property
+    def _chosen(self) -> tuple[int, ...]:
+        return self.ids or tuple(self._choose().tolist())
+
+    def _choose(self) -> np.ndarray:
+        # Sorting raw bits of a named generator: unlike shuffles and choices, those are
+        # the same in every version of numpy.
+        known = json.dumps(self.source.fingerprint(), sort_keys=True)
+        digest = hashlib.sha256(known.encode()).digest()
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, *digest]))
+        order = np.argsort(bits.random_raw(len(self.source)), kind="stable")
+        if self.sampling == "random":
+            return order[: self.images]
+        labels = self.source.labels()[order]
+        classes = np.argsort(bits.random_raw(len(self.source.classes)), kind="stable")
+        counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+        if self.sampling == "one_class":
+            large = classes[counts[classes] >= self.images]
+            if not len(large):
+                raise ValueError(
+                    f"images={self.images}, sampling='one_class': want at most "
+                    f"{counts.max()}, the images of the largest class"
+                )
+            return order[labels == large[0]][: self.images]
+        found = classes[counts[classes] > 0]
+        if len(found) < self.images:
+            raise ValueError(
+                f"images={self.images}, sampling='one_per_class': want at most "
+                f"{len(found)}, the classes that have an image"
+            )
+        return np.array([order[labels == one][0] for one in found[: self.images]])
+
+    def __len__(self) -> int:
+        return len(self.ids) or self.images
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self._chosen[index]]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    @property
+    def channels(self) -> int:
+        return self.source.channels
+
+    def held_out(self) -> Source:
+        return self.source.held_out()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "name": "few",
+            "count": len(self),
+            "ids": hashlib.sha256(json.dumps(self._chosen).encode()).hexdigest(),
+            "source": self.source.fingerprint(),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The choice travels too: a worker would read all labels again to make it.
+        return {**super().__getstate__(), "_chosen": self._chosen}
+
+
+def _short(ids: tuple[int, ...]) -> str:
+    return str(ids) if len(ids) < 8 else f"({', '.join(map(str, ids[:5]))}, ...)"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BEiT: the tokens of hidden patches, predicted from the visible ones."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from mim_jax.maskings.base import Masking
+from mim_jax.maskings.block import Block
+from mim_jax.models.heads import Classifier
+from mim_jax.models.vit import SIZES, Encoder
+from mim_jax.objectives.base import (
+    Aux,
+    Batch,
+    Objective,
+    Params,
+    Stats,
+    apply,
+    purpose,
+)
+from mim_jax.ops import augment
+from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.masking import Mask, take
+from mim_jax.tokenizers.base import Tokenizer
+from mim_jax.tokenizers.kmeans import KMeans
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BEiT(Objective):
+    """Masked image modelling of BEiT, arXiv:2106.08254, Eq. (2).
+
+    The encoder sees all positions, a learned token standing in for hidden patches; a
+    linear head predicts there which token of a vocabulary the patch has.
+
+    Departures from the paper: no relative position bias, no layer scale, no drop path;
+    and tokens are those of `tokenizer`, by default not a discrete VAE's.
+
+    Attributes:
+        encoder: the network that is learned.
+        tokenizer: gives each patch its token.
+        masking: which patches are hidden.
+        color_jitter: "whole" jitters the image before anything else: what the encoder
+            sees, and what the tokens are of.
+        jitter: how much; the paper's by default.
+        mean, std: of the data, per channel, for pixels in 0..1.
+    """
+
+    encoder: Encoder = Encoder(**SIZES["B"])
+    tokenizer: Tokenizer = KMeans()
+    masking: Masking = Block(ratio=0.4)
+    color_jitter: Literal["none", "whole"] = "none"
+    jitter: ColorJitter = ColorJitter(hue=0.0, p=1.0, gray_p=0.0)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def feature(self) -> Literal["cls", "avg"]:
+        # The loss reads patch tokens alone; the paper's classifier their mean.
+        return "avg"
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_images(image_shape)
+        self.tokenizer.check(image_shape)
+        if self.color_jitter != "none":
+            self.jitter.check(image_shape[2])
+        grid = self.grid(image_shape)
+        if self.masking.kept(grid) == grid.size:
+            raise ValueError(
+                "masking hides nothing, so there is no token to predict; want one that "
+                "hides patches, such as 'block'"
+            )
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
+        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
+        mask = self.masking(jax.random.split(key, 1), grid)
+        encoder_key, head_key = jax.random.split(key)
+        (tokens, _), encoder = self.encoder.init_with_output(
+            encoder_key, patches, grid, hidden=mask.hidden
+        )
+        head = self._head.init(head_key, tokens)
+        return {"encoder": encoder["params"], "head": head["params"]}, {}
+
+    def loss(
+        self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Aux]:
+        images = augment.to_float(batch["image"])
+        if self.color_jitter != "none":
+            images = self.jitter(images, purpose(keys, 1))
+        mask = self.mask(batch, keys)
+        logits = self.logits(params, images, mask)
+        tokens = self.tokenizer(images, self.grid(images.shape[1:]))
+        wanted = take(tokens[:, :, None], mask.drop)
+        scores = jax.nn.log_softmax(logits, axis=-1)
+        errors = -jnp.take_along_axis(scores, wanted, axis=-1)
+        right = (logits.argmax(axis=-1) == wanted[:, :, 0]).astype(logits.dtype)
+        weight = jnp.asarray(errors.size, logits.dtype)
+        metrics = {"accuracy": right.mean()}
+        return errors.mean(), Aux(weight=weight, stats={}, metrics=metrics)
+
+    def mask(self, batch: Batch, keys: Key[Array, " b"]) -> Mask:
+        """The masks of a batch: its own under "mask" if there is one, else drawn."""
+        if "mask" in batch:
+            return batch["mask"]
+        return self.masking(keys, self.grid(batch["image"].shape[1:]))
+
+    def logits(
+        self, params: Params, images: Float[Array, "b h w c"], mask: Mask
+    ) -> Float[Array, "b m v"]:
+        """Of each token of the vocabulary at the hidden patches, in `mask.drop`'s
+        order, for images in 0..1."""
+        tokens, _ = self.encode(params, images, hidden=mask.hidden)
+        return apply(self._head, params["head"], take(tokens[:, 1:], mask.drop))
+
+    @property
+    def _head(self) -> Classifier:
+        return Classifier(
+            classes=self.tokenizer.vocabulary, deviation=0.02, dtype=self.encoder.dtype
+        )
+
+    def teacher(self, old: Params | None, params: Params, step: Array) -> None:
+        return None
+
+    def flops(self, image_shape: tuple[int, int, int]) -> float:
+        # Without the tokenizer, which is no part of the model.
+        grid = self.grid(image_shape)
+        hidden = grid.size - self.masking.kept(grid)
+        head = 2 * hidden * self.encoder.width * self.tokenizer.vocabulary
+        return 3 * (self.encoder.flops(grid.size, image_shape[2]) + head)
