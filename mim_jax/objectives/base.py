@@ -49,7 +49,9 @@ class Aux(NamedTuple):
 
 def purpose(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
     """Keys for another use of the same examples, independent of `keys` themselves."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    # `split(key, n)[i]` is `fold_in(key, i)`: begin where nobody's split ends, or T2
+    # could draw by a key that T1 has drawn by.
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 1000 + number)
 
 
 class Objective(abc.ABC):
