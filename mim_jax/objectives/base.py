@@ -225,8 +225,13 @@ class PixelObjective(Objective):
         self.decoder.check()
         self.masking.kept(self.grid(image_shape))
 
-    def decoder_flops(self, visible: int, image_shape: tuple[int, int, int]) -> float:
-        """FLOPs of one forward pass of the decoder that predicts the hidden patches."""
+    def decoder_flops(
+        self,
+        visible: int,
+        image_shape: tuple[int, int, int],
+        predicted: int | None = None,
+    ) -> float:
+        """FLOPs of one forward pass of the decoder; `predicted` as in Decoder.flops."""
         outputs = self.encoder.patch**2 * image_shape[2]
-        grid = self.grid(image_shape)
-        return self.decoder.flops(visible, grid, self.encoder.width, outputs)
+        grid, width = self.grid(image_shape), self.encoder.width
+        return self.decoder.flops(visible, grid, width, outputs, predicted)

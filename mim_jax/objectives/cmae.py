@@ -313,12 +313,17 @@ class CMAE(Objective):
         total = 0.0
         visible, other = self.masking.kept(grid), self._second_kept(grid)
         sizes = (visible, other) if not self.mask_token else (grid.size, grid.size)
+        heads = self.projector.flops(self.encoder.width)
+        after = self.predictor.flops(self.projector.out)
         for online, target in (sizes, sizes[::-1])[: 1 + self.symmetric]:
-            single = self.tokens in ("cls", "avg")
-            heads = self.projector.flops(self.encoder.width)
-            after = self.predictor.flops(self.projector.out)
             total += 3 * self.encoder.flops(online, channels)
-            total += 3 * (heads + after) * (1 if single else online)
+            total += 3 * (heads + after) * self._compared(online)
             total += self.encoder.flops(target, channels)
-            total += heads * (1 if single else target)
+            total += heads * self._compared(target)
         return total
+
+    def _compared(self, patches: int) -> int:
+        """Number of tokens that the heads see of a view with so many patches."""
+        return {"patch": patches, "patch+cls": patches + 1, "cls": 1, "avg": 1}[
+            self.tokens
+        ]
