@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counting import matmul_flops
 
 from mim_jax.maskings.base import Masking
 from mim_jax.maskings.none import Nothing
@@ -462,6 +463,27 @@ def test_decoders_of_their_own_start_apart():
 
     one, other = kernels(jax.random.key(0))
     assert one.shape == other.shape and (one != other).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(t2="complement"),
+        dict(t2="complement", constraint_region="all"),
+        dict(t2="identity"),
+        dict(t2="independent"),
+    ],
+)
+def test_flops_are_those_of_the_program(changes):
+    deep = COMPLEMENT.encoder.clone(depth=2)
+    rmae = dataclasses.replace(DAGGER, encoder=deep, **changes)
+    params, _ = jax.eval_shape(rmae.init, jax.random.key(0), draw_batch(1))
+
+    def loss(params, batch, keys):
+        return rmae.loss(params, None, batch, keys)[0]
+
+    program = jax.make_jaxpr(loss)(params, draw_batch(1), keys(1))
+    assert 3 * matmul_flops(program.jaxpr) == rmae.flops(SHAPE)
 
 
 def test_rmae_has_no_teacher():
