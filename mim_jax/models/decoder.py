@@ -89,10 +89,20 @@ class Decoder(nn.Module):
         check_width("decoder", self.width, self.heads)
 
     def flops(
-        self, visible: int, grid: Grid, encoder_width: int, outputs: int
+        self,
+        visible: int,
+        grid: Grid,
+        encoder_width: int,
+        outputs: int,
+        predicted: int | None = None,
     ) -> float:
-        """FLOPs of one forward pass that predicts the hidden patches of one image."""
+        """FLOPs of one forward pass of one image.
+
+        Args:
+            predicted: number of patches that are predicted; None: the hidden ones.
+        """
+        predicted = grid.size - visible if predicted is None else predicted
         embed = 2 * (visible + 1) * encoder_width * self.width
         layer = layer_flops(grid.size + 1, self.width, self.mlp_ratio)
-        predict = 2 * (grid.size - visible) * self.width * outputs
+        predict = 2 * predicted * self.width * outputs
         return embed + self.depth * layer + predict

@@ -49,7 +49,9 @@ class Aux(NamedTuple):
 
 def purpose(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
     """Keys for another use of the same examples, independent of `keys` themselves."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    # `split(key, n)[i]` is `fold_in(key, i)`: begin where nobody's split ends, or T2
+    # could draw by a key that T1 has drawn by.
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 1000 + number)
 
 
 class Objective(abc.ABC):
@@ -223,8 +225,13 @@ class PixelObjective(Objective):
         self.decoder.check()
         self.masking.kept(self.grid(image_shape))
 
-    def decoder_flops(self, visible: int, image_shape: tuple[int, int, int]) -> float:
-        """FLOPs of one forward pass of the decoder that predicts the hidden patches."""
+    def decoder_flops(
+        self,
+        visible: int,
+        image_shape: tuple[int, int, int],
+        predicted: int | None = None,
+    ) -> float:
+        """FLOPs of one forward pass of the decoder; `predicted` as in Decoder.flops."""
         outputs = self.encoder.patch**2 * image_shape[2]
-        grid = self.grid(image_shape)
-        return self.decoder.flops(visible, grid, self.encoder.width, outputs)
+        grid, width = self.grid(image_shape), self.encoder.width
+        return self.decoder.flops(visible, grid, width, outputs, predicted)

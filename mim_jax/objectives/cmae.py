@@ -181,13 +181,15 @@ class CMAE(Objective):
             )
         if self.color_jitter != "none":
             self.jitter.check(image_shape[2])
-        hidden = grid.size - self.masking.kept(grid)
-        if self.t2 == "independent":
-            self.t2_masking.kept(grid)
-        if not hidden and self.positions == "online_masked":
+        kept = [self.masking.kept(grid), self._second_kept(grid)]
+        if (
+            self.positions == "online_masked"
+            and grid.size in kept[: 1 + self.symmetric]
+        ):
             raise ValueError(
-                "positions='online_masked' with masking 'none': no patch is hidden; "
-                "want positions='all'"
+                "positions='online_masked' where a view that hides nothing is online: "
+                "none of its positions would count; want positions='all', or "
+                "symmetric=False if it is the second view"
             )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
@@ -243,6 +245,15 @@ class CMAE(Objective):
         if self.t2 == "complement":
             return complement(mask1)
         return self.t2_masking(purpose(keys, 3), grid)
+
+    def _second_kept(self, grid: Grid) -> int:
+        """Number of patches that T2 shows."""
+        visible = self.masking.kept(grid)
+        if self.t2 == "identity" or visible == grid.size:
+            return grid.size
+        if self.t2 == "complement":
+            return grid.size - visible
+        return self.t2_masking.kept(grid)
 
     def _direction(
         self, params: Params, teacher: Params, online: View, target: View
@@ -300,19 +311,19 @@ class CMAE(Objective):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         channels, grid = image_shape[2], self.grid(image_shape)
         total = 0.0
-        visible = self.masking.kept(grid)
-        other = {
-            "complement": grid.size - visible or grid.size,
-            "identity": grid.size,
-            "independent": self.t2_masking.kept(grid),
-        }[self.t2]
+        visible, other = self.masking.kept(grid), self._second_kept(grid)
         sizes = (visible, other) if not self.mask_token else (grid.size, grid.size)
+        heads = self.projector.flops(self.encoder.width)
+        after = self.predictor.flops(self.projector.out)
         for online, target in (sizes, sizes[::-1])[: 1 + self.symmetric]:
-            single = self.tokens in ("cls", "avg")
-            heads = self.projector.flops(self.encoder.width)
-            after = self.predictor.flops(self.projector.out)
             total += 3 * self.encoder.flops(online, channels)
-            total += 3 * (heads + after) * (1 if single else online)
+            total += 3 * (heads + after) * self._compared(online)
             total += self.encoder.flops(target, channels)
-            total += heads * (1 if single else target)
+            total += heads * self._compared(target)
         return total
+
+    def _compared(self, patches: int) -> int:
+        """Number of tokens that the heads see of a view with so many patches."""
+        return {"patch": patches, "patch+cls": patches + 1, "cls": 1, "avg": 1}[
+            self.tokens
+        ]

@@ -107,9 +107,11 @@ class MAE(PixelObjective):
         return None
 
     def flops(self, image_shape: tuple[int, int, int]) -> float:
-        visible = self.masking.kept(self.grid(image_shape))
+        grid = self.grid(image_shape)
+        visible = self.masking.kept(grid)
         encoder = self.encoder.flops(visible, image_shape[2])
-        return 3 * (encoder + self.decoder_flops(visible, image_shape))
+        predicted = grid.size - visible or grid.size
+        return 3 * (encoder + self.decoder_flops(visible, image_shape, predicted))
 
 
 def _touched(pasted: Bool[Array, "b h w"], patch: int) -> Bool[Array, "b n"]:

@@ -134,8 +134,7 @@ class RMAE(PixelObjective):
         first = apply(
             self.decoder, params["decoder"], tokens1, mask1, grid, outputs
         ).astype(patches.dtype)
-        # Of complementary masks `mask2.keep` is `mask1.drop`: same patches, same order.
-        direct = self.t2 == "complement" and self.constraint_region != "all"
+        direct = self._direct
         second = apply(
             self.decoder,
             params["decoder" if self.share_decoder else "decoder2"],
@@ -189,13 +188,22 @@ class RMAE(PixelObjective):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         grid = self.grid(image_shape)
         visible = self.masking.kept(grid)
-        other = {
-            "complement": grid.size - visible,
-            "identity": grid.size,
-            "independent": self.t2_masking.kept(grid),
-        }[self.t2]
+        if self.t2 == "complement":
+            other = grid.size - visible
+        elif self.t2 == "identity":
+            other = grid.size
+        else:
+            other = self.t2_masking.kept(grid)
         channels = image_shape[2]
         encoders = self.encoder.flops(visible, channels)
         encoders += self.encoder.flops(other, channels)
-        # Both branches predict the patches hidden in T1.
-        return 3 * (encoders + 2 * self.decoder_flops(visible, image_shape))
+        predicted = grid.size - visible if self._direct else grid.size
+        decoders = self.decoder_flops(visible, image_shape)
+        decoders += self.decoder_flops(other, image_shape, predicted)
+        return 3 * (encoders + decoders)
+
+    @property
+    def _direct(self) -> bool:
+        """Whether branch 2 predicts what it sees, no more: of complementary masks
+        `mask2.keep` is `mask1.drop`, the same patches in the same order."""
+        return self.t2 == "complement" and self.constraint_region != "all"

@@ -80,7 +80,8 @@ class ColorJitter:
     def _one(
         self, image: Float[Array, "h w c"], key: Key[Array, ""]
     ) -> Float[Array, "h w c"]:
-        order_key, amount_key, p_key, gray_key = jax.random.split(key, 4)
+        keys = jax.random.split(key, 6)
+        order_key, amount_key, p_key, gray_key, blur_key, solarize_key = keys
         spread = jnp.array([self.brightness, self.contrast, self.saturation, self.hue])
         amounts = jax.random.uniform(amount_key, (4,), minval=-spread, maxval=spread)
         changes = [
@@ -99,7 +100,7 @@ class ColorJitter:
             grey = jnp.broadcast_to(luma(image), image.shape)
             image = jnp.where(jax.random.uniform(gray_key) < self.gray_p, grey, image)
         if self.blur_p > 0:
-            blur_key, sigma_key = jax.random.split(jax.random.fold_in(key, 0))
+            blur_key, sigma_key = jax.random.split(blur_key)
             least, most = self.blur_sigma
             sigma = jax.random.uniform(sigma_key, minval=least, maxval=most)
             blurred = gaussian_blur(image, sigma, radius=math.ceil(3 * most))
@@ -107,7 +108,7 @@ class ColorJitter:
                 jax.random.uniform(blur_key) < self.blur_p, blurred, image
             )
         if self.solarize_p > 0:
-            chosen = jax.random.uniform(jax.random.fold_in(key, 1)) < self.solarize_p
+            chosen = jax.random.uniform(solarize_key) < self.solarize_p
             image = jnp.where(chosen & (image >= 0.5), 1 - image, image)
         return image
 

@@ -60,6 +60,29 @@ def test_hidden_predictions_are_those_of_all():
     np.testing.assert_allclose(everything[:, 3:], hidden, rtol=0, atol=1e-12)
 
 
+def test_visible_predictions_are_those_of_all():
+    params, tokens = draw()
+    visible = decode(params, tokens, predict="visible")
+    everything = decode(params, tokens, predict="all")
+    assert visible.shape == (2, 3, OUTPUTS)
+    np.testing.assert_allclose(everything[:, :3], visible, rtol=0, atol=1e-12)
+
+
+def test_where_nothing_is_hidden_all_patches_are_visible():
+    params, _ = draw()
+    random = np.random.RandomState(3)
+    tokens = random.standard_normal((2, 1 + GRID.size, 10))
+    keep = np.argsort(random.uniform(size=(2, GRID.size)), axis=1)
+    visible = decode(params, tokens, keep, keep[:, :0], predict="visible")
+    assert visible.shape == (2, GRID.size, OUTPUTS)
+    hidden = decode(params, tokens, keep, keep[:, :0])
+    assert hidden.shape == (2, 0, OUTPUTS)
+    # In the order of `keep`: a change of one token moves its own prediction most.
+    tokens[:, 1 + 5] *= -1
+    change = decode(params, tokens, keep, keep[:, :0], predict="visible") - visible
+    assert (np.abs(change).sum(axis=-1).argmax(axis=1) == 5).all()
+
+
 def test_order_within_visible_and_hidden_does_not_matter():
     params, tokens = draw()
     expected = decode(params, tokens, predict="all")

@@ -48,23 +48,28 @@ def perturbed(encoder, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def apply(encoder, params, patches, keep, taps):
-    return encoder.apply({"params": params}, patches, GRID, keep, taps)
+def apply(encoder, params, patches, keep, taps, hidden=None):
+    return encoder.apply({"params": params}, patches, GRID, keep, taps, hidden)
 
 
-def encode(encoder, params, patches, keep=None, taps=()):
+def encode(encoder, params, patches, keep=None, taps=(), hidden=None):
     """Tokens and taps; patches and parameters cast to the encoder's precision."""
     with jax.enable_x64(encoder.dtype == "float64"):
         dtype = "float64" if encoder.dtype == "float64" else "float32"
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         keep = None if keep is None else jnp.asarray(keep, jnp.int32)
-        tokens, seen = apply(encoder, params, jnp.asarray(patches, dtype), keep, taps)
+        hidden = None if hidden is None else jnp.asarray(hidden)
+        patches = jnp.asarray(patches, dtype)
+        tokens, seen = apply(encoder, params, patches, keep, taps, hidden)
         assert tokens.dtype == encoder.dtype
         return np.asarray(tokens), {name: np.asarray(x) for name, x in seen.items()}
 
 
-def plain_vit(params, patches, heads):
-    """A ViT over all patches, in numpy: arXiv:2010.11929 with fixed positions."""
+def plain_vit(params, patches, heads, hidden=None):
+    """A ViT over all patches, in numpy: arXiv:2010.11929 with fixed positions.
+
+    Where `hidden` is True a mask token stands in for the embedded pixels.
+    """
 
     def dense(x, layer):
         return x @ layer["kernel"] + layer["bias"]
@@ -78,7 +83,10 @@ def plain_vit(params, patches, heads):
         return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
     table = sincos_2d(GRID, params["cls_token"].shape[-1]).astype(np.float32)
-    x = dense(patches, params["embed"]) + table
+    x = dense(patches, params["embed"])
+    if hidden is not None:
+        x[hidden] = params["mask_token"][0, 0]
+    x = x + table
     cls = np.broadcast_to(params["cls_token"], (len(x), 1, x.shape[-1]))
     x = np.concatenate([cls, x], axis=1)
     maps, after = [], []
@@ -158,6 +166,54 @@ def test_a_hidden_pixel_cannot_change_a_token():
     moved = np.abs(encode(encoder, params, other, keep)[0] - tokens).max(axis=-1)
     assert (moved[0] > 1e-4).all()
     assert (moved[1] == 0).all()
+
+
+HIDDEN = np.zeros((2, GRID.size), bool)
+HIDDEN[0, [0, 3, 4, 10]] = True  # and of the second image, nothing
+
+
+def with_mask_token(encoder):
+    """`perturbed`, and a mask token."""
+    token = np.random.RandomState(3).standard_normal((1, 1, encoder.width))
+    return perturbed(encoder) | {"mask_token": token}
+
+
+def test_mask_tokens_stand_in_for_hidden_patches():
+    encoder, patches = Encoder(dtype="float64", **ONE), draw_patches()
+    params = with_mask_token(encoder)
+    tokens, _ = encode(encoder, params, patches, hidden=HIDDEN)
+    expected, _, _ = plain_vit(params, patches, 2, HIDDEN)
+    np.testing.assert_allclose(tokens, expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="want one"):
+        encode(encoder, params, patches, keep=np.zeros((2, 1)), hidden=HIDDEN)
+
+
+def test_a_pixel_behind_a_mask_token_cannot_change_a_token():
+    encoder, patches = Encoder(**ONE), draw_patches()
+    params = with_mask_token(encoder)
+    tokens, _ = encode(encoder, params, patches, hidden=HIDDEN)
+    patches[HIDDEN] = 7.0
+    np.testing.assert_array_equal(
+        encode(encoder, params, patches, hidden=HIDDEN)[0], tokens
+    )
+    # The same pixels of the image that hides nothing change all of its tokens.
+    patches[1, 3] += 1
+    moved = np.abs(encode(encoder, params, patches, hidden=HIDDEN)[0] - tokens)
+    assert (moved[0] == 0).all() and (moved[1].max(axis=-1) > 1e-4).all()
+
+
+def test_a_mask_token_exists_where_it_is_used():
+    encoder, hidden = Encoder(**ONE), jnp.zeros((1, GRID.size), bool)
+    patches = jnp.zeros((1, GRID.size, PIXELS))
+    init = functools.partial(encoder.init, grid=GRID, hidden=hidden)
+    params = jax.eval_shape(init, jax.random.key(0), patches)["params"]
+    assert params["mask_token"].shape == (1, 1, 16)
+    del params["mask_token"]
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: a.shape == b.shape, params, shapes(encoder, GRID, PIXELS)
+        )
+    )
 
 
 def test_the_order_of_visible_patches_is_the_order_of_tokens():

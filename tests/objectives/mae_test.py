@@ -5,15 +5,18 @@ import math
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counting import matmul_flops
 
+from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.mae import MAE
+from mim_jax.ops import augment
+from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.masking import Mask, take
 from mim_jax.ops.patches import Grid, normalise_patches, patchify
 from mim_jax.state import stack_blocks, unstack_blocks
@@ -68,9 +71,10 @@ def gradients(scan):
     return grad(params, None, draw_batch(), keys())
 
 
-def numpy_patches():
+def numpy_patches(images=None):
     """Standardised patches of the batch, by loops, in float64."""
-    images = np.asarray(draw_batch()["image"], np.float64) / 255
+    if images is None:
+        images = np.asarray(draw_batch()["image"], np.float64) / 255
     images = (images - np.array(MAE_ODD.mean)) / np.array(MAE_ODD.std)
     cut = [
         images[:, row : row + 4, col : col + 4].reshape(3, -1)
@@ -214,6 +218,107 @@ def test_reconstruction_is_the_prediction_scaled_back_patch_by_patch():
     assert math.isclose((errors[hidden] ** 2).mean(), loss, rel_tol=1e-4)
 
 
+class Negative(ColorJitter):
+    """Colours that need no chance."""
+
+    def __call__(self, images, keys):
+        return 1 - images
+
+
+def paste(images, keys):
+    """A box of the next image: rows 3 .. 8 and columns 10 .. 16 of the middle one, one
+    pixel of the last one, and nothing of the first."""
+    pasted = np.zeros(images.shape[:3], bool)
+    pasted[1, 3:9, 10:17] = True
+    pasted[2, 19, 35] = True
+    others = jnp.roll(images, -1, axis=0)
+    return jnp.where(jnp.asarray(pasted)[..., None], others, images), jnp.asarray(
+        pasted
+    )
+
+
+TOUCHED = np.zeros((3, 5, 9), bool)
+TOUCHED[1, 0:3, 2:5] = True
+TOUCHED[2, 4, 8] = True
+
+
+@pytest.mark.parametrize(
+    "masking, color_jitter, cutmix",
+    [
+        (True, "whole", False),
+        (True, "input_only", False),
+        (True, "none", True),
+        (True, "input_only", True),
+        (False, "none", False),
+        (False, "none", True),
+        (False, "whole", True),
+        (False, "input_only", True),
+    ],
+)
+def test_what_is_seen_and_what_is_wanted(masking, color_jitter, cutmix, monkeypatch):
+    """Tables 4 and 5 of arXiv:2208.04164: the target is clean, or is jittered whole."""
+    monkeypatch.setattr(augment, "cutmix", paste)
+    mae = dataclasses.replace(
+        MAE_ODD, color_jitter=color_jitter, jitter=Negative(), cutmix=cutmix
+    )
+    mae = mae if masking else dataclasses.replace(mae, masking=Nothing())
+    assert mae.batch_coupled == cutmix
+    params, batch = params_of(MAE_ODD), draw_batch()
+    images = np.asarray(batch["image"], np.float64) / 255
+    seen = images if color_jitter == "none" else 1 - images
+    target = seen if color_jitter == "whole" else images
+    if cutmix:
+        seen = np.array(seen)
+        seen[1, 3:9, 10:17] = seen[2, 3:9, 10:17]
+        seen[2, 19, 35] = (images if color_jitter == "none" else 1 - images)[0, 19, 35]
+    seen, target = numpy_patches(seen), numpy_patches(target)
+    hidden = np.asarray(MAE_ODD.mask(batch, keys()).hidden)
+    prediction = predictions(hidden if masking else None, seen.astype(np.float32))
+    centred = target - target.mean(axis=-1, keepdims=True)
+    variance = (centred**2).sum(axis=-1, keepdims=True) / (target.shape[-1] - 1)
+    errors = ((prediction - centred / np.sqrt(variance + 1e-6)) ** 2).mean(axis=-1)
+    counts = np.ones((3, 45), bool)
+    if masking:
+        counts = hidden
+    elif cutmix and color_jitter == "none":
+        counts = TOUCHED.reshape(3, 45)
+    # Step by step: compiled once per operation, not once per case.
+    loss, aux = mae.loss(params, None, batch, keys())
+    assert math.isclose(loss, errors[counts].mean(), rel_tol=5e-6)
+    assert aux.weight == int(counts.sum())
+
+
+def predictions(hidden, patches):
+    """The decoder's, in grid order; `hidden` None: of the whole image."""
+    params = params_of(MAE_ODD)
+    count = 0 if hidden is None else int(hidden[0].sum())
+    order = np.tile(np.arange(45), (3, 1)) if hidden is None else np.argsort(hidden)
+    order = np.asarray(order, np.int32)
+    mask = Mask(
+        jnp.asarray(order[:, : 45 - count]), jnp.asarray(order[:, 45 - count :])
+    )
+
+    tokens, _ = MAE_ODD.encoder.apply(
+        {"params": params["encoder"]}, jnp.asarray(patches), GRID, mask.keep
+    )
+    out = MAE_ODD.decoder.apply(
+        {"params": params["decoder"]}, tokens, mask, GRID, 80, "all"
+    )
+    grid = np.empty(out.shape)
+    grid[np.arange(3)[:, None], order] = out
+    return grid
+
+
+def test_a_paste_that_touches_nothing_is_no_loss(monkeypatch):
+    def nothing(images, keys):
+        return images, jnp.zeros(images.shape[:3], bool)
+
+    monkeypatch.setattr(augment, "cutmix", nothing)
+    mae = dataclasses.replace(MAE_ODD, masking=Nothing(), cutmix=True)
+    loss, aux = mae.loss(params_of(MAE_ODD), None, draw_batch(), keys())
+    assert loss == aux.weight == 0
+
+
 def test_initial_parameters_follow_the_key():
     mae = dataclasses.replace(MAE_ODD, decoder=Decoder(width=16, depth=1, heads=2))
     init = jax.jit(lambda key: mae.init(key, draw_batch(1))[0])
@@ -248,6 +353,8 @@ def test_check():
         dataclasses.replace(MAE_ODD, masking=Random(ratio=0.99)).check(SHAPE)
     with pytest.raises(ValueError, match="decoder.width"):
         dataclasses.replace(MAE_ODD, decoder=Decoder(width=14)).check(SHAPE)
+    with pytest.raises(ValueError, match="5 channels"):
+        dataclasses.replace(MAE_ODD, color_jitter="whole").check(SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -276,20 +383,11 @@ def test_flops(name, expected):
     assert round((mae.flops((224, 224, 3)) + spared) / 1e9, 1) == expected
 
 
-def matmul_flops(jaxpr):
-    """FLOPs of the matrix products of a traced function, two per multiply-add."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        for value in equation.params.values():
-            inside = getattr(value, "jaxpr", value)
-            if isinstance(inside, jax.extend.core.Jaxpr):
-                total += matmul_flops(inside)
-    return total
+def test_flops_where_nothing_is_hidden():
+    mae = dataclasses.replace(MAE_ODD, masking=Nothing())
+    batch, params = draw_batch(1), params_of(MAE_ODD)
+    program = jax.make_jaxpr(lambda params: mae.loss(params, None, batch, keys(1))[0])
+    assert 3 * matmul_flops(program(params).jaxpr) == mae.flops(SHAPE)
 
 
 def test_flops_are_those_of_the_program():

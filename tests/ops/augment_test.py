@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Colours against scikit-image and Pillow, randomness against what it promises."""
+"""Colours against scikit-image, Pillow and scipy, randomness against its promises."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+import scipy.ndimage
+from PIL import Image, ImageEnhance, ImageOps
 from skimage import color
 
 from mim_jax.ops import augment
@@ -106,3 +109,157 @@ def test_normalise_and_back():
 def test_a_strength_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: want 0 <= {name}"):
         ColorJitter(**{name: value})
+
+
+STILL = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "gray_p"), 0.0)
+
+
+def copies(image, count, seed=0):
+    """The same image many times, and a key for each."""
+    images = jnp.broadcast_to(jnp.asarray(image, jnp.float32), (count, *image.shape))
+    return images, jax.random.split(jax.random.key(seed), count)
+
+
+def scipy_blur(image, sigma, radius):
+    blurred = [
+        scipy.ndimage.gaussian_filter(
+            image[..., c].astype(np.float64), sigma, mode="nearest", radius=radius
+        )
+        for c in range(image.shape[-1])
+    ]
+    return np.stack(blurred, axis=-1)
+
+
+@pytest.mark.parametrize("sigma, radius", [(0.3, 2), (1.7, 3), (2.0, 12)])
+def test_blur_is_scipys(photo, sigma, radius):
+    blur = jax.jit(augment.gaussian_blur, static_argnames="radius")
+    sigma = jnp.asarray(sigma, jnp.float32)
+    out = blur(jnp.asarray(photo), sigma, radius=radius)
+    np.testing.assert_allclose(out, scipy_blur(photo, float(sigma), radius), atol=2e-6)
+    flat = jnp.full_like(photo, 0.37)
+    np.testing.assert_allclose(blur(flat, sigma, radius=radius), flat, rtol=1e-6)
+
+
+def test_blur_draws_its_width_between_the_bounds():
+    point = np.zeros((13, 13, 1))
+    point[6, 6] = 1
+    images, keys = copies(point, 1000)
+    jitter = ColorJitter(**STILL, blur_p=0.5, blur_sigma=(0.5, 2.0))
+    out = np.asarray(jax.jit(jitter)(images, keys))[..., 0]
+    np.testing.assert_allclose(out.sum(axis=(1, 2)), 1, rtol=1e-5)
+    untouched = (out == point[..., 0]).all(axis=(1, 2))
+    assert abs(untouched.mean() - 0.5) < 0.08  # five standard deviations
+    peaks = out[~untouched, 6, 6]
+    # Cut off at three times the greatest deviation.
+    ends = [scipy_blur(point, sigma, radius=6)[6, 6, 0] for sigma in (0.5, 2.0)]
+    assert ends[1] <= peaks.min() * 1.0001 < ends[1] * 1.05
+    assert ends[0] * 0.95 < peaks.max() <= ends[0] * 1.0001
+
+
+def test_solarise_is_pillows_after_the_blur(photo):
+    pixels = np.round(photo * 255).astype(np.uint8)
+    pixels[0, :2] = [[127], [128]]
+    images, keys = copies(pixels / 255, 1)
+    jitter = ColorJitter(**STILL, solarize_p=1.0)
+    out = jax.jit(jitter)(images, keys)[0] * 255
+    wanted = np.asarray(ImageOps.solarize(Image.fromarray(pixels), 128))
+    np.testing.assert_allclose(out, wanted, atol=1e-3)
+    both = ColorJitter(**STILL, blur_p=1.0, blur_sigma=(1.0, 1.0), solarize_p=1.0)
+    smooth = scipy_blur(pixels / 255, 1.0, radius=3)
+    wanted = np.where(smooth >= 0.5, 1 - smooth, smooth)
+    sure = np.abs(smooth - 0.5) > 1e-5
+    out = np.asarray(jax.jit(both)(images, keys)[0])
+    np.testing.assert_allclose(out[sure], wanted[sure], atol=1e-5)
+
+
+def test_solarisation_does_not_follow_the_colours():
+    # A dark pixel tells the brightness, a white one whether values were inverted.
+    pair = np.array([0.1, 1.0]).reshape(1, 2, 1)
+    images, keys = copies(pair, 3000)
+    jitter = ColorJitter(**STILL | {"brightness": 0.4}, p=1.0, solarize_p=0.3)
+    out = np.asarray(jax.jit(jitter)(images, keys))[:, 0, :, 0]
+    brightness, chosen = out[:, 0], out[:, 1] < 0.5
+    assert abs(chosen.mean() - 0.3) < 0.042  # five standard deviations
+    assert abs(np.corrcoef(brightness, chosen)[0, 1]) < 5 / math.sqrt(3000)
+
+
+def test_grey_images_change_in_brightness_and_contrast_alone():
+    image = np.array([0.3, 0.5, 0.4, 0.4]).reshape(2, 2, 1)
+    for which in ("brightness", "contrast"):
+        jitter = ColorJitter(**STILL | {which: 0.3}, p=1.0)
+        jitter.check(channels=1)
+        out = np.asarray(jax.jit(jitter)(*copies(image, 50)), np.float64)
+        assert len(np.unique(out[:, 0, 0])) == 50
+        centre = 0.0 if which == "brightness" else 0.4
+        factor = (out - centre)[:, :1, :1] / (0.3 - centre)
+        np.testing.assert_allclose(out, centre + factor * (image - centre), atol=1e-6)
+
+
+def test_colours_that_do_not_fit_the_channels_are_refused():
+    ColorJitter().check(3)
+    for name, value in [("saturation", 0.4), ("hue", 0.1), ("gray_p", 0.2)]:
+        with pytest.raises(ValueError, match=f"jitter.{name}={value}.*want 0"):
+            ColorJitter(**STILL | {name: value}).check(1)
+    with pytest.raises(ValueError, match="5 channels: want 1 or 3"):
+        ColorJitter(**STILL).check(5)
+    for wrong in [(0.0, 1.0), (2.0, 1.0)]:
+        with pytest.raises(ValueError, match="want 0 < least <= greatest"):
+            ColorJitter(blur_sigma=wrong)
+    with pytest.raises(ValueError, match="solarize_p=1.5"):
+        ColorJitter(solarize_p=1.5)
+
+
+@pytest.fixture(scope="module")
+def boxes():
+    """True at the pixels pasted into many images of 16 x 24."""
+    images, keys = copies(np.zeros((16, 24, 1)), 6000)
+    return np.asarray(jax.jit(augment.cutmix)(images, keys)[1])
+
+
+def test_cutmix_boxes_have_the_size_and_place_they_promise(boxes):
+    rows, cols = boxes.any(axis=2), boxes.any(axis=1)
+    np.testing.assert_array_equal(boxes, rows[:, :, None] & cols[:, None, :])
+    height, width = rows.sum(axis=1), cols.sum(axis=1)
+    for line, length in ((rows, height), (cols, width)):
+        # One piece each.
+        assert (np.diff(line.astype(int), axis=1) == 1).sum(axis=1).max() == 1
+        assert length.max() == line.shape[1]
+    # Of a box of side s = sqrt(1 - lambda) the border leaves s - s^2 / 4 on average,
+    # each way: the mean of its square over lambda is 1/2 - 1/5 + 1/48.
+    assert abs(boxes.mean() - 0.3208) < 0.018  # five standard deviations
+    # What no border cuts has the image's proportions.
+    inside = ~(
+        boxes[:, [0, -1]].any(axis=(1, 2)) | boxes[..., [0, -1]].any(axis=(1, 2))
+    )
+    assert inside.sum() > 500
+    assert (np.abs(height / 16 - width / 24)[inside] <= 1 / 16 + 1 / 24).all()
+    # Neither direction is preferred.
+    half = boxes.mean(axis=0)
+    np.testing.assert_allclose(half, half[::-1], atol=0.04)
+    np.testing.assert_allclose(half, half[:, ::-1], atol=0.04)
+
+
+def test_cutmix_pastes_its_partner_and_nothing_else():
+    random = np.random.default_rng(0)
+    images = random.random((5, 8, 12, 3), np.float32)
+    keys = jax.random.split(jax.random.key(0), 5)
+    cutmix = jax.jit(augment.cutmix, static_argnums=2)
+    for partner in (1, -2):
+        mixed, pasted = map(np.asarray, cutmix(images, keys, partner))
+        assert 0 < pasted.mean() < 1
+        for i in range(5):
+            inside = pasted[i]
+            other = images[(i + partner) % 5]
+            np.testing.assert_array_equal(mixed[i][inside], other[inside])
+            np.testing.assert_array_equal(mixed[i][~inside], images[i][~inside])
+    # A box is a function of its own key.
+    assert len({box.tobytes() for box in pasted}) == 5
+    turned = cutmix(images, keys[::-1], -2)[1]
+    np.testing.assert_array_equal(turned, pasted[::-1])
+
+
+@pytest.mark.parametrize("rows, partner", [(1, 1), (3, 0), (3, 3), (3, -3)])
+def test_an_image_is_never_its_own_partner(rows, partner):
+    images, keys = copies(np.zeros((4, 4, 1)), rows)
+    with pytest.raises(ValueError, match=rf"{rows} image\(s\) with number {partner}"):
+        augment.cutmix(images, keys, partner)
