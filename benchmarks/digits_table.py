@@ -5,8 +5,8 @@ python benchmarks/digits_table.py --out=runs/digits-table
 
 Trains each method's `:digits` variant, then measures the frozen encoder on the 355
 held-out digits: weighted 10-nearest-neighbours, and logistic regression (scikit-learn)
-on the training digits' features. "random" is the encoder before training, its features being the class token or the
-mean of the patch tokens, as the method's are. Prints one
+on the training digits' features. "random" is the encoder before training, its features
+being the class token or the mean of the patch tokens, as the method's are. Prints one
 Markdown table of mean and standard deviation over seeds, and writes table.json. It
 shows that the methods run and learn, not which is better: images have 64 pixels, and
 no method was tuned here beyond its learning rate.
