@@ -15,7 +15,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import config_dict
 
@@ -145,12 +145,18 @@ class Evaluate:
 
     Attributes:
         run: run directory; its own config decides architecture and data.
+        also: further run directories, measured alike, for figures side by side; their
+            images must be of the same source and size.
         step: checkpoint to read; None is the newest.
+        weights: "trained", or "initial" for the parameters that the run started from:
+            the random baseline.
         eval: what to measure.
     """
 
     run: str = ""
+    also: tuple[str, ...] = ()
     step: int | None = None
+    weights: Literal["trained", "initial"] = "trained"
     eval: Eval = Reconstruction()
 
     def __post_init__(self):

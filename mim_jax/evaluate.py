@@ -1,35 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job "eval": one measurement of a training run."""
+"""Job "eval": one measurement of one or several training runs."""
 
+import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
+from typing import Any
 
 import jax
+import numpy as np
 
+import mim_jax
 from mim_jax import config as configs
 from mim_jax import rundir, state
 from mim_jax.checkpoint import read_params
 from mim_jax.data.pipeline import EvalPasses
-from mim_jax.evals.base import Run
+from mim_jax.evals.base import Run, caption, save
+from mim_jax.sharding import path_name
 
 
 def run(config: configs.Tree, workdir: pathlib.Path) -> None:
-    """Measure `config.run` as `config.eval` says; results go to workdir/report.
+    """Measure the runs of `config` as `config.eval` says.
+
+    Pictures and plain values go to workdir/report, values with units, counts and
+    confidence intervals to workdir/results.json.
 
     Raises:
         ConfigError: the config cannot work, or there is no such run or checkpoint.
     """
     settings = configs.build(config)
     name = config.eval.name
-    trained, training = load(settings.run, settings.step)
-    try:
-        settings.eval.check(trained.objective)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.eval: {error}") from error
+    found, about, first = {}, {}, None
+    for folder in (settings.run, *settings.also):
+        trained, training = load(folder, settings.step)
+        try:
+            settings.eval.check(trained.objective)
+        except ValueError as error:
+            raise configs.ConfigError(f"config.eval: {error}") from error
+        if settings.weights == "initial":
+            trained = dataclasses.replace(
+                trained, params=trained.initial, name=f"{trained.name}, random", step=0
+            )
+        data = training.data
+        first = data if first is None else first
+        if (data.image_shape, data.source) != (first.image_shape, first.source):
+            raise configs.ConfigError(
+                f"also={folder!r} reads {data.source} as {data.image_shape}, the first "
+                f"run {first.source} as {first.image_shape}: want the same for all"
+            )
+        title = caption(trained)
+        if title in about:
+            raise configs.ConfigError(
+                f"also={folder!r} is called {title!r} like another run: want folders "
+                "with different names"
+            )
+        about[title] = {
+            "run": str(folder),
+            "step": trained.step,
+            "weights": settings.weights,
+            "parameters_sha256": _digest(trained.params),
+        }
+        found[title] = trained, training
     with rundir.claim(workdir):
         (workdir / "config.json").write_text(configs.dumps(config))
-        report = settings.eval.measure(trained, EvalPasses(training.data))
-        report.save(workdir / "report", name)
+        reports = {
+            title: settings.eval.measure(trained, EvalPasses(training.data))
+            for title, (trained, training) in found.items()
+        }
+        for title, report in reports.items():
+            about[title]["results"] = {
+                key: number._asdict() for key, number in report.numbers.items()
+            }
+        results = {
+            "eval": name,
+            "version": mim_jax.__version__,
+            "runs": about,
+            "config": json.loads(configs.dumps(config)),
+        }
+        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        save(workdir / "report", name, reports, settings.eval.draw(reports))
+
+
+def _digest(params: Any) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        leaf = np.asarray(leaf)
+        digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape} ".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
 
 
 def load(

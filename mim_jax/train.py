@@ -22,7 +22,7 @@ from mim_jax import metrics, optim, rundir, sharding
 from mim_jax import state as states
 from mim_jax.checkpoint import Checkpointer
 from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
-from mim_jax.evals.base import Run
+from mim_jax.evals.base import Run, caption, save
 from mim_jax.interrupt import Interrupted, Interrupts
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.backend import compile_for
@@ -423,7 +423,8 @@ def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     )
     report = settings.report.measure(trained, EvalPasses(settings.data))
     name = type(settings.report).__name__.lower()
-    report.save(workdir / "report", name)
+    found = {caption(trained): report}
+    save(workdir / "report", name, found, settings.report.draw(found))
 
 
 def _check_reads(objective: Objective, data: Input) -> None:

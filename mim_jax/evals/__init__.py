@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations by name."""
 
+from mim_jax.evals.attention import Attention
+from mim_jax.evals.base import Eval
+from mim_jax.evals.cka import CKA
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.evals.tsne import TSNE
 
-EVALS = {"reconstruction": Reconstruction, "knn": KNN}
+EVALS: dict[str, type[Eval]] = {
+    "reconstruction": Reconstruction,
+    "knn": KNN,
+    "cka": CKA,
+    "attention": Attention,
+    "tsne": TSNE,
+}

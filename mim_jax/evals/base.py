@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation is: a measurement of a run, on batches of a source."""
+"""What an evaluation is: a measurement of a run, on images of its source."""
 
 import abc
 import dataclasses
@@ -7,10 +7,13 @@ import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from mim_jax.objectives.base import Objective
 
@@ -34,29 +37,57 @@ class Run:
     name: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What an evaluation found.
+class Number(NamedTuple):
+    """A measured number.
 
     Attributes:
-        scalars: numbers by name, the unit being part of the name.
-        pictures: figures by name, saved as NAME.png.
-        arrays: per-example values by name.
+        value: finite or not, never missing.
+        unit: "dB", "share" (0..1), "1" for pure numbers ...
+        n: of how many examples it is the mean, None if it is no mean.
+        interval: 95 % confidence interval of a mean over a sample.
     """
 
-    scalars: dict[str, float | int]
-    pictures: dict[str, Figure] = dataclasses.field(default_factory=dict)
+    value: float | int
+    unit: str
+    n: int | None = None
+    interval: tuple[float, float] | None = None
+
+
+def mean_of(values: Sequence | np.ndarray, unit: str) -> Number:
+    """Mean of a sample, its interval by Student's t."""
+    values = np.asarray(values, np.float64)
+    mean, n = float(values.mean()), len(values)
+    interval = None
+    if n > 1 and np.isfinite(values).all():
+        half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
+        interval = (mean - half, mean + half)
+    return Number(mean, unit, n, interval)
+
+
+def share_of(right: Sequence | np.ndarray) -> Number:
+    """Share of True, its interval by Wilson's score."""
+    right = np.asarray(right, bool)
+    found = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    interval = (float(found.low), float(found.high))
+    return Number(float(right.mean()), "share", len(right), interval)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an evaluation found of one run.
+
+    Attributes:
+        numbers: by name, the unit being part of the name where it is not a share.
+        arrays: what the figures are drawn from, and values per example.
+    """
+
+    numbers: dict[str, Number]
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def save(self, folder: pathlib.Path, name: str) -> None:
-        """Write NAME.json and one PNG per picture; print the numbers."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(self.scalars, indent=2) + "\n")
-        for title, figure in self.pictures.items():
-            figure.savefig(folder / f"{title}.png")
-        for key, value in self.scalars.items():
-            print(f"{key:32s} {value:.6g}")
-        print(f"report in {folder}", flush=True)
+    @property
+    def scalars(self) -> dict[str, float | int]:
+        """The values alone."""
+        return {name: number.value for name, number in self.numbers.items()}
 
 
 Batch = dict[str, np.ndarray]
@@ -98,3 +129,55 @@ class Eval(abc.ABC):
     @abc.abstractmethod
     def measure(self, run: Run, data: Passes) -> Report:
         """Measure a run on the data of its config."""
+
+    @abc.abstractmethod
+    def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        """Figures by name, of the reports of one or several runs by their captions."""
+
+
+def caption(run: Run) -> str:
+    """How a run is called in figures and tables."""
+    return f"{run.name}, step {run.step}"
+
+
+def save(
+    folder: pathlib.Path, name: str, found: dict[str, Report], pictures: dict
+) -> None:
+    """Write the numbers as NAME.json and a PNG per figure; print the numbers.
+
+    Of several runs, NAME.json has one group for each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {run: report.scalars for run, report in found.items()}
+    shown = next(iter(values.values())) if len(values) == 1 else values
+    (folder / f"{name}.json").write_text(json.dumps(shown, indent=2) + "\n")
+    for title, figure in pictures.items():
+        figure.savefig(folder / f"{title}.png")
+    for run, scalars in values.items():
+        if len(values) > 1:
+            print(run)
+        for key, value in scalars.items():
+            print(f"{key:32s} {value:.6g}")
+    print(f"report in {folder}", flush=True)
+
+
+def keys_of(batch: Batch, seed: int, number: int = 0) -> jax.Array:
+    """A key for each image of a batch, whatever batch it comes in.
+
+    Args:
+        seed: of the evaluation.
+        number: of the draw, where an image gets several.
+    """
+    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
+    indices = jnp.asarray(batch["index"], jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
+
+
+def show(axis: Any, image: np.ndarray, title: str = "", colour: str = "black") -> None:
+    """An image in 0..1 or uint8 on an axis without ticks."""
+    image = image[..., 0] if image.shape[-1] == 1 else image
+    top = 255 if image.dtype == np.uint8 else 1
+    axis.imshow(image, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=8, color=colour)

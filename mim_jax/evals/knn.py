@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import Eval, Passes, Report, Run
+from mim_jax.evals.base import Eval, Number, Passes, Report, Run, share_of, show
 from mim_jax.evals.features import Features, extract
 from mim_jax.objectives.base import Objective
 
@@ -61,26 +61,23 @@ class KNN(Eval):
                 spaces[name] = train, extract(encode, batches)
         train, held_out = spaces["model"]
         counts = [k for k in self.k if k <= len(train.labels)]
-        scalars: dict[str, float | int] = {
-            "images": len(held_out.labels),
-            "training_images": len(train.labels),
+        numbers = {
+            "images": Number(len(held_out.labels), "images"),
+            "training_images": Number(len(train.labels), "images"),
         }
-        arrays = {}
         known = held_out.labels >= 0
         if data.classes and known.any() and counts:
             for name, (bank, queries) in spaces.items():
                 found = classify(bank, queries, counts, self.temperature)
                 for k, predicted in zip(counts, found, strict=True):
                     right = (predicted == queries.labels)[known]
-                    key = f"accuracy_{name}_k{k}"
-                    scalars[key] = float(right.mean())
-                    arrays[key] = right
-        figure = self._picture(run, data, train, held_out)
-        return Report(scalars=scalars, pictures={"knn": figure}, arrays=arrays)
+                    numbers[f"accuracy_{name}_k{k}"] = share_of(right)
+        arrays = self._gallery(data, train, held_out)
+        return Report(numbers=numbers, arrays=arrays)
 
-    def _picture(
-        self, run: Run, data: Passes, train: Features, held_out: Features
-    ) -> Figure:
+    def _gallery(
+        self, data: Passes, train: Features, held_out: Features
+    ) -> dict[str, np.ndarray]:
         rows = min(self.rows, len(held_out.labels))
         # Spread over the split, which may be sorted by class.
         chosen = np.linspace(0, len(held_out.labels) - 1, rows).round().astype(int)
@@ -95,26 +92,22 @@ class KNN(Eval):
                 for i, index in enumerate(np.asarray(batch["index"])):
                     if int(index) in wanted and batch["valid"][i]:
                         queries[wanted[int(index)]] = np.array(batch["image"][i])
-        figure = Figure(figsize=(1.3 * (columns + 1), 1.5 * rows + 0.6), dpi=110)
-        axes = figure.subplots(rows, columns + 1, squeeze=False)
-        for row in range(rows):
-            label = int(held_out.labels[chosen[row]])
-            _show(axes[row, 0], queries[row], _named(label, data.classes))
-            for column in range(columns):
-                place = row * columns + column
-                other = int(near["label"][place])
-                score = similar[row, order[row, column]]
-                caption = f"{_named(other, data.classes)} {score:.2f}".strip()
-                wrong = min(label, other) >= 0 and label != other
-                colour = "tab:red" if wrong else "black"
-                _show(axes[row, column + 1], near["image"][place], caption, colour)
-        figure.suptitle(
-            f"{run.name}, step {run.step}: held-out image, then its nearest training "
-            "images by cosine similarity",
-            fontsize=8,
-        )
-        figure.tight_layout()
-        return figure
+        images = near["image"].reshape(rows, columns, *near["image"].shape[1:])
+        names = np.array([*data.classes, ""])  # -1, unknown, is the last
+        return {
+            "queries": np.stack([queries[row] for row in range(rows)]),
+            "neighbours": images,
+            "similarity": np.take_along_axis(similar, order, axis=1),
+            "query_class": names[held_out.labels[chosen]],
+            "neighbour_class": names[near["label"].reshape(rows, columns)],
+        }
+
+    def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        figures = {}
+        for number, (name, report) in enumerate(found.items()):
+            title = "knn" if len(found) == 1 else f"knn{number}"
+            figures[title] = _picture(name, report)
+        return figures
 
 
 def classify(
@@ -149,13 +142,24 @@ def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return vectors / np.maximum(length, 1e-12)
 
 
-def _named(label: int, classes: tuple[str, ...]) -> str:
-    return classes[label] if 0 <= label < len(classes) else ""
-
-
-def _show(axis, image: np.ndarray, caption: str, colour: str = "black") -> None:
-    image = image[..., 0] if image.shape[-1] == 1 else image
-    axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_title(caption, fontsize=8, color=colour)
+def _picture(name: str, report: Report) -> Figure:
+    arrays = report.arrays
+    rows, columns = arrays["similarity"].shape
+    figure = Figure(figsize=(1.3 * (columns + 1), 1.5 * rows + 0.6), dpi=110)
+    axes = figure.subplots(rows, columns + 1, squeeze=False)
+    for row in range(rows):
+        label = arrays["query_class"][row]
+        show(axes[row, 0], arrays["queries"][row], label)
+        for column in range(columns):
+            other = arrays["neighbour_class"][row, column]
+            text = f"{other} {arrays['similarity'][row, column]:.2f}".strip()
+            wrong = label and other and label != other
+            colour = "tab:red" if wrong else "black"
+            show(axes[row, column + 1], arrays["neighbours"][row, column], text, colour)
+    figure.suptitle(
+        f"{name}: held-out image, then its nearest training images by cosine "
+        "similarity",
+        fontsize=8,
+    )
+    figure.tight_layout()
+    return figure

@@ -99,8 +99,9 @@ def fsim(
     one, other = jnp.split(planes, 2, axis=1)
     congruency = jnp.split(phase_congruency(planes[0]), 2)
     gradient = _scharr(one[0]), _scharr(other[0])
-    weight = jnp.maximum(*congruency)
-    score = _alike(*congruency, 0.85) * _alike(*gradient, 160.0) * weight
+    weight = jnp.maximum(congruency[0], congruency[1])
+    score = _alike(congruency[0], congruency[1], 0.85) * weight
+    score = score * _alike(*gradient, 160.0)
     if chromatic:
         hue = _alike(one[1], other[1], 200.0) * _alike(one[2], other[2], 200.0)
         score = score * jnp.abs(hue) ** 0.03
@@ -115,8 +116,8 @@ def phase_congruency(images: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
         estimated from the median response at the smallest scale, over 1.7.
     """
     bank = _log_gabor(*images.shape[1:])
-    filters = jnp.asarray(bank.filters, images.dtype)
     spectrum = jnp.fft.fft2(images)
+    filters = jnp.asarray(bank.filters, spectrum.dtype)
     tiny = jnp.finfo(images.dtype).eps
 
     def orientation(filters, noise):

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of ten classes in the plane."""
+
+import dataclasses
+import functools
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE as SklearnTSNE
+from sklearn.metrics import silhouette_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mim_jax.evals.base import Eval, Number, Passes, Report, Run
+from mim_jax.evals.features import extract
+from mim_jax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TSNE(Eval):
+    """t-SNE of held-out features of some classes, figure 8 of arXiv:2306.04898.
+
+    By scikit-learn. A picture of t-SNE persuades too easily, so two numbers of the
+    features themselves stand beside it: the silhouette of the classes (cosine
+    distance, -1..1), and the accuracy of a linear classifier in five-fold
+    cross-validation.
+
+    Attributes:
+        classes: how many, chosen at random.
+        images: per class at most.
+        perplexity: of t-SNE.
+        seed: of the choice and of t-SNE.
+    """
+
+    classes: int = 10
+    images: int = 50
+    perplexity: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.classes < 2 or self.images < 5 or not self.perplexity > 0:
+            raise ValueError(
+                f"classes={self.classes}, images={self.images}, perplexity="
+                f"{self.perplexity}: want at least 2 classes, 5 images of each and a "
+                "perplexity > 0"
+            )
+
+    def check(self, objective: Objective) -> None:
+        pass  # every objective has features
+
+    def measure(self, run: Run, data: Passes) -> Report:
+        if len(data.classes) < self.classes:
+            raise ValueError(
+                f"classes={self.classes}: the source has {len(data.classes)}; want at "
+                "most that many, or a source with labels"
+            )
+        encode = functools.partial(run.objective.features, run.params)
+        with data.held_out() as batches:
+            found = extract(encode, batches)
+        rng = np.random.default_rng(self.seed)
+        chosen = np.sort(rng.permutation(len(data.classes))[: self.classes])
+        rows = np.concatenate(
+            [np.flatnonzero(found.labels == label)[: self.images] for label in chosen]
+        )
+        vectors, labels = found.vectors[rows], found.labels[rows]
+        least = min(np.sum(labels == label) for label in chosen)
+        if least < 5 or len(rows) <= 3 * self.perplexity:
+            raise ValueError(
+                f"{len(rows)} held-out images, {least} of the rarest class, with "
+                f"perplexity={self.perplexity}: want 5 of each class and more than 3 "
+                "times the perplexity"
+            )
+        plane = SklearnTSNE(
+            perplexity=self.perplexity, init="pca", random_state=self.seed
+        ).fit(vectors)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        folds = StratifiedKFold(5, shuffle=True, random_state=self.seed)
+        accuracy = cross_val_score(probe, vectors, labels, cv=folds).mean()
+        silhouette = silhouette_score(vectors, labels, metric="cosine")
+        numbers = {
+            "images": Number(len(rows), "images"),
+            "silhouette": Number(float(silhouette), "1", len(rows)),
+            "linear_accuracy": Number(float(accuracy), "share", len(rows)),
+            "kl_divergence": Number(float(plane.kl_divergence_), "nats"),
+        }
+        arrays = {
+            "plane": plane.embedding_,
+            "labels": labels,
+            "names": np.array([data.classes[label] for label in chosen]),
+            "chosen": chosen,
+        }
+        return Report(numbers=numbers, arrays=arrays)
+
+    def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        figure = Figure(figsize=(4.2 * len(found) + 1.2, 4.3), dpi=110)
+        axes = figure.subplots(1, len(found), squeeze=False)[0]
+        for axis, (name, report) in zip(axes, found.items(), strict=True):
+            arrays, values = report.arrays, report.scalars
+            for number, label in enumerate(arrays["chosen"]):
+                points = arrays["plane"][arrays["labels"] == label]
+                axis.scatter(*points.T, s=9, label=arrays["names"][number])
+            axis.set_title(
+                f"{name}\nsilhouette {values['silhouette']:.2f}, linear "
+                f"{values['linear_accuracy']:.1%}",
+                fontsize=8,
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.tight_layout()
+        return {"tsne": figure}
