@@ -363,7 +363,11 @@ REFUSED = [
         "devices that fsdp leaves)",
     ),
     ("job", "trian", "job 'trian' is unknown (did you mean 'train'?)"),
-    ("job", "eval", "config has no field 'accumulate'; it has: eval, run, step"),
+    (
+        "job",
+        "eval",
+        "config has no field 'accumulate'; it has: also, eval, run, step, weights",
+    ),
     (
         "objective.name",
         "mea",

@@ -21,10 +21,20 @@ FILES = {
         "masking=block",
         "photos,masking=grid",
         "photos,source=digits",
+        "digits",
     ),
+    "rmae.py": ("photos", "digits"),
+    "cmae.py": ("digits", "masking=none"),
+    "mocov3.py": ("digits",),
+    "dino.py": ("digits",),
+    "supervised.py": ("digits",),
     "beit.py": ("digits", "masking=random", "digits,masking=random"),
     "few.py": ("photos", "source=photos", "objective=rmae"),
     "reconstruction.py": ("eval=reconstruction",),
+    "knn.py": (),
+    "cka.py": (),
+    "attention.py": (),
+    "tsne.py": (),
 }
 every_config = pytest.mark.parametrize(
     "argument",
@@ -42,6 +52,7 @@ def imagenet(monkeypatch):
     monkeypatch.setattr(Tfds, "__post_init__", lambda self: None)
     monkeypatch.setattr(Tfds, "__len__", lambda self: 1281167)
     monkeypatch.setattr(Tfds, "channels", 3)
+    monkeypatch.setattr(Tfds, "classes", tuple(map(str, range(1000))))
     monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"dataset": self.dataset})
 
 
@@ -81,7 +92,7 @@ def test_a_config_builds_and_its_step_traces(argument, imagenet):
         tree.run = "runs/any"
         config.build(tree)
         return
-    if tree.data.source.name == "digits":  # grey, and the colour recipe is for photos
+    if argument.endswith("photos,source=digits"):  # grey, and its colours are not
         tree.objective.update(dict(mean=(0.5,), std=(0.25,), color_jitter="none"))
     plan = train.Plan.of(tree, jax.devices()[:1])
     state = plan.abstract_state()
