@@ -97,10 +97,10 @@ class DINO(Objective):
             self.view1(augment.to_float(batch["image"]), purpose(keys, 10)),
             self.view2(augment.to_float(batch["image2"]), purpose(keys, 11)),
         ]
-        crops = augment.to_float(batch["local"])
-        rows, count = crops.shape[:2]
+        rows, count = batch["local"].shape[:2]
+        crops = augment.to_float(batch["local"].reshape(-1, *batch["local"].shape[2:]))
         local_keys = jnp.stack([purpose(keys, 20 + i) for i in range(count)], axis=1)
-        crops = self.local(crops.reshape(-1, *crops.shape[2:]), local_keys.reshape(-1))
+        crops = self.local(crops, local_keys.reshape(-1))
         frozen = state.step < self.freeze_prototypes * self.total_steps
         params = params | {"head": self._gated(params["head"], frozen)}
         taught = [self._outputs(state.teacher, view) for view in globals_]
