@@ -101,7 +101,8 @@ class DINO(Objective):
         crops = augment.to_float(batch["local"].reshape(-1, *batch["local"].shape[2:]))
         local_keys = jnp.stack([purpose(keys, 20 + i) for i in range(count)], axis=1)
         crops = self.local(crops, local_keys.reshape(-1))
-        frozen = state.step < self.freeze_prototypes * self.total_steps
+        frozen_steps = self.freeze_prototypes * self.total_steps
+        frozen = jnp.asarray(state.step, jnp.float32) < frozen_steps
         params = params | {"head": self._gated(params["head"], frozen)}
         taught = [self._outputs(state.teacher, view) for view in globals_]
         taught = jax.lax.stop_gradient(jnp.stack(taught))
