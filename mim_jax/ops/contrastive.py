@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses that compare tokens of two branches over a whole, possibly sharded, batch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def info_nce(
     tokens = query.shape[1]
     chunk = min(chunk, tokens)
     rounds = -(-tokens // chunk)
-    kind = jnp.promote_types(query.dtype, jnp.float32)
+    kind = _accurate(query.dtype)
 
     def similar(pattern, one, other):
         logits = jnp.einsum(pattern, one, other, preferred_element_type=kind)
@@ -84,13 +84,18 @@ def cosine_distance(
     query: Float[Array, "b n d"], key: Float[Array, "b n d"]
 ) -> Float[Array, "b n"]:
     """BYOL's loss of each token, 2 - 2 cos, in 0..4 (arXiv:2006.07733, Eq. 2)."""
-    kind = jnp.promote_types(query.dtype, jnp.float32)
+    kind = _accurate(query.dtype)
     product = _unit(query.astype(kind)) * _unit(key.astype(kind))
     return 2 - 2 * product.sum(axis=-1)
 
 
+def _accurate(kind: Any) -> Any:
+    """`kind`, or float32 if that is wider."""
+    return max(jnp.dtype(kind), jnp.dtype("float32"), key=lambda kind: kind.itemsize)
+
+
 def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Rows of length 1, rounded to their own dtype only at the end."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(_accurate(x.dtype))
     square = (wide * wide).sum(axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)
