@@ -143,7 +143,9 @@ class DINO(Objective):
     def temperature_at(self, step: Array | int) -> Float[Array, ""]:
         """The teacher's temperature at a step: a line, then constant."""
         first, last = self.teacher_temperature
-        length = max(self.teacher_warmup * self.total_steps, 1e-9)
+        length = self.teacher_warmup * self.total_steps
+        if not length:
+            return jnp.asarray(last, jnp.float32)
         progress = jnp.asarray(step, jnp.float32) / length
         return first + (last - first) * jnp.clip(progress, 0, 1)
 
