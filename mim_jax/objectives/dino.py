@@ -79,6 +79,7 @@ class DINO(Objective):
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
         self.check_images(image_shape)
+        self.head.check("head")
         for view in (self.view1, self.view2, self.local):
             view.check(image_shape[2])
 
