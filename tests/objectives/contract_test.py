@@ -108,7 +108,9 @@ def test_every_parameter_learns_or_is_named(name):
     before, after, _, grads = plain(name)
     frozen = plan_of(name).settings.objective.frozen
     scales, old, new = part_scales(grads), bits(before.params), bits(after.params)
-    without = {path for path in grads if np.abs(grads[path]).max() < 1e-6 * scales[path]}
+    without = {
+        path for path in grads if np.abs(grads[path]).max() < 1e-6 * scales[path]
+    }
     held = {path for path in old if below(path, frozen)}
     assert without - held == TINY[name].still.keys()
     assert {path for path in old if old[path] == new[path]} == held
@@ -148,7 +150,9 @@ def test_a_teacher_is_used_and_follows_and_gets_no_gradient(name):
     grads = jax.jit(jax.grad(loss), compiler_options=FAST)(state.teacher)
     assert all((leaf == 0).all() for leaf in leaves(grads).values())
     other = jax.tree.map(
-        lambda leaf: leaf + np.cos(np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape),
+        lambda leaf: (
+            leaf + np.cos(np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+        ),
         before.teacher,
     )
     moved = place(name, plan, dataclasses.replace(before, teacher=other))

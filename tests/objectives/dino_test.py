@@ -105,7 +105,7 @@ def test_without_a_warm_up_there_is_only_the_last_temperature():
 
 @functools.cache
 def first():
-    """(objective, state, batch): prototypes are frozen for the first 10 of 100 steps."""
+    """(objective, state, batch); prototypes are frozen for 10 of 100 steps."""
     plan = plan_of("dino")
     state = place("dino", plan)
     teacher = jax.tree.map(lambda leaf: leaf * 1.1 + 0.01, state.teacher)
@@ -225,7 +225,10 @@ def test_similarities_are_cosines():
     "fields, message",
     [
         (dict(student_temperature=0.0), "student_temperature=0.0, teacher_temp"),
-        (dict(teacher_temperature=(0.04, 0.0)), "want numbers > 0, two for the teacher"),
+        (
+            dict(teacher_temperature=(0.04, 0.0)),
+            "want numbers > 0, two for the teacher",
+        ),
         (dict(teacher_warmup=1.5), "teacher_warmup=1.5: want 0 <= teacher_warmup <= 1"),
         (dict(centre_momentum=-0.1), "centre_momentum=-0.1: want 0 <= centre_moment"),
         (dict(freeze_prototypes=2.0), "freeze_prototypes=2.0: want 0 <= freeze_protot"),
@@ -241,6 +244,13 @@ def test_colours_of_grey_images_are_refused(view):
     with pytest.raises(ValueError, match="for grey images: want 0 for all three"):
         tiny(**{view: ColorJitter()}).check(SHAPE)
     tiny().check(SHAPE)
+
+
+@pytest.mark.parametrize("field", ["layers", "hidden", "bottleneck", "out"])
+def test_a_head_without_size_is_refused(field):
+    head = dataclasses.replace(tiny().head, **{field: 0})
+    with pytest.raises(ValueError, match=f"head.{field}=0: want at least 1"):
+        tiny(head=head).check(SHAPE)
 
 
 def test_local_crops_must_be_whole_patches():

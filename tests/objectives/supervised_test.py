@@ -12,8 +12,7 @@ from sklearn.metrics import log_loss
 from tiny import first_state, images_of, plan_of, tree_of
 
 from mim_jax import config, optim, train
-from mim_jax import state as states
-from mim_jax.objectives.base import apply
+from mim_jax.data.sources.base import Source
 from mim_jax.objectives.supervised import Supervised
 
 CLASSES = 5
@@ -129,10 +128,12 @@ def test_the_head_reads_the_pooled_features(pool):
     pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1)
     np.testing.assert_allclose(objective.features(params, images), pooled, rtol=1e-6)
     head = params["head"]["linear"]
-    want = np.asarray(pooled) @ head["kernel"] + head["bias"]
+    want = np.asarray(pooled) @ np.asarray(head["kernel"])
     got = objective.logits(params, floats)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-8)
     assert got.shape == (2, 10) and np.abs(want).max() > 0
+    other = params | {"head": {"linear": head | {"bias": head["bias"] + 1}}}
+    np.testing.assert_allclose(objective.logits(other, floats), got + 1, rtol=1e-5)
 
 
 def test_the_head_starts_near_zero():
@@ -140,16 +141,6 @@ def test_the_head_starts_near_zero():
     assert (head["bias"] == 0).all()
     assert 1e-5 < np.std(head["kernel"]) < 3e-5
     assert sorted(first_state("supervised").params["head"]) == ["linear"]
-
-
-def test_the_encoder_is_that_of_the_other_methods():
-    ours = first_state("supervised").params["encoder"]
-    theirs = first_state("dino").params["encoder"]
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    state = first_state("supervised")
-    assert state.teacher is None and state.stats == {}
-    assert isinstance(state, states.TrainState)
-    assert apply is not None
 
 
 # Errors.
@@ -177,12 +168,20 @@ def test_colours_of_grey_images_are_refused_where_they_change():
         dataclasses.replace(plain, color_jitter="whole").check((8, 8, 1))
 
 
+def test_too_few_classes_for_the_data_are_refused():
+    with pytest.raises(config.ConfigError) as caught:
+        plan_of("supervised", objective__classes=9)
+    assert str(caught.value) == (
+        "config: objective.classes=9: data.source has 10, and images of the others "
+        "would be left out; want 10"
+    )
+    plan_of("supervised", objective__classes=11)  # as for a shared head
+
+
 def test_images_without_labels_are_refused():
     tree = tree_of("supervised")
     colours = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     tree.objective.update(colours)
-    from mim_jax.data.sources.base import Source
-
     tree.data.source = config.choose(Source, "photos")
     with pytest.raises(config.ConfigError) as caught:
         train.Plan.of(tree, jax.devices()[:1])
