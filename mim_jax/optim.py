@@ -150,7 +150,9 @@ def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (weight, sums), stats = jax.lax.scan(add, zeros, parts)
         stats = jax.tree.map(lambda leaf: leaf[-1], stats)
-        means = jax.tree.map(lambda x: x / weight.astype(x.dtype), sums)
+        # Without any weight the sums are 0, and so are the means: no update, no NaN.
+        safe = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        means = jax.tree.map(lambda x: x / safe.astype(x.dtype), sums)
         loss, metrics, grads = means
         return (loss, Aux(weight=weight, stats=stats, metrics=metrics)), grads
 

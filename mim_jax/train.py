@@ -446,6 +446,12 @@ def _check_reads(objective: Objective, data: Input) -> None:
             f"data.source has no labels, which {type(objective).__name__} reads; want "
             "a source with classes, such as digits"
         )
+    known = len(data.source.classes)
+    if "label" in objective.reads and getattr(objective, "classes", known) < known:
+        raise ValueError(
+            f"objective.classes={getattr(objective, 'classes', None)}: data.source has "
+            f"{known}, and images of the others would be left out; want {known}"
+        )
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 
 from mim_jax import config, optim, sharding, train
 from mim_jax import state as states
+from mim_jax.evals.base import Eval
 from mim_jax.objectives.base import Aux, Objective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import AdamW
@@ -35,6 +36,20 @@ def tree_of(**changes) -> config.Tree:
         for part in above:
             node = node[part]
         node[name] = value
+    return tree
+
+
+def coupled(name: str) -> config.Tree:
+    """A tiny config of an objective that compares crops of digits."""
+    tree = config.experiment("train", source="digits", objective=name)
+    tree.steps, tree.batch_size = 40, ROWS
+    tree.report = config.choose(Eval, "knn")
+    tree.objective.encoder.update(dict(patch=2, width=32, depth=2, heads=2))
+    tree.objective.update(dict(mean=(0.5,), std=(0.25,)))
+    for view in {"jitter", "view1", "view2", "local"} & set(tree.objective):
+        tree.objective[view].update(dict(saturation=0.0, hue=0.0, gray_p=0.0))
+    tree.data.image_size = (8, 8)
+    tree.optim.update(dict(warmup_epochs=0.0, base_lr=1.0))
     return tree
 
 
@@ -289,6 +304,37 @@ def test_a_batch_coupled_objective_is_refused_with_the_reason(monkeypatch):
     train.Plan.of(tree_of(accumulate=2, accumulate_coupled=True), devices(1))
 
 
+# What the data must offer.
+
+
+@pytest.mark.parametrize(
+    "name, missing, want",
+    [
+        ("mocov3", "image2", "data.crops=2"),
+        ("dino", "image2", "data.crops=2"),
+        ("dino", "local", "data.local_crops >= 1"),
+    ],
+)
+def test_crops_that_the_data_do_not_give_are_named(name, missing, want):
+    tree = coupled(name)
+    tree.data.update(dict(crops=2, local_crops=1, local_size=(4, 4)))
+    train.Plan.of(tree, devices(1))
+    tree.data.update(dict(crops=1) if missing == "image2" else dict(local_crops=0))
+    with pytest.raises(config.ConfigError) as caught:
+        train.Plan.of(tree, devices(1))
+    title = {"mocov3": "MoCoV3", "dino": "DINO"}[name]
+    assert str(caught.value) == (
+        f"config: data has no {missing!r}, which {title} reads; want config.{want}"
+    )
+
+
+def test_every_kind_of_image_is_checked():
+    tree = coupled("dino")
+    tree.data.update(dict(crops=2, local_crops=1, local_size=(5, 4)))
+    with pytest.raises(config.ConfigError, match="patch"):
+        train.Plan.of(tree, devices(1))
+
+
 # What is not finite.
 
 
@@ -379,6 +425,42 @@ def test_steps_keep_the_share_of_the_warm_up():
 def test_epochs_give_the_number_of_steps():
     assert len(plan_of().settings.data.source) == 1442
     assert plan_of(steps=None, epochs=2.5).total == 226  # ceil(2.5 * 1442 / 16)
+
+
+def test_an_epoch_can_have_more_images_than_the_source():
+    plan = plan_of(steps=None, epochs=2.5, epoch_images=3000)
+    assert plan.total == 469  # ceil(2.5 * 3000 / 16)
+    assert plan.epoch_images == 3000 and plan_of().epoch_images == 1442
+    with pytest.raises(config.ConfigError, match="epoch_images=0: want at least 1"):
+        plan_of(steps=None, epoch_images=0)
+
+
+@pytest.mark.parametrize("name", ["cmae", "dino"])
+def test_objectives_know_the_length_of_the_run(name):
+    tree = coupled(name)
+    tree.data.update(dict(crops=2, local_crops=1, local_size=(4, 4)))
+    assert train.Plan.of(tree, devices(1)).settings.objective.total_steps == 40
+    tree.steps, tree.stop_after = None, 3  # of the whole run, wherever this part ends
+    tree.epochs = 2.5
+    assert train.Plan.of(tree, devices(1)).settings.objective.total_steps == 226
+
+
+def test_the_optimiser_knows_the_length_of_the_run_and_what_is_frozen():
+    tree = coupled("mocov3")
+    tree.steps, tree.data.crops = 4, 2
+    tree.optim.update(dict(decay="all", weight_decay=0.1, final_weight_decay=0.9))
+    plan = train.Plan.of(tree, devices(1))
+    params = {"encoder": {"embed": jnp.ones(3), "cls_token": jnp.ones(3)}}
+    opt_state, want = plan.tx.init(params), 1.0
+    for t in range(4):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, opt_state = plan.tx.update(zeros, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        decay = 0.9 - 0.8 * 0.5 * (1 + np.cos(np.pi * t / 4))
+        want *= 1 - float(plan.schedule(t)) * decay
+        np.testing.assert_allclose(params["encoder"]["cls_token"], want, rtol=1e-6)
+        assert (params["encoder"]["embed"] == 1).all()
+    assert want < 0.99
 
 
 def test_accumulation_does_not_change_the_rate():

@@ -129,6 +129,13 @@ class Prototypes(nn.Module):
         kernel = _unit(kernel.astype(kind), axis=0).astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=kind)
 
+    def check(self, name: str) -> None:
+        """ValueError if a size is out of range."""
+        for field in ("layers", "hidden", "bottleneck", "out"):
+            if getattr(self, field) < 1:
+                value = getattr(self, field)
+                raise ValueError(f"{name}.{field}={value}: want at least 1")
+
     def flops(self, width: int) -> float:
         """FLOPs of one forward pass of one view."""
         widths = [width, *[self.hidden] * (self.layers - 1), self.bottleneck, self.out]

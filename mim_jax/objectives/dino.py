@@ -79,6 +79,7 @@ class DINO(Objective):
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
         self.check_images(image_shape)
+        self.head.check("head")
         for view in (self.view1, self.view2, self.local):
             view.check(image_shape[2])
 
@@ -97,11 +98,12 @@ class DINO(Objective):
             self.view1(augment.to_float(batch["image"]), purpose(keys, 10)),
             self.view2(augment.to_float(batch["image2"]), purpose(keys, 11)),
         ]
-        crops = augment.to_float(batch["local"])
-        rows, count = crops.shape[:2]
+        rows, count = batch["local"].shape[:2]
+        crops = augment.to_float(batch["local"].reshape(-1, *batch["local"].shape[2:]))
         local_keys = jnp.stack([purpose(keys, 20 + i) for i in range(count)], axis=1)
-        crops = self.local(crops.reshape(-1, *crops.shape[2:]), local_keys.reshape(-1))
-        frozen = state.step < self.freeze_prototypes * self.total_steps
+        crops = self.local(crops, local_keys.reshape(-1))
+        frozen_steps = self.freeze_prototypes * self.total_steps
+        frozen = jnp.asarray(state.step, jnp.float32) < frozen_steps
         params = params | {"head": self._gated(params["head"], frozen)}
         taught = [self._outputs(state.teacher, view) for view in globals_]
         taught = jax.lax.stop_gradient(jnp.stack(taught))
@@ -142,7 +144,9 @@ class DINO(Objective):
     def temperature_at(self, step: Array | int) -> Float[Array, ""]:
         """The teacher's temperature at a step: a line, then constant."""
         first, last = self.teacher_temperature
-        length = max(self.teacher_warmup * self.total_steps, 1e-9)
+        length = self.teacher_warmup * self.total_steps
+        if not length:
+            return jnp.asarray(last, jnp.float32)
         progress = jnp.asarray(step, jnp.float32) / length
         return first + (last - first) * jnp.clip(progress, 0, 1)
 

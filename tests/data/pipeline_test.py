@@ -176,6 +176,80 @@ def test_augmentation_is_the_transforms_with_the_fields():
     assert (read(small, seed=0, batch_size=20, stop=1)["image"] != want).any()
 
 
+# Two crops, and local ones.
+
+
+def test_a_second_crop_leaves_the_first_as_it_was(straight):
+    data, want = straight
+    got = read(dataclasses.replace(data, crops=2), seed=3, batch_size=12, stop=8)
+    second = got.pop("image2")
+    assert_same(got, want)
+    assert second.shape == want["image"].shape and second.dtype == np.uint8
+    assert (second != want["image"]).any(axis=(1, 2, 3)).mean() > 0.9
+
+
+def test_all_crops_are_of_the_same_record():
+    data = make(Numbered(count=20, bad=(3,)), crops=2, local_crops=2, local_size=(2, 3))
+    got = read(data, seed=0, batch_size=10, stop=4)
+    for name in ("image2", "local"):
+        values = got[name].reshape(40, -1)
+        assert (values == got["image"][:, 0, 0]).all(), name
+    assert got["replaced"].sum() == 2
+
+
+def test_local_crops_have_their_own_size_and_scale():
+    colour = np.random.default_rng(0).integers(0, 256, (40, 40, 1), dtype=np.uint8)
+
+    class One(Numbered):
+        def __getitem__(self, index):
+            return {"image": colour, "label": 0}
+
+    fields = dict(local_crops=3, local_size=(6, 5), flip=False)
+    whole = dict(crop_ratio=(1.0, 1.0), local_scale=(1.0, 1.0))
+    data = make(One(count=1), **fields, **whole)
+    got = read(data, seed=0, batch_size=8, stop=1)["local"]
+    assert got.shape == (8, 3, 6, 5, 1) and got.dtype == np.uint8
+    assert (got == transforms.resize(colour, (6, 5))).all()
+    small = dataclasses.replace(data, local_scale=(0.05, 0.1))
+    got = read(small, seed=0, batch_size=8, stop=1)["local"].reshape(24, -1)
+    assert len(np.unique(got, axis=0)) == 24  # each is another crop
+    flipped = dataclasses.replace(data, flip=True)
+    got = read(flipped, seed=0, batch_size=8, stop=1)["local"].reshape(24, -1)
+    assert len(np.unique(got, axis=0)) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_are_the_same_in_any_process(workers):
+    fields = dict(crops=2, local_crops=2, local_size=(4, 4), image_size=(6, 6))
+    plain = make(Digits(), **fields)
+    want = read(plain, seed=3, batch_size=12, stop=6)
+    other = dataclasses.replace(plain, workers=workers, threads=3)
+    assert_same(read(other, seed=3, batch_size=12, stop=6), want)
+    # And do not depend on where a run starts, or on how many there are.
+    fewer = dataclasses.replace(plain, local_crops=1)
+    with pipeline.train_batches(fewer, seed=3, batch_size=12, start=4, stop=6) as rest:
+        got = join(rest)
+    np.testing.assert_array_equal(got["local"], want["local"][48:, :1])
+    np.testing.assert_array_equal(got["image2"], want["image2"][48:])
+
+
+def test_shapes_are_those_of_the_batches():
+    data = make(Digits(), crops=2, local_crops=2, local_size=(4, 3))
+    got = read(data, seed=0, batch_size=2, stop=1)
+    assert data.shapes.keys() == {"image", "image2", "local", "label"}
+    for name, (shape, kind) in data.shapes.items():
+        assert got[name].shape == (2, *shape) and got[name].dtype == kind
+    assert make().shapes.keys() == {"image", "label"}
+
+
+def test_evaluations_read_one_crop():
+    data = make(Numbered(), crops=2, local_crops=2, local_size=(2, 2))
+    with pipeline.eval_batches(data, batch_size=5) as batches:
+        got = join(batches)
+    with pipeline.eval_batches(make(Numbered()), batch_size=5) as batches:
+        assert_same(got, join(batches))
+
+
 def test_bad_records_are_replaced_the_same_way_each_time():
     data = make(Numbered(count=20, bad=(3, 11)))
     got = read(data, seed=0, batch_size=5, stop=8)
@@ -381,6 +455,12 @@ assert not jax._src.xla_bridge._backends
         ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < least"),
         ({"crop_scale": (0.5, 1.1)}, r"crop_scale.*<= 1\.0"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio.*least <= greatest"),
+        ({"crops": 3}, "crops=3, local_crops=0: want 1 or 2 crops"),
+        ({"crops": 0}, "crops=0, local_crops=0: want 1 or 2 crops"),
+        ({"local_crops": -1}, "crops=1, local_crops=-1: want 1 or 2 crops and at"),
+        ({"local_size": (4, 0)}, r"local_size=\(4, 0\): want \(rows, columns\) >= 1"),
+        ({"local_scale": (0.0, 0.3)}, r"local_scale=\(0\.0, 0\.3\): want 0 < least"),
+        ({"local_scale": (0.3, 1.1)}, r"local_scale.*<= 1\.0"),
         ({"eval_crop_fraction": 1.5}, "eval_crop_fraction=1.5"),
         ({"workers": -1}, "workers=-1: want workers >= 0"),
         ({"threads": 0}, "threads=0: want threads >= 1"),

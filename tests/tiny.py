@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every objective at its smallest, on 8 x 8 digits; what is compiled is kept."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from mim_jax import config, sharding, train
+from mim_jax import state as states
+from mim_jax.data.pipeline import train_batches
+from mim_jax.evals.base import Eval
+from mim_jax.sharding import path_name
+
+ROWS = 16
+STEPS = 40
+SPREAD = dict(mesh__data=4, mesh__fsdp=2, scan=True, remat="full")
+# These programs run for milliseconds: compiling them well does not pay.
+FAST = {"xla_backend_optimization_level": 0}
+_ENCODER = dict(patch=2, width=16, depth=2, heads=2)
+_DECODER = dict(width=16, depth=1, heads=2)
+_HEAD = dict(hidden=32, out=16)
+_GREY = dict(saturation=0.0, hue=0.0, gray_p=0.0, blur_sigma=(0.1, 0.5))
+_NORM = "the batch norm of the head takes out what all examples share"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """An objective's row of the contract.
+
+    Attributes:
+        objective: leaves of its config, groups as dicts; encoder and data's mean and
+            deviation are the same for all.
+        data: leaves of config.data.
+        base_lr: with which the loss falls in STEPS steps.
+        falls: to less than this share of what it was.
+        still: leaves that get no gradient though they are not frozen, and why.
+    """
+
+    objective: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base_lr: float = 0.1
+    falls: float = 0.88
+    still: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+TINY: dict[str, Tiny] = {
+    "mae": Tiny(
+        objective=dict(decoder=_DECODER, jitter=_GREY, color_jitter="input_only"),
+        falls=0.6,
+    ),
+    "rmae": Tiny(objective=dict(decoder=_DECODER), falls=0.4),
+    "cmae": Tiny(
+        objective=dict(projector=_HEAD, predictor=_HEAD, jitter=_GREY),
+        still={"encoder/norm/bias": _NORM, "projector/fc2/bias": _NORM},
+    ),
+    "mocov3": Tiny(
+        objective=dict(projector=_HEAD, predictor=_HEAD, view1=_GREY, view2=_GREY),
+        data=dict(crops=2),
+        still={"encoder/norm/bias": _NORM},
+    ),
+    "dino": Tiny(
+        objective=dict(
+            # Else the prototypes have no gradient in the first step.
+            freeze_prototypes=0.0,
+            # While the centre moves, so does the target: any student's loss rises.
+            centre_momentum=0.0,
+            teacher_temperature=(0.01, 0.01),
+            head=dict(hidden=32, bottleneck=16, out=16),
+            view1=_GREY,
+            view2=_GREY,
+            local=_GREY,
+        ),
+        data=dict(crops=2, local_crops=2, local_size=(4, 4)),
+        base_lr=0.03,
+        falls=0.8,
+    ),
+    "supervised": Tiny(
+        objective=dict(classes=10, color_jitter="whole", jitter=_GREY),
+        base_lr=0.3,
+        falls=0.75,
+    ),
+}
+
+
+def tree_of(name: str, **changes) -> config.Tree:
+    """The config of a tiny objective; `changes` has paths as `mesh__fsdp=2`."""
+    row = TINY[name]
+    tree = config.experiment("train", source="digits", objective=name)
+    tree.steps, tree.batch_size, tree.dtype, tree.remat = STEPS, ROWS, "float32", "none"
+    tree.scan = False
+    tree.data.update(dict(image_size=(8, 8), workers=0, threads=1) | row.data)
+    fields = dict(encoder=_ENCODER, mean=(0.5,), std=(0.25,)) | row.objective
+    tree.objective.update(fields)
+    # The first step has the full rate and shrinks all that is not frozen.
+    tree.optim.update(dict(warmup_epochs=0.0, base_lr=row.base_lr, decay="all"))
+    tree.compile_cache = False
+    tree.report = config.choose(Eval, "knn", k=(5,), rows=1, neighbours=1)
+    for path, value in changes.items():
+        *above, leaf = path.split("__")
+        node = functools.reduce(lambda node, part: node[part], above, tree)
+        node[leaf] = value
+    return tree
+
+
+@functools.cache
+def plan_of(name: str, devices: int = 1, **changes) -> train.Plan:
+    return train.Plan.of(tree_of(name, **changes), jax.devices()[:devices])
+
+
+def spread_plan(name: str) -> train.Plan:
+    """Eight devices, in both axes of the mesh, with scanned and recomputed blocks."""
+    return plan_of(name, 8, **SPREAD)
+
+
+@functools.cache
+def step_of(plan: train.Plan):
+    """The plan's training step, compiled; it donates the state."""
+    return plan.lowered().compile(compiler_options=FAST)
+
+
+@functools.cache
+def create_of(name: str):
+    """What makes the first state of the spread plan: one function, compiled once."""
+    return spread_plan(name).create
+
+
+@functools.cache
+def first_state(name: str):
+    """Per block and on the host, so that donating a copy of it spoils nothing."""
+    plan = spread_plan(name)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
+    state = jax.jit(create_of(name), out_shardings=placed)()
+    return states.unstack_blocks(jax.device_get(state))
+
+
+def place(name: str, plan: train.Plan, state=None):
+    """The first state, or another from the host, laid out as the plan wants it."""
+    # Keys never come to the host: a new one, since this state will be donated.
+    key = states.run_key(plan.settings.seed)
+    state = dataclasses.replace(state or first_state(name), key=key)
+    if plan.settings.scan:
+        state = states.stack_blocks(state)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
+    return jax.tree.map(
+        lambda leaf, where: jax.device_put(leaf, where, may_alias=False), state, placed
+    )
+
+
+@functools.cache
+def images_of(name: str) -> dict[str, np.ndarray]:
+    """What the objective reads of the first training batch."""
+    settings = plan_of(name).settings
+    with train_batches(settings.data, seed=0, batch_size=ROWS, stop=1) as batches:
+        batch = next(batches)
+    return {key: np.array(batch[key]) for key in settings.objective.reads}
+
+
+def batch_for(name: str, plan: train.Plan) -> dict:
+    return jax.device_put(images_of(name), sharding.by_row(plan.mesh))
+
+
+def one_step(name: str, plan: train.Plan):
+    """(state, metrics) on the host, blocks unstacked, after the first step."""
+    state, metrics = step_of(plan)(place(name, plan), batch_for(name, plan))
+    return states.unstack_blocks(jax.device_get(state)), jax.device_get(metrics)
+
+
+def leaves(tree) -> dict[str, np.ndarray]:
+    """Leaves by path, on the host; keys as their data."""
+
+    def plain(leaf):
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if key else leaf)
+
+    found = jax.tree.leaves_with_path(tree)
+    return {path_name(path): plain(leaf) for path, leaf in found}
+
+
+def bits(tree) -> dict[str, bytes]:
+    return {name: leaf.tobytes() for name, leaf in leaves(tree).items()}
+
+
+def gradients(state) -> dict[str, np.ndarray]:
+    """After one step from zero Adam's first moment is 0.1 times the gradient."""
+    (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
+    return {name: leaf * np.float32(10) for name, leaf in leaves(adam.mu).items()}
+
+
+def below(path: str, paths) -> bool:
+    return any(path == one or path.startswith(one + "/") for one in paths)
