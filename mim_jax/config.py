@@ -24,8 +24,12 @@ from mim_jax.data.pipeline import Input
 from mim_jax.data.sources import SOURCES
 from mim_jax.data.sources.base import Source
 from mim_jax.evals import EVALS
+from mim_jax.evals.attention import Attention
 from mim_jax.evals.base import Eval
+from mim_jax.evals.cka import CKA
+from mim_jax.evals.knn import KNN
 from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings import MASKINGS
 from mim_jax.maskings.base import Masking
 from mim_jax.metrics import Log
@@ -166,7 +170,40 @@ class Evaluate:
             )
 
 
-JOBS = {"train": Train, "eval": Evaluate}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Job "compare": several runs on one page.
+
+    Attributes:
+        runs: run directories that read the same images.
+        step: checkpoint to read of each; None is the newest.
+        random: show the first run before training, too.
+        skip: evaluations to leave out, by name.
+        reconstruction, knn, cka, attention, tsne: what is measured.
+    """
+
+    runs: tuple[str, ...] = ()
+    step: int | None = None
+    random: bool = True
+    skip: tuple[str, ...] = ()
+    reconstruction: Reconstruction = Reconstruction(draws=1, inpainted=0)
+    knn: KNN = KNN(k=(10,), rows=5)
+    cka: CKA = CKA(images=2000)
+    attention: Attention = Attention(rows=4)
+    tsne: TSNE = TSNE()
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError(
+                "runs is empty: name run directories, e.g. "
+                """--config.runs='("runs/mae","runs/cmae")'"""
+            )
+        known = ("reconstruction", "knn", "cka", "attention", "tsne")
+        for name in self.skip:
+            _one_of("skip", name, known)
+
+
+JOBS = {"train": Train, "eval": Evaluate, "compare": Compare}
 
 
 def schema(cls: Any) -> Tree:

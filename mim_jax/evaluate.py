@@ -31,7 +31,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
     """
     settings = configs.build(config)
     name = config.eval.name
-    found, about, first = {}, {}, None
+    found, about = {}, {}
     for folder in (settings.run, *settings.also):
         trained, training = load(folder, settings.step)
         try:
@@ -42,13 +42,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             trained = dataclasses.replace(
                 trained, params=trained.initial, name=f"{trained.name}, random", step=0
             )
-        data = training.data
-        first = data if first is None else first
-        if (data.image_shape, data.source) != (first.image_shape, first.source):
-            raise configs.ConfigError(
-                f"also={folder!r} reads {data.source} as {data.image_shape}, the first "
-                f"run {first.source} as {first.image_shape}: want the same for all"
-            )
+        check_alike(folder, training, [one for _, one in found.values()])
         title = caption(trained)
         if title in about:
             raise configs.ConfigError(
@@ -64,10 +58,13 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         found[title] = trained, training
     with rundir.claim(workdir):
         (workdir / "config.json").write_text(configs.dumps(config))
-        reports = {
-            title: settings.eval.measure(trained, EvalPasses(training.data))
-            for title, (trained, training) in found.items()
-        }
+        try:
+            reports = {
+                title: settings.eval.measure(trained, EvalPasses(training.data))
+                for title, (trained, training) in found.items()
+            }
+        except ValueError as error:  # what only the data can tell
+            raise configs.ConfigError(f"config.eval: {error}") from error
         for title, report in reports.items():
             about[title]["results"] = {
                 key: number._asdict() for key, number in report.numbers.items()
@@ -80,6 +77,24 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         }
         (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         save(workdir / "report", name, reports, settings.eval.draw(reports))
+
+
+def check_alike(
+    folder: str, training: configs.Train, others: list[configs.Train]
+) -> None:
+    """Refuses a run that does not read the images of the others.
+
+    Raises:
+        ConfigError: source or size are not the same.
+    """
+    data = training.data
+    for other in others:
+        first = other.data
+        if (data.image_shape, data.source) != (first.image_shape, first.source):
+            raise configs.ConfigError(
+                f"{folder!r} reads {data.source} as {data.image_shape}, another run "
+                f"{first.source} as {first.image_shape}: want the same for all"
+            )
 
 
 def _digest(params: Any) -> str:

@@ -12,14 +12,14 @@ if __name__ == "__main__":
 
 from absl import app, flags, logging
 
+from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
-from mim_jax import evaluate, train
 from mim_jax.checkpoint import CheckpointError, MismatchError
 from mim_jax.commandline import CONFIG, EXIT_CONFIG, leave, parse
 from mim_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 from mim_jax.metrics import MetricsError
 
-JOBS = {"train": train.run, "eval": evaluate.run}
+JOBS = {"train": train.run, "eval": evaluate.run, "compare": compare.run}
 
 EXIT_NON_FINITE, EXIT_CHECKPOINT = 3, 4
 

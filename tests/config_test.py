@@ -239,7 +239,7 @@ def test_free_fields_exist():
 MISTAKES = [
     (
         lambda: config.experiment("trian"),
-        "job 'trian' is unknown (did you mean 'train'?); known: eval, train",
+        "job 'trian' is unknown (did you mean 'train'?); known: compare, eval, train",
     ),
     (
         lambda: config.experiment("train", objective="mea"),
@@ -405,8 +405,11 @@ def test_an_eval_without_a_run_says_so():
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        (dict(job="os.system"), ": job 'os.system' is unknown; known: eval, train"),
-        (dict(job=None), ": job None is unknown; known: eval, train"),
+        (
+            dict(job="os.system"),
+            ": job 'os.system' is unknown; known: compare, eval, train",
+        ),
+        (dict(job=None), ": job None is unknown; known: compare, eval, train"),
         (
             dict(objective__name="mim_jax.objectives.mae.MAE"),
             ": config.objective: objective 'mim_jax.objectives.mae.MAE' is unknown",

@@ -35,6 +35,7 @@ FILES = {
     "cka.py": (),
     "attention.py": (),
     "tsne.py": (),
+    "compare.py": (),
 }
 every_config = pytest.mark.parametrize(
     "argument",
@@ -88,8 +89,10 @@ def test_a_config_is_locked_and_stated(argument):
 @every_config
 def test_a_config_builds_and_its_step_traces(argument, imagenet):
     tree = config.read(argument)
-    if tree.job == "eval":
-        tree.run = "runs/any"
+    if tree.job != "train":
+        tree.update(
+            {"eval": dict(run="runs/any"), "compare": dict(runs=("a",))}[tree.job]
+        )
         config.build(tree)
         return
     if argument.endswith("photos,source=digits"):  # grey, and its colours are not

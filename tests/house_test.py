@@ -77,6 +77,13 @@ MAY_IMPORT = {
         "sharding",
         "state",
     ),
+    "compare": (
+        "config",
+        "data.pipeline",
+        "evals.base",
+        "evaluate",
+        "rundir",
+    ),
     "evaluate": (
         "checkpoint",
         "config",
@@ -88,6 +95,7 @@ MAY_IMPORT = {
     ),
     # Programs: `main` runs a job, `aot` compiles what job "train" would run.
     "main": (
+        "compare",
         "checkpoint",
         "commandline",
         "config",

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several runs on one page, runs/compare/report/index.html, that needs no network.
+
+python -m mim_jax.main --config=configs/compare.py \
+    --config.runs='("runs/mae-digits","runs/cmae-digits")' --workdir=runs/compare
+
+Table, CKA, reconstructions, attention, t-SNE, neighbours, training curves and what
+differs in the configs. Runs must read the same images.
+"""
+
+from mim_jax import config
+
+
+def get_config(variant: str = "") -> config.Tree:
+    config.variant(variant, presets=())
+    return config.experiment("compare")

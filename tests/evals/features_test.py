@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kNN, CKA, attention and t-SNE on a small encoder, against other ways to compute."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from passes import Given
+from sklearn.neighbors import KNeighborsClassifier
+
+from mim_jax.evals.attention import Attention
+from mim_jax.evals.base import Run, keys_of, mean_of, share_of
+from mim_jax.evals.cka import CKA
+from mim_jax.evals.features import Features, extract
+from mim_jax.evals.knn import KNN, classify
+from mim_jax.evals.tsne import TSNE
+from mim_jax.maskings.random import Random
+from mim_jax.models.heads import Head
+from mim_jax.models.vit import Encoder
+from mim_jax.objectives.cmae import CMAE
+from mim_jax.ops.patches import grid_of
+
+HEAD = Head(hidden=8, out=8)
+CMAE_SMALL = CMAE(
+    encoder=Encoder(patch=2, width=8, depth=2, heads=2),
+    projector=HEAD,
+    predictor=HEAD,
+    mean=(0.5,),
+    std=(0.25,),
+)
+CLASSES = ("a", "b", "c")
+
+
+def batches(count, size=7, seed=0):
+    """Images of three classes that differ in brightness, in padded batches."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    images = rng.integers(0, 60, (count, 8, 8, 1)) + 90 * labels[:, None, None, None]
+    found = []
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        part = {
+            "image": np.asarray(images[rows], np.uint8),
+            "label": labels[rows].astype(np.int32),
+            "index": np.arange(count, dtype=np.int32)[rows],
+        }
+        short = size - len(part["label"])
+        part = {
+            name: np.concatenate([value, np.repeat(value[:1] * 0, short, axis=0)])
+            for name, value in part.items()
+        }
+        found.append(part | {"valid": np.arange(size) < size - short})
+    return found
+
+
+@functools.cache
+def run():
+    batch = {"image": jnp.asarray(batches(1, 1)[0]["image"])}
+    init = jax.jit(lambda key: CMAE_SMALL.init(key, batch)[0])
+    params, initial = init(jax.random.key(0)), init(jax.random.key(1))
+    # Random tables make attention and features differ between patches.
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + jnp.asarray(0.2 * noise.standard_normal(x.shape), x.dtype), params
+    )
+    return Run(objective=CMAE_SMALL, params=params, initial=initial, step=3, name="x")
+
+
+def passes(held_out=24, size=7):
+    return Given(batches(held_out, size), batches(40, 9, seed=1), CLASSES)
+
+
+def test_votes_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 90).astype(np.int32)
+    vectors = rng.normal(size=(90, 5)) + np.eye(5)[labels]
+    vectors = vectors.astype(np.float32)
+    split = [
+        Features(vectors[rows], labels[rows], np.arange(90)[rows])
+        for rows in (slice(0, 60), slice(60, None))
+    ]
+    found = classify(split[0], split[1], [1, 7, 20], 0.07)
+    for k, predicted in zip((1, 7, 20), found, strict=True):
+        reference = KNeighborsClassifier(
+            k,
+            algorithm="brute",
+            metric="cosine",
+            weights=lambda apart: np.exp((1 - apart) / 0.07),
+        ).fit(vectors[:60], labels[:60])
+        np.testing.assert_array_equal(predicted, reference.predict(vectors[60:]))
+    assert 0.3 < (found[1] == labels[60:]).mean() < 1
+
+
+def test_images_without_a_label_do_not_vote():
+    bank = Features(
+        np.eye(3, dtype=np.float32), np.array([-1, 0, 1], np.int32), np.arange(3)
+    )
+    query = Features(
+        np.array([[1, 0.1, 0.2]], np.float32), np.array([0], np.int32), np.arange(1)
+    )
+    assert classify(bank, query, [3], 0.07).tolist() == [[1]]
+
+
+def test_padding_and_batch_size_change_no_feature():
+    encode = functools.partial(CMAE_SMALL.features, run().params)
+    one, other = (extract(encode, batches(10, size)) for size in (10, 4))
+    np.testing.assert_allclose(one.vectors, other.vectors, rtol=1e-5, atol=1e-6)
+    assert one.labels.tolist() == other.labels.tolist() == [0, 1, 2] * 3 + [0]
+    assert one.indices.tolist() == other.indices.tolist() == list(range(10))
+    with pytest.raises(ValueError, match="no images"):
+        extract(encode, [])
+
+
+def test_knn_tells_classes_that_are_easy_and_draws_them():
+    report = KNN(k=(3, 500), rows=4, neighbours=2).measure(run(), passes())
+    number = report.numbers["accuracy_model_k3"]
+    assert number.n == 24 and number.unit == "share"
+    assert number.interval[0] < number.value <= number.interval[1]
+    assert "accuracy_model_k500" not in report.numbers
+    assert report.arrays["queries"].shape == (4, 8, 8, 1)
+    assert report.arrays["neighbours"].shape == (4, 2, 8, 8, 1)
+    # The pictured neighbours are the training images that are most similar.
+    encode = functools.partial(CMAE_SMALL.features, run().params)
+    train, held_out = (
+        extract(encode, batches(40, 9, seed=1)),
+        extract(encode, batches(24, 7)),
+    )
+    unit = [
+        x.vectors / np.linalg.norm(x.vectors, axis=1)[:, None]
+        for x in (train, held_out)
+    ]
+    nearest = (unit[1][0] @ unit[0].T).argmax()
+    images = np.concatenate([batch["image"] for batch in batches(40, 9, seed=1)])
+    np.testing.assert_array_equal(report.arrays["neighbours"][0, 0], images[nearest])
+    assert KNN().draw({"x": report}).keys() == {"knn"}
+    assert KNN().draw({"x": report, "y": report}).keys() == {"knn0", "knn1"}
+
+
+def test_cka_by_hand_and_for_any_batch_size():
+    evaluation = CKA(ratios=(0.5,), images=20)
+    report = evaluation.measure(run(), passes(size=7))
+    again = evaluation.measure(run(), passes(size=24))
+    np.testing.assert_allclose(
+        report.arrays["cka"], again.arrays["cka"], rtol=1e-5, atol=1e-6
+    )
+    assert report.numbers["images"].value == 20
+    assert report.arrays["cka"].shape == (1, 2)
+    assert 0 < report.arrays["cka"].min() <= report.arrays["cka"].max() < 0.9999
+
+
+@pytest.mark.parametrize("feature", ["mean", "cls", "visible_tokens"])
+def test_cka_is_one_where_painting_changes_nothing(feature):
+    """Images whose hidden half is the data's mean already: painting it is no change."""
+    objective = dataclasses.replace(CMAE_SMALL, mean=(0.4,))  # 102 of 255
+    data = batches(12, 12)
+    evaluation = CKA(ratios=(0.5,), feature=feature, occlusion="zero", images=12)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_of(data[0], 0), 0)
+    mask = Random(ratio=0.5)(keys, grid_of(8, 8, 2))
+    hidden = np.asarray(mask.hidden).reshape(12, 4, 4).repeat(2, 1).repeat(2, 2)
+    changed = evaluation.measure(
+        dataclasses.replace(run(), objective=objective), Given(data)
+    )
+    data[0]["image"][hidden] = 102
+    same = evaluation.measure(
+        dataclasses.replace(run(), objective=objective), Given(data)
+    )
+    np.testing.assert_allclose(same.arrays["cka"], 1, atol=1e-5)
+    assert changed.arrays["cka"].max() < 0.9999
+
+
+def test_cka_of_mask_tokens_needs_one():
+    encoder = dict(run().params["encoder"])
+    CKA(ratios=(0.5,), occlusion="mask_token", images=8).measure(run(), passes())
+    del encoder["mask_token"]
+    without = dataclasses.replace(run(), params={"encoder": encoder})
+    with pytest.raises(ValueError, match="x has no mask token"):
+        CKA(ratios=(0.5,), occlusion="mask_token").measure(without, passes())
+
+
+def test_attention_rows_and_the_marked_patch():
+    report = Attention(rows=3, token=(0.0, 0.99)).measure(run(), passes())
+    image = batches(24, 24)[0]["image"][:1]
+    pixels = jnp.asarray(image, jnp.float32) / 255
+    _, seen = jax.jit(
+        lambda p: CMAE_SMALL.encode(run().params, p, taps=("attention",))
+    )(pixels)
+    last = np.asarray(seen["attention"])[-1, 0].mean(axis=0)
+    found = report.arrays
+    np.testing.assert_allclose(found["class_token"][0].ravel(), last[0, 1:], rtol=1e-4)
+    # Patch in the first row and the last column: token 1 + 3.
+    np.testing.assert_allclose(found["chosen_token"][0].ravel(), last[4, 1:], rtol=1e-4)
+    assert found["place"].tolist() == [0, 3, 2]
+    assert grid_of(8, 8, 2).size == found["class_token"][0].size
+    entropy = report.numbers["attention_entropy_class_token"]
+    assert 0 < entropy.value <= 1 and entropy.n == 24
+    assert Attention().draw({"x": report, "y": report}).keys() == {"attention"}
+
+
+def test_tsne_separates_what_is_separate():
+    evaluation = TSNE(classes=3, images=8, perplexity=5.0)
+    report = evaluation.measure(run(), passes())
+    assert report.numbers["images"].value == 24
+    assert report.numbers["linear_accuracy"].value > 0.8
+    assert report.arrays["plane"].shape == (24, 2)
+    assert evaluation.draw({"x": report}).keys() == {"tsne"}
+    with pytest.raises(ValueError, match="classes=10: the source has 3"):
+        TSNE().measure(run(), passes())
+    with pytest.raises(ValueError, match="want 5 of each class"):
+        TSNE(classes=3, perplexity=5.0).measure(run(), passes(held_out=9))
+
+
+def test_means_and_shares_have_their_intervals():
+    number = mean_of([1.0, 2.0, 3.0, 4.0], "dB")
+    # Student's t with 3 degrees: 3.18245; deviation 1.29099, root of 4.
+    assert number.value == 2.5 and number.n == 4
+    assert number.interval == pytest.approx((2.5 - 2.05426, 2.5 + 2.05426), abs=1e-4)
+    assert mean_of([1.0], "dB").interval is None
+    # Wilson's score by its formula, 8 of 10.
+    z, p, n = 1.959964, 0.8, 10
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    share = share_of([True] * 8 + [False] * 2)
+    assert share.interval == pytest.approx((middle - half, middle + half), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: KNN(k=()), "k=()"),
+        (lambda: KNN(rows=0), "rows=0"),
+        (lambda: CKA(ratios=(0.0,)), "want numbers 0 < ratio < 1"),
+        (lambda: CKA(images=3), "at least 4"),
+        (lambda: Attention(token=(0.5, 1.5)), "shares 0..1"),
+        (lambda: TSNE(classes=1), "classes=1"),
+    ],
+)
+def test_fields_out_of_range(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)
