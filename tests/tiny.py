@@ -142,7 +142,7 @@ def place(name: str, plan: train.Plan, state=None):
     key = states.run_key(plan.settings.seed)
     state = dataclasses.replace(state or first_state(name), key=key)
     if plan.settings.scan:
-        state = states.stack_blocks(state)
+        state = jax.jit(states.stack_blocks, compiler_options=FAST)(state)
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
     return jax.tree.map(
         lambda leaf, where: jax.device_put(leaf, where, may_alias=False), state, placed
