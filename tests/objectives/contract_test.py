@@ -63,14 +63,17 @@ def part_scales(grads: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def check_same(name: str, plan: train.Plan, loss_tolerance=1e-5, tolerance=1e-4):
-    """One step of a plan has the loss and gradients of the plain one."""
+    """One step of a plan has loss, statistics and gradients of the plain one."""
     after, metrics = one_step(name, plan)
-    _, _, want, wanted = plain(name)
+    _, alone, want, wanted = plain(name)
     assert metrics["ok"] and int(after.step) == 1
     for value in want:
         np.testing.assert_allclose(
             metrics[value], want[value], rtol=loss_tolerance, err_msg=value
         )
+    for path, leaf in leaves(alone.stats).items():
+        scale = np.abs(leaf).max()
+        assert np.abs(leaves(after.stats)[path] - leaf).max() <= 1e-5 * scale, path
     got, scales = gradients(after), part_scales(wanted)
     assert got.keys() == wanted.keys()
     for path, leaf in wanted.items():
