@@ -118,7 +118,8 @@ def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
     config = config.copy_and_resolve_references()
     with config.data.unlocked():
         config.data.source = configs.choose(Source, "photos")
-    return Plan.of(config, devices), f"photos: the data of {wanted} are not here"
+    plan = Plan.of(config, devices, stand_in=True)
+    return plan, f"photos: the data of {wanted} are not here"
 
 
 def facts(plan: Plan) -> dict[str, Any]:
@@ -134,6 +135,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "batch_per_device": settings.batch_size // plan.mesh.size,
         "micro_batches": settings.accumulate,
+        "coupled": settings.objective.batch_coupled,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "state_bytes": sharding.bytes_per_device(state, placed),
         "hbm_bytes": usable_hbm(plan.mesh),
@@ -246,7 +248,8 @@ def _after(found: dict[str, Any]) -> str:
             f"{_gib(peak - hbm)} too much"
         ]
     return "\n".join(lines) + (
-        "; try --config.accumulate=2, --config.remat=full or --config.mesh.fsdp=2"
+        f"; try {'' if found['coupled'] else '--config.accumulate=2, '}"
+        "--config.remat=full or --config.mesh.fsdp=2"
     )
 
 

@@ -71,9 +71,18 @@ class Plan:
     stop: int
 
     @classmethod
-    def of(cls, config: configs.Tree, devices: list | None = None) -> "Plan":
+    def of(
+        cls,
+        config: configs.Tree,
+        devices: list | None = None,
+        stand_in: bool = False,
+    ) -> "Plan":
         """The plan of a config.
 
+        Args:
+            devices: to run on; None: all of this process.
+            stand_in: the source stands for another that is not here: its images are
+                of the right shape, and its labels do not matter.
         Raises:
             ConfigError: the parts do not fit each other or this machine.
         """
@@ -82,6 +91,8 @@ class Plan:
         try:
             mesh = settings.mesh.build(devices)
             _check_reads(objective, data)
+            if not stand_in:
+                _check_labels(objective, data)
             settings.report.check(objective)
             data.source.chosen()  # refuses here what only labels can tell
         except ValueError as error:
@@ -441,13 +452,19 @@ def _check_reads(objective: Objective, data: Input) -> None:
         if len(shape) >= 3:
             rows, cols, channels = shape[-3:]
             objective.check((rows, cols, channels))
-    if "label" in objective.reads and not data.source.classes:
+
+
+def _check_labels(objective: Objective, data: Input) -> None:
+    """ValueError if an objective reads labels that are not there or leaves some out."""
+    if "label" not in objective.reads:
+        return
+    if not data.source.classes:
         raise ValueError(
             f"data.source has no labels, which {type(objective).__name__} reads; want "
             "a source with classes, such as digits"
         )
     known = len(data.source.classes)
-    if "label" in objective.reads and getattr(objective, "classes", known) < known:
+    if getattr(objective, "classes", known) < known:
         raise ValueError(
             f"objective.classes={getattr(objective, 'classes', None)}: data.source has "
             f"{known}, and images of the others would be left out; want {known}"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The eval job reads a run as it was trained: same numbers as the run's own report."""
 
+import hashlib
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -45,6 +47,48 @@ def test_a_checkpoint_gives_the_numbers_of_the_runs_own_report(trained, tmp_path
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, abs=1e-4), key
     assert ours["psnr_model_db"] != ours["psnr_untrained_db"]
+
+
+def test_runs_side_by_side_and_what_is_written_of_them(trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    tree = _evaluation(trained, also=(str(other),))
+    evaluate.run(tree, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["eval"] == "reconstruction" and found["config"]["run"] == str(trained)
+    one, two = (found["runs"][f"{name}, step 3"] for name in ("tiny", "other"))
+    assert one["results"] == two["results"] and one["run"] != two["run"]
+    number = one["results"]["psnr_model_db"]
+    # Two images and one mask: Student's t with one degree of freedom, 12.706.
+    per_image = json.loads((trained / "report" / "reconstruction.json").read_text())
+    assert number["value"] == pytest.approx(per_image["psnr_model_db"], abs=1e-4)
+    assert number["unit"] == "dB" and number["n"] == 2
+    low, high = number["interval"]
+    assert (low + high) / 2 == pytest.approx(number["value"])
+    run, _ = evaluate.load(trained)
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(run.params):
+        name = "/".join(str(part.key) for part in path)
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    assert one["parameters_sha256"] == two["parameters_sha256"] == digest.hexdigest()
+    with pytest.raises(config.ConfigError, match="is called 'tiny, step 3' like"):
+        evaluate.run(_evaluation(trained, also=(str(trained),)), tmp_path / "again")
+
+
+def test_the_random_baseline_is_the_model_before_training(trained, tmp_path):
+    evaluate.run(_evaluation(trained, weights="initial"), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "report/reconstruction.json").read_text())
+    assert found["psnr_model_db"] == found["psnr_untrained_db"]
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert runs.keys() == {"tiny, random, step 0"}
+
+
+def test_what_only_the_data_can_tell_is_one_line(trained, tmp_path):
+    tree = config.read(str(ROOT / "configs" / "tsne.py"))
+    tree.run = str(trained)
+    with pytest.raises(config.ConfigError, match="config.eval: classes=10: the source"):
+        evaluate.run(tree, tmp_path / "out")
 
 
 def test_a_run_is_what_its_own_config_says(trained):

@@ -614,3 +614,12 @@ def test_the_loss_falls():
         losses.append(float(metrics["loss"]))
     # Pixels have variance about 1.4; the mean of the first and the last five.
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_a_stand_in_needs_no_labels():
+    tree = config.read("configs/supervised.py:source=photos")
+    tree.batch_size = 8
+    with pytest.raises(config.ConfigError, match="data.source has no labels"):
+        train.Plan.of(tree, jax.devices()[:1])
+    plan = train.Plan.of(tree, jax.devices()[:1], stand_in=True)
+    assert plan.abstract_batch()["label"].shape == (8,)

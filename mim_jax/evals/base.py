@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from mim_jax.objectives.base import Objective
 
@@ -55,6 +54,8 @@ class Number(NamedTuple):
 
 def mean_of(values: Sequence | np.ndarray, unit: str) -> Number:
     """Mean of a sample, its interval by Student's t."""
+    from scipy import stats  # slow to import: only when it is used
+
     values = np.asarray(values, np.float64)
     mean, n = float(values.mean()), len(values)
     interval = None
@@ -66,6 +67,8 @@ def mean_of(values: Sequence | np.ndarray, unit: str) -> Number:
 
 def share_of(right: Sequence | np.ndarray) -> Number:
     """Share of True, its interval by Wilson's score."""
+    from scipy import stats
+
     right = np.asarray(right, bool)
     found = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
     interval = (float(found.low), float(found.high))

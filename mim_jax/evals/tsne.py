@@ -6,12 +6,6 @@ import functools
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE as SklearnTSNE
-from sklearn.metrics import silhouette_score
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from mim_jax.evals.base import Eval, Number, Passes, Report, Run
 from mim_jax.evals.features import extract
@@ -51,6 +45,14 @@ class TSNE(Eval):
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:
+        # Slow to import: only when they are used.
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.manifold import TSNE as SklearnTSNE
+        from sklearn.metrics import silhouette_score
+        from sklearn.model_selection import StratifiedKFold, cross_val_score
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         if len(data.classes) < self.classes:
             raise ValueError(
                 f"classes={self.classes}: the source has {len(data.classes)}; want at "

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mim_jax.models.vit import LayerNorm, accurate, xavier
+from mim_jax.models.vit import LayerNorm, xavier
+from mim_jax.ops.backend import accurate
+from mim_jax.ops.contrastive import unit
 
 
 class BatchNorm(nn.Module):
@@ -122,11 +124,11 @@ class Prototypes(nn.Module):
             name="mlp",
         )
         kind = accurate(self.dtype)
-        x = _unit(mlp(x).astype(kind), axis=-1)
+        x = unit(mlp(x).astype(kind))
         shape = (self.bottleneck, self.out)
         # Weight norm with all lengths fixed to 1: only directions are learned.
         kernel = self.param("prototypes", nn.initializers.normal(0.02), shape)
-        kernel = _unit(kernel.astype(kind), axis=0).astype(self.dtype)
+        kernel = unit(kernel.astype(kind), axis=0).astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=kind)
 
     def check(self, name: str) -> None:
@@ -162,5 +164,12 @@ class Classifier(nn.Module):
         return x.astype(accurate(self.dtype))
 
 
-def _unit(x: Array, axis: int) -> Array:
-    return x * jax.lax.rsqrt((x * x).sum(axis=axis, keepdims=True) + 1e-12)
+def check_heads(projector: Head, predictor: Head) -> None:
+    """ValueError if two heads whose outputs are compared do not fit."""
+    projector.check("projector")
+    predictor.check("predictor")
+    if predictor.out != projector.out:
+        raise ValueError(
+            f"predictor.out={predictor.out}, projector.out={projector.out}: want the "
+            "same, since they are compared"
+        )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mim_jax.ops.backend import dense_dot
+from mim_jax.ops.backend import accurate, dense_dot
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
 
@@ -242,11 +242,6 @@ class Encoder(nn.Module):
         embed = 2 * visible * self.patch**2 * channels * self.width
         layer = layer_flops(visible + 1, self.width, self.mlp_ratio)
         return embed + self.depth * layer
-
-
-def accurate(dtype: str) -> jnp.dtype:
-    """`dtype`, or float32 if that is wider: for sums and exponentials."""
-    return max(jnp.dtype("float32"), jnp.dtype(dtype), key=lambda kind: kind.itemsize)
 
 
 def xavier(features: int, dtype: str, name: str, **inits) -> nn.Dense:

@@ -54,6 +54,13 @@ def purpose(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, 1000 + number)
 
 
+def masks_of(
+    masking: Masking, batch: Batch, keys: Key[Array, " b"], grid: Grid
+) -> Mask:
+    """The masks of a batch: its own under "mask" if there is one, else drawn."""
+    return batch["mask"] if "mask" in batch else masking(keys, grid)
+
+
 class Objective(abc.ABC):
     """What is learned: a frozen dataclass, whose fields are its config.
 
@@ -150,9 +157,12 @@ class Objective(abc.ABC):
         return apply(self.encoder, params["encoder"], patches, grid, keep, taps, hidden)
 
     def features(
-        self, params: Params, images: UInt8[Array, "b h w c"]
+        self,
+        params: Params,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     ) -> Float[Array, "b d"]:
-        """One vector per image, of the whole image: what `feature` names."""
+        """One vector per image, of the whole image: what `feature` names. Images are
+        uint8, or in 0..1."""
         tokens, _ = self.encode(params, augment.to_float(images))
         return tokens[:, 0] if self.feature == "cls" else tokens[:, 1:].mean(axis=1)
 
@@ -184,9 +194,7 @@ class PixelObjective(Objective):
 
     def mask(self, batch: Batch, keys: Key[Array, " b"]) -> Mask:
         """The masks of a batch: its own under "mask" if there is one, else drawn."""
-        if "mask" in batch:
-            return batch["mask"]
-        return self.masking(keys, self.grid(batch["image"].shape[1:]))
+        return masks_of(self.masking, batch, keys, self.grid(batch["image"].shape[1:]))
 
     def reconstruct(
         self, params: Params, batch: Batch, mask: Mask

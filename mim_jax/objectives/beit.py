@@ -19,6 +19,7 @@ from mim_jax.objectives.base import (
     Params,
     Stats,
     apply,
+    masks_of,
     purpose,
 )
 from mim_jax.ops import augment
@@ -89,7 +90,7 @@ class BEiT(Objective):
         images = augment.to_float(batch["image"])
         if self.color_jitter != "none":
             images = self.jitter(images, purpose(keys, 1))
-        mask = self.mask(batch, keys)
+        mask = masks_of(self.masking, batch, keys, self.grid(images.shape[1:]))
         logits = self.logits(params, images, mask)
         tokens = self.tokenizer(images, self.grid(images.shape[1:]))
         wanted = take(tokens[:, :, None], mask.drop)
@@ -99,12 +100,6 @@ class BEiT(Objective):
         weight = jnp.asarray(errors.size, logits.dtype)
         metrics = {"accuracy": right.mean()}
         return errors.mean(), Aux(weight=weight, stats={}, metrics=metrics)
-
-    def mask(self, batch: Batch, keys: Key[Array, " b"]) -> Mask:
-        """The masks of a batch: its own under "mask" if there is one, else drawn."""
-        if "mask" in batch:
-            return batch["mask"]
-        return self.masking(keys, self.grid(batch["image"].shape[1:]))
 
     def logits(
         self, params: Params, images: Float[Array, "b h w c"], mask: Mask

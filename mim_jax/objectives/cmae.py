@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from mim_jax.maskings.base import Masking
 from mim_jax.maskings.random import Random
-from mim_jax.models.heads import Head
+from mim_jax.models.heads import Head, check_heads
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.base import (
     Aux,
@@ -19,6 +19,7 @@ from mim_jax.objectives.base import (
     Params,
     Stats,
     apply,
+    masks_of,
     purpose,
 )
 from mim_jax.ops import augment
@@ -172,13 +173,7 @@ class CMAE(Objective):
     def check(self, image_shape: tuple[int, int, int]) -> None:
         self.check_images(image_shape)
         grid = self.grid(image_shape)
-        self.projector.check("projector")
-        self.predictor.check("predictor")
-        if self.predictor.out != self.projector.out:
-            raise ValueError(
-                f"predictor.out={self.predictor.out}, projector.out="
-                f"{self.projector.out}: want the same, since they are compared"
-            )
+        check_heads(self.projector, self.predictor)
         if self.color_jitter != "none":
             self.jitter.check(image_shape[2])
         kept = [self.masking.kept(grid), self._second_kept(grid)]
@@ -223,7 +218,7 @@ class CMAE(Objective):
         """Both views of a batch; `keys` as for `loss`."""
         images = augment.to_float(batch["image"])
         grid = self.grid(images.shape[1:])
-        mask1 = batch["mask"] if "mask" in batch else self.masking(keys, grid)
+        mask1 = masks_of(self.masking, batch, keys, grid)
         masks = mask1, self._second_mask(mask1, keys, grid)
         views = []
         for number, mask in enumerate(masks):
@@ -233,7 +228,7 @@ class CMAE(Objective):
             if self.cutmix:
                 # Another partner for each view, so that pasted tokens never match.
                 seen, box = augment.cutmix(
-                    seen, purpose(keys, 20 + number), partner=(1, -1)[number]
+                    seen, purpose(keys, 20 + number), partner=1 + number
                 )
                 pasted = patchify(box[..., None], grid.patch).any(axis=-1)
             views.append(View(seen, mask, pasted))

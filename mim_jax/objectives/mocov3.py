@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mim_jax.models.heads import Head
+from mim_jax.models.heads import Head, check_heads
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.base import (
     Aux,
@@ -75,13 +75,7 @@ class MoCoV3(Objective):
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
         self.check_images(image_shape)
-        self.projector.check("projector")
-        self.predictor.check("predictor")
-        if self.predictor.out != self.projector.out:
-            raise ValueError(
-                f"predictor.out={self.predictor.out}, projector.out="
-                f"{self.projector.out}: want the same, since they are compared"
-            )
+        check_heads(self.projector, self.predictor)
         for view in (self.view1, self.view2):
             view.check(image_shape[2])
 

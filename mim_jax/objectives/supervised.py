@@ -97,9 +97,7 @@ class Supervised(Objective):
         self, params: Params, images: Float[Array, "b h w c"]
     ) -> Float[Array, "b {self.classes}"]:
         """Of each class, for images in 0..1."""
-        tokens, _ = self.encode(params, images)
-        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(axis=1)
-        return apply(self._head, params["head"], pooled)
+        return apply(self._head, params["head"], self.features(params, images))
 
     @property
     def _head(self) -> Classifier:

@@ -152,7 +152,10 @@ def cutmix(
     """
     rows, height, width, _ = images.shape
     if partner % rows == 0:
-        raise ValueError(f"cutmix of {rows} image(s) with number {partner} after each")
+        raise ValueError(
+            f"cutmix of {rows} image(s) with number {partner} after each: want a batch "
+            f"of more than {abs(partner)}, so that no image is its own partner"
+        )
 
     def box(key):
         lam_key, row_key, col_key = jax.random.split(key, 3)

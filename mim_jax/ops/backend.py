@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar(
@@ -27,6 +28,11 @@ def compile_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+def accurate(dtype: Any) -> jnp.dtype:
+    """`dtype`, or float32 if that is wider: for sums and exponentials."""
+    return max(jnp.dtype("float32"), jnp.dtype(dtype), key=lambda kind: kind.itemsize)
 
 
 def dense_dot(

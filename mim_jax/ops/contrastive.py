@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mim_jax.ops.backend import accurate
+
 Negatives = Literal["same_position", "same_image", "all"]
 
 
@@ -46,18 +48,18 @@ def info_nce(
     tokens = query.shape[1]
     chunk = min(chunk, tokens)
     rounds = -(-tokens // chunk)
-    kind = _wide(query)
+    kind = accurate(query.dtype)
 
     def similar(pattern, one, other):
         logits = jnp.einsum(pattern, one, other, preferred_element_type=kind)
         return logits / temperature
 
-    whole = _unit(key) if negatives != "same_position" else key
+    whole = unit(key) if negatives != "same_position" else key
 
     # Logits are made again for the gradient: kept, they would be b * b * n numbers.
     @jax.checkpoint
     def part(q, k, whole):
-        q, k = _unit(q), _unit(k)
+        q, k = unit(q), unit(k)
         match = (q.astype(kind) * k.astype(kind)).sum(axis=-1) / temperature
         if negatives == "same_position":
             against = jax.nn.logsumexp(similar("bpd,jpd->pbj", q, k), axis=-1).T
@@ -84,18 +86,13 @@ def cosine_distance(
     query: Float[Array, "b n d"], key: Float[Array, "b n d"]
 ) -> Float[Array, "b n"]:
     """BYOL's loss of each token, 2 - 2 cos, in 0..4 (arXiv:2006.07733, Eq. 2)."""
-    kind = _wide(query)
-    product = _unit(query.astype(kind)) * _unit(key.astype(kind))
+    kind = accurate(query.dtype)
+    product = unit(query.astype(kind)) * unit(key.astype(kind))
     return 2 - 2 * product.sum(axis=-1)
 
 
-def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Rows of length 1, rounded to their own dtype only at the end."""
-    wide = x.astype(_wide(x))
-    square = (wide * wide).sum(axis=-1, keepdims=True)
+def unit(x: Float[Array, "*b d"], axis: int = -1) -> Float[Array, "*b d"]:
+    """Vectors along an axis at length 1, rounded to their own dtype only at the end."""
+    wide = x.astype(accurate(x.dtype))
+    square = (wide * wide).sum(axis=axis, keepdims=True)
     return (wide * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)
-
-
-def _wide(x: Float[Array, "..."]) -> jnp.dtype:
-    """float32, or the dtype of `x` if that is wider."""
-    return max(jnp.dtype("float32"), x.dtype, key=lambda kind: kind.itemsize)

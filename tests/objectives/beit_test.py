@@ -15,6 +15,7 @@ import pytest
 from mim_jax.maskings.block import Block
 from mim_jax.maskings.none import Nothing
 from mim_jax.models.vit import Encoder
+from mim_jax.objectives.base import masks_of
 from mim_jax.objectives.beit import BEiT
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.patches import Grid
@@ -74,7 +75,7 @@ def params():
 @jax.jit
 def everything(params, images):
     batch, keys = {"image": images}, KEYS
-    mask = BEIT.mask(batch, keys)
+    mask = masks_of(BEIT.masking, batch, keys, GRID)
     floats = images.astype(jnp.float32) / 255
     logits = BEIT.logits(params, floats, mask)
     tokens, _ = BEIT.encode(params, floats, hidden=mask.hidden)
