@@ -99,9 +99,9 @@ def test_images_without_a_label_do_not_vote():
         np.eye(3, dtype=np.float32), np.array([-1, 0, 1], np.int32), np.arange(3)
     )
     query = Features(
-        np.array([[1, 0.1, 0.2]], np.float32), np.array([0], np.int32), np.arange(1)
+        np.array([[1, 0.2, 0.1]], np.float32), np.array([0], np.int32), np.arange(1)
     )
-    assert classify(bank, query, [3], 0.07).tolist() == [[1]]
+    assert classify(bank, query, [3], 0.07).tolist() == [[0]]
 
 
 def test_padding_and_batch_size_change_no_feature():
