@@ -291,11 +291,14 @@ class Checkpointer:
         return aside
 
 
-def read_params(run: str | pathlib.Path, step: int | None = None) -> tuple[int, Any]:
-    """(step, parameters per block) of a run's checkpoint, on the default device.
+def read_parts(
+    run: str | pathlib.Path, step: int | None = None, parts: tuple[str, ...] = ("params",)
+) -> tuple[int, dict[str, Any]]:
+    """Parts of a run's checkpoint: (step, {part: tree per block, on the default device}).
 
     Args:
         step: which one; None is the newest.
+        parts: fields of TrainState; {} where the state had nothing there.
     Raises:
         FileNotFoundError: the run has no such checkpoint, with those that it has.
         CheckpointError: it is damaged.
@@ -314,17 +317,17 @@ def read_params(run: str | pathlib.Path, step: int | None = None) -> tuple[int, 
         target = {
             tuple(name.split("/")): jax.ShapeDtypeStruct(shape, dtype, sharding=device)
             for name, (dtype, shape, _) in leaves.items()
-            if name.startswith("params/")
+            if name.split("/")[0] in parts
         }
         target = traverse_util.unflatten_dict(target)
-        params = _restored(folder, step, target)
-        _verify(params, leaves)
+        state = _restored(folder, step, target)
+        _verify(state, leaves)
     except _DamageError as error:
         raise CheckpointError(
             f"checkpoint {step} under {folder} is damaged: {error}\nSteps there: "
             f"{', '.join(map(str, found))}"
         ) from error
-    return step, params["params"]
+    return step, {part: state.get(part, {}) for part in parts}
 
 
 def _steps(folder: pathlib.Path) -> list[int]:

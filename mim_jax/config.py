@@ -37,7 +37,7 @@ from mim_jax.models.vit import REMAT
 from mim_jax.objectives import OBJECTIVES
 from mim_jax.objectives.base import Objective
 from mim_jax.objectives.mae import MAE
-from mim_jax.optim import AdamW
+from mim_jax.optim import OPTIMISERS, AdamW, Optimiser
 from mim_jax.sharding import Mesh
 from mim_jax.tokenizers import TOKENIZERS
 from mim_jax.tokenizers.base import Tokenizer
@@ -48,7 +48,11 @@ KINDS: dict[type, tuple[str, dict[str, type]]] = {
     Tokenizer: ("tokenizer", TOKENIZERS),
     Source: ("source", SOURCES),
     Eval: ("eval", EVALS),
+    Optimiser: ("optimiser", OPTIMISERS),
 }
+
+# Configs saved before these were plug-ins have no name of one.
+_ONCE_GROUPS = (Optimiser,)
 
 # Fields of any class that are set once for the whole experiment.
 SHARED = ("dtype", "remat")
@@ -73,6 +77,27 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """The run whose parameters another one begins with.
+
+    Attributes:
+        run: run directory; "" begins from scratch. It decides the form of the network.
+        step: checkpoint to read; None is the newest.
+        weights: "trained", or "teacher": the averaged ones of methods that have them.
+        parts: paths of parameters to take, with all below them.
+    """
+
+    run: str = ""
+    step: int | None = None
+    weights: Literal["trained", "teacher"] = "trained"
+    parts: tuple[str, ...] = ("encoder",)
+
+    def __post_init__(self):
+        if self.run and not self.parts:
+            raise ValueError(f"parts={self.parts}: want at least one, such as encoder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     """Job "train": the one loop, for any objective.
 
@@ -89,6 +114,7 @@ class Train:
         accumulate_coupled: let objectives whose examples depend on each other work per
             micro-batch, which is another loss.
         dtype: of activations; parameters, statistics and losses stay float32.
+        init_from: a run to begin with.
         scan: run the blocks as one loop: compiles faster, same result.
         remat: what the backward pass recomputes: none, dots (all but matmuls), full.
         on_change: "refuse" or "accept" to resume a run with another config.
@@ -107,9 +133,10 @@ class Train:
     dtype: str = "bfloat16"
     scan: bool = True
     remat: str = "dots"
+    init_from: InitFrom = InitFrom()
     objective: Objective = MAE()
     data: Input
-    optim: AdamW = AdamW()
+    optim: Optimiser = AdamW()
     mesh: Mesh = Mesh()
     checkpoint: Checkpoints = Checkpoints()
     log: Log = Log()
@@ -152,15 +179,15 @@ class Evaluate:
         also: further run directories, measured alike, for figures side by side; their
             images must be of the same source and size.
         step: checkpoint to read; None is the newest.
-        weights: "trained", or "initial" for the parameters that the run started from:
-            the random baseline.
+        weights: "trained"; "teacher", the averaged ones of methods that have them; or
+            "initial", new ones by the run's seed: the random baseline.
         eval: what to measure.
     """
 
     run: str = ""
     also: tuple[str, ...] = ()
     step: int | None = None
-    weights: Literal["trained", "initial"] = "trained"
+    weights: Literal["trained", "teacher", "initial"] = "trained"
     eval: Eval = Reconstruction()
 
     def __post_init__(self):
@@ -312,6 +339,21 @@ def build(tree: Tree) -> Any:
         raise ConfigError(_unknown("job", job, JOBS))
     shared = {name: tree[name] for name in SHARED if name in tree}
     return _build(JOBS[job], tree, "config", shared)
+
+
+def build_objective(tree: Tree) -> Objective:
+    """The objective of a training job alone: its data need not be here.
+
+    Raises:
+        ConfigError: as `build`.
+    """
+    shared = {name: tree[name] for name in SHARED if name in tree}
+    return _build(objective_class(tree), tree.objective, "config.objective", shared)
+
+
+def objective_class(tree: Tree) -> type[Objective]:
+    """The class of a training job's objective."""
+    return _chosen(Objective, tree.objective, "config.objective")
 
 
 def check_path(tree: Tree, path: str) -> None:
@@ -536,6 +578,8 @@ def _fill(tree: Tree, cls: Any, saved: Any, path: str) -> None:
         if field.type in KINDS:
             word, table = KINDS[field.type]
             name = value.get("name") if isinstance(value, dict) else value
+            if name is None and field.type in _ONCE_GROUPS:
+                name = tree[field.name]["name"]
             if name not in table:
                 raise ConfigError(f"{below}: {_unknown(word, name, table)}")
             with tree.unlocked():

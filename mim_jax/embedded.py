@@ -59,6 +59,18 @@ def digits(c: config.Tree) -> None:
     c.checkpoint.every = 200
 
 
+def labels(c: config.Tree) -> None:
+    """After `digits`: ten classes, and augmentations that 8 x 8 pixels survive."""
+    c.steps = 300
+    c.objective.classes = 10
+    c.optim.warmup_epochs = 5.0
+    c.data.randaugment.ops = 0
+    if "mix" in c.objective:
+        c.objective.mix.update(dict(mixup=0.0, cutmix=0.0))
+        c.objective.erasing.p = 0.0
+        c.objective.encoder.drop_path = 0.0
+
+
 def _plain(c: config.Tree) -> None:
     c.dtype, c.scan, c.remat = "float32", False, "none"
     c.data.workers = 0

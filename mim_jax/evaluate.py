@@ -14,7 +14,7 @@ import numpy as np
 import mim_jax
 from mim_jax import config as configs
 from mim_jax import rundir, state
-from mim_jax.checkpoint import read_params
+from mim_jax.checkpoint import read_parts
 from mim_jax.data.pipeline import EvalPasses
 from mim_jax.evals.base import Run, caption, save
 from mim_jax.sharding import path_name
@@ -33,7 +33,8 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
     name = config.eval.name
     found, about = {}, {}
     for folder in (settings.run, *settings.also):
-        trained, training = load(folder, settings.step)
+        teacher = settings.weights == "teacher"
+        trained, training = load(folder, settings.step, teacher)
         try:
             settings.eval.check(trained.objective)
         except ValueError as error:
@@ -108,14 +109,15 @@ def _digest(params: Any) -> str:
 
 
 def load(
-    folder: str | pathlib.Path, step: int | None = None
+    folder: str | pathlib.Path, step: int | None = None, teacher: bool = False
 ) -> tuple[Run, configs.Train]:
     """A trained run and its built config, from its directory.
 
     Args:
         step: which checkpoint; None is the newest.
+        teacher: take the teacher's parameters, where it has them, for the student's.
     Raises:
-        ConfigError: no run there, or no such checkpoint.
+        ConfigError: no run there, or no such checkpoint, or it has no teacher.
     """
     folder = pathlib.Path(folder)
     if not (folder / "config.json").exists():
@@ -125,9 +127,14 @@ def load(
         )
     training = configs.build(configs.load(folder / "config.json"))
     try:
-        step, params = read_params(folder, step)
+        parts = ("params", "stats", *(["teacher"] if teacher else []))
+        step, found = read_parts(folder, step, parts)
     except FileNotFoundError as error:
         raise configs.ConfigError(f"run={str(folder)!r}: {error}") from error
+    if teacher and not found["teacher"]:
+        raise configs.ConfigError(
+            f"weights='teacher': run {str(folder)!r} has none; want 'trained'"
+        )
     initial = jax.jit(
         functools.partial(
             state.initial,
@@ -138,9 +145,10 @@ def load(
     )()[0]
     run = Run(
         objective=training.objective,
-        params=params,
+        params=found["params"] | (found["teacher"] if teacher else {}),
+        stats=found["stats"],
         initial=initial,
         step=step,
-        name=folder.resolve().name,
+        name=folder.resolve().name + (", teacher" if teacher else ""),
     )
     return run, training

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers and schedules, decided from the names and ranks of single blocks."""
 
+import abc
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,56 +18,22 @@ from jaxtyping import Array, Bool
 from mim_jax.objectives.base import Aux
 from mim_jax.sharding import path_name
 
+_BLOCK = re.compile(r"block(\d+)")
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """AdamW with a warm-up and a cosine to zero, arXiv:2111.06377, table 8.
+
+class Optimiser(abc.ABC):
+    """How gradients become updates: a frozen dataclass, whose fields are its config.
 
     Attributes:
         base_lr: learning rate per 256 images: lr = base_lr * batch_size / 256.
         warmup_epochs: of a linear rise from 0, on the scale of `config.epochs`; with
             `config.steps` it keeps its share of the run.
-        b1, b2, eps: of Adam.
-        weight_decay: decoupled, on kernels and on class and mask tokens; biases and
-            norms are spared.
-        final_weight_decay: if set, weight decay goes there from `weight_decay` as half
-            a cosine (DINO, arXiv:2104.14294).
-        decay: what decays: "matrices" as above, or "all" parameters (MoCo v3).
         final_lr: learning rate at the end of the cosine, not scaled by the batch.
-        clip: largest global norm of the gradient, or None.
     """
 
-    base_lr: float = 1.5e-4
-    warmup_epochs: float = 20.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    final_weight_decay: float | None = None
-    decay: Literal["matrices", "all"] = "matrices"
-    final_lr: float = 0.0
-    clip: float | None = None
-
-    def __post_init__(self):
-        if not self.base_lr > 0 or not math.isfinite(self.base_lr):
-            raise ValueError(f"base_lr={self.base_lr}: want a number > 0")
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
-            raise ValueError(
-                f"b1={self.b1}, b2={self.b2}, eps={self.eps}: want 0 <= b1, b2 < 1 and "
-                "eps > 0"
-            )
-        if self.weight_decay < 0 or self.warmup_epochs < 0:
-            raise ValueError(
-                f"weight_decay={self.weight_decay}, warmup_epochs={self.warmup_epochs}:"
-                " want numbers >= 0"
-            )
-        if self.final_lr < 0 or (self.final_weight_decay or 0) < 0:
-            raise ValueError(
-                f"final_lr={self.final_lr}, final_weight_decay="
-                f"{self.final_weight_decay}: want numbers >= 0"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip}: want a number > 0, or none")
+    base_lr: float
+    warmup_epochs: float
+    final_lr: float
 
     def schedule(
         self, batch_size: int, epochs: float, total: int
@@ -95,25 +63,145 @@ class AdamW:
         Args:
             schedule: learning rate at each step.
             total: steps of the run, for weight decay that changes.
-            frozen: paths of parameters that are never updated.
+            frozen: paths of parameters that are never updated, and of which no state
+                is kept.
         """
+        steps = self.steps(schedule, total)
+        if not frozen:
+            return steps
+        still = functools.partial(_under, frozen)
+        return optax.chain(
+            optax.masked(steps, lambda params: jax.tree.map(_not, still(params))),
+            optax.masked(optax.set_to_zero(), still),
+        )
+
+    @abc.abstractmethod
+    def steps(
+        self, schedule: Callable[[Any], Any], total: int
+    ) -> optax.GradientTransformationExtraArgs:
+        """`build` where nothing is frozen."""
+
+    def check_rates(self) -> None:
+        """ValueError if a learning rate or the warm-up is out of range."""
+        if not self.base_lr > 0 or not math.isfinite(self.base_lr):
+            raise ValueError(f"base_lr={self.base_lr}: want a number > 0")
+        for name in ("warmup_epochs", "final_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: want a number >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Optimiser):
+    """AdamW with a warm-up and a cosine to zero, arXiv:2111.06377, table 8.
+
+    Attributes:
+        b1, b2, eps: of Adam.
+        weight_decay: decoupled, see `decay`.
+        final_weight_decay: if set, weight decay goes there from `weight_decay` as half
+            a cosine (DINO, arXiv:2104.14294).
+        decay: what decays: "matrices", kernels and the class, mask and position tokens,
+            not biases and norms; "kernels" alone, as in fine-tuning; "all" parameters
+            (MoCo v3).
+        layer_decay: learning rates shrink by this factor from block to block on the way
+            down, arXiv:2106.08254: the head has the full rate, the last block
+            layer_decay times it, the embedding layer_decay ** (blocks + 1). None: all
+            have the same.
+        clip: largest global norm of the gradient, or None.
+    """
+
+    base_lr: float = 1.5e-4
+    warmup_epochs: float = 20.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    final_weight_decay: float | None = None
+    decay: Literal["matrices", "kernels", "all"] = "matrices"
+    layer_decay: float | None = None
+    final_lr: float = 0.0
+    clip: float | None = None
+
+    def __post_init__(self):
+        self.check_rates()
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+            raise ValueError(
+                f"b1={self.b1}, b2={self.b2}, eps={self.eps}: want 0 <= b1, b2 < 1 and "
+                "eps > 0"
+            )
+        for name in ("weight_decay", "final_weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: want a number >= 0")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"layer_decay={self.layer_decay}: want 0 < layer_decay <= 1, or none"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip}: want a number > 0, or none")
+
+    def steps(
+        self, schedule: Callable[[Any], Any], total: int
+    ) -> optax.GradientTransformationExtraArgs:
         decay: Any = self.weight_decay
         if self.final_weight_decay is not None:
             last = self.final_weight_decay
             decay = warmup_cosine(self.weight_decay, 0.0, float(total), last)
+        masks = {"matrices": decays, "kernels": kernels, "all": None}
         steps = [
             optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
-            optax.add_decayed_weights(
-                decay, mask=decays if self.decay == "matrices" else None
-            ),
+            optax.add_decayed_weights(decay, mask=masks[self.decay]),
             optax.scale_by_learning_rate(schedule),
         ]
+        if self.layer_decay is not None:
+            steps.append(_by_layer(self.layer_decay))
         if self.clip is not None:
             steps.insert(0, optax.clip_by_global_norm(self.clip))
-        if frozen:
-            still = functools.partial(_under, frozen)
-            steps.append(optax.masked(optax.set_to_zero(), still))
         return optax.chain(*steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LARS(Optimiser):
+    """LARS as MAE's linear probe runs it, arXiv:1708.03888 and 2111.06377, table 10.
+
+    Unlike `optax.lars`, momentum gathers gradients and not updates, so that a new
+    learning rate acts at once on all of it; and biases and norms get plain SGD, without
+    the trust ratio.
+
+    Attributes:
+        momentum: of the heavy ball.
+        trust: gradients of matrices are scaled to the length trust * |parameters|.
+        weight_decay: added to gradients of matrices.
+    """
+
+    base_lr: float = 0.1
+    warmup_epochs: float = 10.0
+    momentum: float = 0.9
+    trust: float = 0.001
+    weight_decay: float = 0.0
+    final_lr: float = 0.0
+
+    def __post_init__(self):
+        self.check_rates()
+        if not 0 <= self.momentum < 1 or not self.trust > 0:
+            raise ValueError(
+                f"momentum={self.momentum}, trust={self.trust}: want 0 <= momentum < 1 "
+                "and trust > 0"
+            )
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay}: want a number >= 0")
+
+    def steps(
+        self, schedule: Callable[[Any], Any], total: int
+    ) -> optax.GradientTransformationExtraArgs:
+        del total
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay, mask=decays),
+            _trusted(self.trust),
+            optax.trace(self.momentum),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+
+OPTIMISERS: dict[str, type[Optimiser]] = {"adamw": AdamW, "lars": LARS}
 
 
 def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
@@ -188,6 +276,66 @@ def warmup_cosine(
     return schedule
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+    """Share of the learning rate of each leaf, decided by its layer.
+
+    Embedding, positions, class and mask token are layer 0, block i of the encoder is
+    layer i + 1, all else is the last layer and has share 1. The leading axis of a
+    stacked leaf is that of the blocks.
+    """
+    stacked = jax.tree.leaves(params["encoder"].get("blocks", {}))
+    single = [name for name in params["encoder"] if _BLOCK.fullmatch(name)]
+    depth = len(stacked[0]) if stacked else len(single)
+
+    def rule(path, leaf):
+        top, name, *_ = path_name(path).split("/")
+        if top != "encoder" or name == "norm":
+            return 1.0
+        if name == "blocks":
+            shares = decay ** np.arange(depth, 0, -1, dtype=np.float64)
+            return shares.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+        block = _BLOCK.fullmatch(name)
+        return decay ** (depth - int(block[1]) if block else depth + 1)
+
+    return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def _by_layer(decay: float) -> optax.GradientTransformation:
+    """Every update times the share of its layer."""
+
+    def scaled(updates, params):
+        del params
+        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, decay))
+
+    return optax.stateless(scaled)
+
+
+def _trusted(coefficient: float) -> optax.GradientTransformation:
+    """Gradients of matrices, each at the length coefficient * |parameters|."""
+
+    def scaled(updates, params):
+        def rule(path, update, param):
+            first = int("blocks" in path_name(path).split("/"))  # one ratio per block
+            if update.ndim - first <= 1:
+                return update
+            axes = tuple(range(first, update.ndim))
+            long, wide = (
+                jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
+                for x in (update, param)
+            )
+            safe = jnp.where(long > 0, long, 1)
+            ratio = jnp.where((long > 0) & (wide > 0), coefficient * wide / safe, 1)
+            return update * ratio
+
+        return jax.tree_util.tree_map_with_path(rule, updates, params)
+
+    return optax.stateless(scaled)
+
+
+def _not(value: bool) -> bool:
+    return not value
+
+
 def _under(paths: tuple[str, ...], params: Any) -> Any:
     """True at the leaves at or below the paths."""
 
@@ -210,3 +358,10 @@ def decays(params: Any) -> Any:
         return rank > 1
 
     return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def kernels(params: Any) -> Any:
+    """True at the kernels of linear layers."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: path_name(path).endswith("/kernel"), params
+    )

@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -94,6 +95,7 @@ def write_images(workdir: pathlib.Path, ids: tuple[int, ...] | None) -> None:
     path = workdir / "images.json"
     if ids is None or jax.process_index() != 0 or path.exists():
         return
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps({"ids": ids}) + "\n")
+    replacement.write_text(json.dumps({"sha256": digest, "ids": ids}) + "\n")
     replacement.replace(path)

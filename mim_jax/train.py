@@ -18,13 +18,13 @@ from clu import parameter_overview
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax import metrics, optim, rundir, sharding
+from mim_jax import metrics, optim, rundir, sharding, warmstart
 from mim_jax import state as states
 from mim_jax.checkpoint import Checkpointer
 from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
 from mim_jax.evals.base import Run, caption, save
 from mim_jax.interrupt import Interrupted, Interrupts
-from mim_jax.objectives.base import Objective
+from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.ops.backend import compile_for
 from mim_jax.state import TrainState
 
@@ -184,6 +184,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         NonFiniteError: a loss or gradient was not finite.
         Interrupted: SIGTERM or SIGINT came, and the state is saved.
     """
+    config = warmstart.adopt(config, workdir)
     plan = Plan.of(config)
     settings = plan.settings
     with rundir.claim(workdir), Interrupts() as interrupts:
@@ -218,7 +219,12 @@ def _begin(
     found = checkpointer.restore(like)
     if found is None:
         placed = jax.tree.map(lambda leaf: leaf.sharding, like)
-        return 0, jax.jit(plan.create, out_shardings=placed)(), {}
+        state = jax.jit(plan.create, out_shardings=placed)()
+        if plan.settings.init_from.run:
+            state, account = warmstart.begun(state, like, plan.settings)
+            if jax.process_index() == 0:
+                print(account, flush=True)
+        return 0, state, {}
     start, state, extra = found
     _same_data(extra["data"], plan.settings.data.source.fingerprint())
     if jax.process_index() == 0:
@@ -415,7 +421,7 @@ def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     """The evaluation named by config.report, on the state as it is, on one host."""
     settings, mesh = plan.settings, plan.mesh
     gather = jax.jit(states.unstack_blocks, out_shardings=sharding.replicated(mesh))
-    params = gather(state.params)
+    params, stats = gather(state.params), gather(state.stats)
     make = functools.partial(
         states.initial,
         settings.objective,
@@ -428,6 +434,7 @@ def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     trained = Run(
         objective=settings.objective,
         params=jax.device_get(params),
+        stats=jax.device_get(stats),
         initial=jax.device_get(initial),
         step=int(state.step),
         name=workdir.resolve().name,
@@ -464,10 +471,10 @@ def _check_labels(objective: Objective, data: Input) -> None:
             "a source with classes, such as digits"
         )
     known = len(data.source.classes)
-    if getattr(objective, "classes", known) < known:
+    if isinstance(objective, LabelObjective) and objective.classes < known:
         raise ValueError(
-            f"objective.classes={getattr(objective, 'classes', None)}: data.source has "
-            f"{known}, and images of the others would be left out; want {known}"
+            f"objective.classes={objective.classes}: data.source has {known}, and "
+            f"images of the others would be left out; want {known}"
         )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from mim_jax.data import transforms
+from mim_jax.data.randaugment import RandAugment
 from mim_jax.data.sources.base import Source
 
 Batch = dict[str, np.ndarray]
@@ -45,11 +46,13 @@ class Input:
     image_size: tuple[int, int] = (224, 224)  # rows, columns
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    crop_retry: bool = True  # False: one draw, cut to the image, as BYOL
     crops: int = 1  # of an image: 1, or 2 for methods that compare two
     local_crops: int = 0  # further, smaller crops of an image
     local_size: tuple[int, int] = (96, 96)
     local_scale: tuple[float, float] = (0.05, 0.25)
     flip: bool = True  # left to right, one image of two
+    randaugment: RandAugment = RandAugment()  # of every crop, after the flip
     eval_crop_fraction: float = 0.875  # 224 of 256
     workers: int = 8  # processes that read; 0: threads of this process
     threads: int = 4  # that read one batch together, in each process
@@ -66,6 +69,7 @@ class Input:
                 f"crops={self.crops}, local_crops={self.local_crops}: want 1 or 2 "
                 "crops and at least 0 local ones"
             )
+        self.randaugment.check(self.source.channels)
         tops = {"crop_scale": 1.0, "local_scale": 1.0, "crop_ratio": float("inf")}
         for name, top in tops.items():
             pair = getattr(self, name)
@@ -306,8 +310,10 @@ def _train_example(data: Input, index: int, rng: np.random.Generator) -> Example
     image, label, replaced = _decoded(data.source, index)
 
     def crop(size, scale):
-        part = transforms.random_resized_crop(image, size, scale, data.crop_ratio, rng)
-        return transforms.flip(part, rng) if data.flip else part
+        ratio, retry = data.crop_ratio, data.crop_retry
+        part = transforms.random_resized_crop(image, size, scale, ratio, rng, retry)
+        part = transforms.flip(part, rng) if data.flip else part
+        return data.randaugment(part, rng)
 
     first = crop(data.image_size, data.crop_scale)
     example = _example(first, label, index, replaced)

@@ -98,6 +98,7 @@ def sample_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
+    retry: bool = True,
 ) -> tuple[int, int, int, int]:
     """A random box of an image: top, left, rows, columns.
 
@@ -110,12 +111,16 @@ def sample_box(
         shape: rows and columns of the image.
         scale: least and greatest share of its area, within (0, 1].
         ratio: least and greatest width divided by height.
+        retry: False: one try, its sides cut to those of the image (BYOL's crop, which
+            MAE's linear probe uses).
     """
     rows, cols = shape
     for _ in range(10):
         area = rows * cols * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not retry:
+            width, height = min(max(width, 1), cols), min(max(height, 1), rows)
         if 0 < height <= rows and 0 < width <= cols:
             top = int(rng.integers(rows - height + 1))
             left = int(rng.integers(cols - width + 1))
@@ -150,12 +155,13 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
+    retry: bool = True,
 ) -> UInt8[np.ndarray, "{size[0]} {size[1]} c"]:
     """A random box of the image (`sample_box`), resized to `size` rows and columns.
 
     Pixels outside the box do not enter: it is cut out before it is resized.
     """
-    top, left, rows, cols = sample_box(image.shape[:2], scale, ratio, rng)
+    top, left, rows, cols = sample_box(image.shape[:2], scale, ratio, rng, retry)
     return resize(image[top : top + rows, left : left + cols], size)
 
 

@@ -24,13 +24,16 @@ class Run:
     Attributes:
         objective: built from the run's own config.
         params: parameters per block.
-        initial: the parameters that the run started from.
+        stats: running statistics, {} without any.
+        initial: new parameters by the run's seed: those that it started from, unless
+            it began with another run's.
         step: of the checkpoint.
         name: of the run, for captions.
     """
 
     objective: Objective
     params: Any
+    stats: Any = dataclasses.field(default_factory=dict)
     initial: Any
     step: int
     name: str

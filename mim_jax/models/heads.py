@@ -159,7 +159,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.classes}"]:
-        init = nn.initializers.truncated_normal(self.deviation)
+        init = nn.initializers.normal(self.deviation)
         x = nn.Dense(self.classes, dtype=self.dtype, kernel_init=init, name="linear")(x)
         return x.astype(accurate(self.dtype))
 

@@ -7,12 +7,13 @@ Parameter names are public, since checkpoints depend on them. They are per block
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mim_jax.ops.backend import accurate, dense_dot
 from mim_jax.ops.patches import Grid
@@ -46,8 +47,13 @@ def run_blocks(
     dtype: str,
     remat: str,
     taps: Sequence[str] = (),
+    kept: Float[Array, "l 2 b"] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
-    """`depth` blocks one after the other, as sub-modules of the calling module."""
+    """`depth` blocks one after the other, as sub-modules of the calling module.
+
+    Args:
+        kept: factor of each branch of each block, from `drop_path`; None is 1.
+    """
     scanned = module.has_variable("params", "blocks")
     cls = Block
     if remat != "none":
@@ -60,12 +66,27 @@ def run_blocks(
         axes: dict[str, Any] = dict(
             variable_axes={"params": 0}, split_rngs={"params": False}
         )
-        return nn.scan(cls, length=depth, **axes)(name="blocks", **fields)(x)
+        blocks = nn.scan(cls, length=depth, **axes)(name="blocks", **fields)
+        return blocks(x) if kept is None else blocks(x, kept)
     seen = []
     for i in range(depth):
-        x, tap = cls(name=f"block{i:02d}", **fields)(x)
+        branches = () if kept is None else (kept[i],)
+        x, tap = cls(name=f"block{i:02d}", **fields)(x, *branches)
         seen.append(tap)
     return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
+
+
+def drop_path(
+    keys: Key[Array, " b"], depth: int, rate: float
+) -> Float[Array, "{depth} 2 b"]:
+    """Factors of the attention and MLP branches of each block: 0, or 1 / (1 - rate).
+
+    Stochastic depth per image, arXiv:1603.09382: a branch is left out at a rate that
+    grows linearly from 0 in the first block to `rate` in the last.
+    """
+    rates = jnp.asarray(np.linspace(0, rate, depth), jnp.float32)[:, None, None]
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+    return jnp.where(jnp.moveaxis(drawn, 0, -1) >= rates, 1 / (1 - rates), 0.0)
 
 
 def layer_flops(tokens: int, width: int, mlp_ratio: float) -> float:
@@ -142,17 +163,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"]
+        self, x: Float[Array, "b n d"], kept: Float[Array, "2 b"] | None = None
     ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "..."]]]:
+        def branch(y, number):
+            if kept is None:
+                return y
+            return y * kept[number][:, None, None].astype(y.dtype)
+
         width = x.shape[-1]
         y, weights = Attention(self.heads, self.dtype, name="attn")(
             LayerNorm(self.dtype, name="ln1")(x)
         )
-        x = x + y
+        x = x + branch(y, 0)
         y = LayerNorm(self.dtype, name="ln2")(x)
         y = xavier(int(width * self.mlp_ratio), self.dtype, name="fc1")(y)
         y = jax.nn.gelu(y, approximate=False)  # jax's default is the tanh form
-        x = x + xavier(width, self.dtype, name="fc2")(y)
+        x = x + branch(xavier(width, self.dtype, name="fc2")(y), 1)
         seen = {"blocks": x, "attention": weights}
         return x, {name: seen[name] for name in self.taps}
 
@@ -164,6 +190,12 @@ class Encoder(nn.Module):
         patch: side of a patch in pixels.
         width, depth, heads: token width, number of blocks, attention heads; see SIZES.
         mlp_ratio: hidden width of the MLP over the token width.
+        positions: "fixed" sines and cosines, or "learned": parameters that start as
+            those, with a row for the class token first.
+        norm: what the final norm is applied to: "tokens", each one, or "pooled", the
+            mean of the patch tokens, while tokens are returned as they are.
+        drop_path: share of images for which a branch of the last block is left out, in
+            training; it grows linearly with depth.
         dtype: of activations; parameters are float32.
         remat: what the backward pass recomputes, a key of REMAT.
     """
@@ -173,6 +205,9 @@ class Encoder(nn.Module):
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    positions: Literal["fixed", "learned"] = "fixed"
+    norm: Literal["tokens", "pooled"] = "tokens"
+    drop_path: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
 
@@ -184,8 +219,9 @@ class Encoder(nn.Module):
         keep: Int[Array, "b k"] | None = None,
         taps: Sequence[str] = (),
         hidden: Bool[Array, "b n"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "l b ..."]]]:
-        """Class token and patch tokens after the final norm.
+        keys: Key[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
+        """Class token and patch tokens, after the final norm if that is theirs.
 
         Args:
             patches: standardised patches in grid order, all of them.
@@ -196,14 +232,16 @@ class Encoder(nn.Module):
                 of each block "l b a t t".
             hidden: True where a learned mask token stands in for the patch, before the
                 first block; its parameter exists if `hidden` was given to `init`.
+            keys: of the images, for drop path; None drops nothing.
         Returns:
-            (tokens, taps) with t = 1 + k, the class token first.
+            (tokens, taps) with t = 1 + k, the class token first. With norm="pooled"
+            taps hold "pooled" besides, the norm of the mean patch token "b d".
         Raises:
             ValueError: both keep and hidden are given.
         """
         if keep is not None and hidden is not None:
             raise ValueError("keep drops patches and hidden replaces them: want one")
-        table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32)
+        first, table = self._positions(grid)
         if keep is None:
             positions = table[None]
         else:
@@ -220,7 +258,11 @@ class Encoder(nn.Module):
             x = jnp.where(hidden[:, :, None], hole.astype(x.dtype), x)
         x = x + positions.astype(x.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, self.width))
+        cls = (cls + first).astype(x.dtype)
+        cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
+        kept = None
+        if keys is not None and self.drop_path > 0:
+            kept = drop_path(keys, self.depth, self.drop_path)
         x, seen = run_blocks(
             self,
             jnp.concatenate([cls, x], axis=1),
@@ -230,12 +272,37 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             remat=self.remat,
             taps=taps,
+            kept=kept,
         )
-        return LayerNorm(self.dtype, name="norm")(x), seen
+        norm = LayerNorm(self.dtype, name="norm")
+        if self.norm == "tokens":
+            return norm(x), seen
+        pooled = norm(x[:, 1:].mean(axis=1, keepdims=True))[:, 0]
+        return x, seen | {"pooled": pooled}
+
+    def _positions(
+        self, grid: Grid
+    ) -> tuple[Float[Array, "1 1 d"], Float[Array, "n d"]]:
+        """What is added to the class token, and to each patch token of the grid."""
+        table = sincos_2d(grid, self.width)
+        if self.positions == "fixed":
+            return jnp.zeros((1, 1, self.width)), jnp.asarray(table, jnp.float32)
+
+        def start(key, shape):
+            del key
+            whole = np.concatenate([np.zeros((1, shape[1])), table])
+            return jnp.asarray(whole, jnp.float32)
+
+        whole = self.param("pos_embed", start, (1 + grid.size, self.width))
+        return whole[None, :1], whole[1:]
 
     def check(self) -> None:
         """ValueError if the sizes do not fit together."""
         check_width("encoder", self.width, self.heads)
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(
+                f"encoder.drop_path={self.drop_path}: want 0 <= drop_path < 1"
+            )
 
     def flops(self, visible: int, channels: int) -> float:
         """FLOPs of one forward pass of one image with `visible` patches."""

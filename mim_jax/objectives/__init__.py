@@ -7,6 +7,7 @@ from mim_jax.objectives.cmae import CMAE
 from mim_jax.objectives.dino import DINO
 from mim_jax.objectives.mae import MAE
 from mim_jax.objectives.mocov3 import MoCoV3
+from mim_jax.objectives.probe import Probe
 from mim_jax.objectives.rmae import RMAE
 from mim_jax.objectives.supervised import Supervised
 
@@ -18,4 +19,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dino": DINO,
     "beit": BEiT,
     "supervised": Supervised,
+    "probe": Probe,
 }

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from mim_jax.maskings.base import Masking
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Encoder
 from mim_jax.ops import augment
+from mim_jax.ops.losses import cross_entropy
 from mim_jax.ops.masking import Mask, unshuffle
 from mim_jax.ops.patches import (
     Grid,
@@ -54,6 +56,24 @@ def purpose(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, 1000 + number)
 
 
+def label_loss(
+    logits: Float[Array, "b c"], targets: Float[Array, "b c"], stats: Stats
+) -> tuple[Float[Array, ""], Aux]:
+    """Mean cross-entropy of a batch, with its accuracy.
+
+    Each image weighs what its target sums to: 1, or less where its label, or that of
+    an image mixed into it, is unknown.
+    """
+    targets = targets.astype(logits.dtype)
+    weights = targets.sum(axis=-1)
+    right = (logits.argmax(axis=-1) == targets.argmax(axis=-1)).astype(logits.dtype)
+    weight = weights.sum()
+    safe = jnp.maximum(weight, 1e-6)
+    metrics = {"accuracy": (weights * right).sum() / safe}
+    loss = cross_entropy(logits, targets).sum() / safe
+    return loss, Aux(weight=weight, stats=stats, metrics=metrics)
+
+
 def masks_of(
     masking: Masking, batch: Batch, keys: Key[Array, " b"], grid: Grid
 ) -> Mask:
@@ -66,11 +86,16 @@ class Objective(abc.ABC):
 
     Attributes:
         reads: keys of a batch that the loss needs; see `mim_jax.data.pipeline.Input`.
+        inherits: leaves of the config that a run decides from which this one starts.
         encoder: the network that is learned.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
+    inherits: ClassVar[tuple[str, ...]] = (
+        *(f"encoder.{name}" for name in ("patch", "width", "depth", "heads")),
+        *("encoder.mlp_ratio", "mean", "std"),
+    )
 
     encoder: Encoder
     mean: tuple[float, ...]
@@ -145,37 +170,78 @@ class Objective(abc.ABC):
         keep: Int[Array, "b k"] | None = None,
         hidden: Bool[Array, "b n"] | None = None,
         taps: Sequence[str] = (),
-    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "l b ..."]]]:
+        keys: Key[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
         """Tokens and taps of the encoder, as `Encoder` returns them.
 
         Args:
             params: trained ones, or a teacher's, with the encoder under "encoder".
             images: in 0..1.
-            keep, hidden, taps: as for `Encoder`.
+            keep, hidden, taps, keys: as for `Encoder`.
         """
         patches, grid = self.patches(images)
-        return apply(self.encoder, params["encoder"], patches, grid, keep, taps, hidden)
+        return apply(
+            self.encoder, params["encoder"], patches, grid, keep, taps, hidden, keys
+        )
 
     def features(
         self,
         params: Params,
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+        keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
         """One vector per image, of the whole image: what `feature` names. Images are
-        uint8, or in 0..1."""
-        tokens, _ = self.encode(params, augment.to_float(images))
-        return tokens[:, 0] if self.feature == "cls" else tokens[:, 1:].mean(axis=1)
+        uint8, or in 0..1; with `keys` the encoder drops paths."""
+        tokens, seen = self.encode(params, augment.to_float(images), keys=keys)
+        if self.feature == "cls":
+            return tokens[:, 0]
+        return seen["pooled"] if "pooled" in seen else tokens[:, 1:].mean(axis=1)
 
     def check_images(self, image_shape: tuple[int, int, int]) -> None:
         """ValueError if encoder and standardisation do not fit such images."""
         channels = image_shape[2]
         self.encoder.check()
+        labels, pooled = isinstance(self, LabelObjective), self.encoder.norm == "pooled"
+        if pooled and not (labels and self.feature == "avg"):
+            raise ValueError(
+                "encoder.norm='pooled': want 'tokens', or an objective with labels that "
+                "reads the mean of the patch tokens"
+            )
+        if self.encoder.drop_path and not labels:
+            raise ValueError(
+                f"encoder.drop_path={self.encoder.drop_path}: want 0, or an objective "
+                "with labels"
+            )
         self.grid(image_shape)
         if not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
             raise ValueError(
                 f"mean={self.mean}, std={self.std} for images of {channels} channel(s):"
                 " want one number per channel, std > 0"
             )
+
+
+class LabelObjective(Objective):
+    """An objective that tells classes apart.
+
+    Attributes:
+        classes: number of classes; labels are 0 to classes - 1.
+    """
+
+    classes: int
+
+    @abc.abstractmethod
+    def logits(
+        self,
+        params: Params,
+        stats: Stats,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    ) -> Float[Array, "b {self.classes}"]:
+        """Of each class, nothing being random: as in evaluation.
+
+        Args:
+            stats: running statistics, as `TrainState.stats`.
+            images: uint8, or in 0..1.
+        """
 
 
 class PixelObjective(Objective):

@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised training from scratch, the baseline with labels."""
+"""Learning from labels with the whole network: from scratch, or fine-tuning."""
 
 import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from mim_jax.models.heads import Classifier
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.base import (
     Aux,
     Batch,
-    Objective,
+    LabelObjective,
     Params,
     Stats,
     apply,
+    label_loss,
     purpose,
 )
 from mim_jax.ops import augment
-from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.augment import ColorJitter, Erasing, Mix
+from mim_jax.ops.losses import soft_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Supervised(Objective):
+class Supervised(LabelObjective):
     """Cross-entropy to labels, from the mean patch token or the class token.
+
+    The defaults of the network are those of fine-tuning in arXiv:2111.06377: the mean
+    of the patch tokens, a new norm after it, positions that are learned. Images are
+    jittered, erased and mixed in this order, all off unless told.
 
     Attributes:
         encoder: the network that is learned.
@@ -34,17 +40,21 @@ class Supervised(Objective):
         smoothing: label smoothing: the true class gets 1 - smoothing (1 - 1 / classes).
         color_jitter: "whole" jitters the colours of each image.
         jitter: how much.
+        erasing: boxes of noise.
+        mix: mixup and cutmix; then an image's loss depends on another image.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
     reads = ("image", "label")
 
-    encoder: Encoder = Encoder(**SIZES["B"])
+    encoder: Encoder = Encoder(**SIZES["B"], positions="learned", norm="pooled")
     classes: int = 1000
     pool: Literal["avg", "cls"] = "avg"
     smoothing: float = 0.1
     color_jitter: Literal["none", "whole"] = "none"
     jitter: ColorJitter = ColorJitter()
+    erasing: Erasing = Erasing()
+    mix: Mix = Mix()
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -54,6 +64,10 @@ class Supervised(Objective):
                 f"classes={self.classes}, smoothing={self.smoothing}: want at least 2 "
                 "classes and 0 <= smoothing < 1"
             )
+
+    @property
+    def batch_coupled(self) -> bool:
+        return self.mix.on
 
     @property
     def feature(self) -> Literal["cls", "avg"]:
@@ -77,27 +91,31 @@ class Supervised(Objective):
         images = augment.to_float(batch["image"])
         if self.color_jitter != "none":
             images = self.jitter(images, purpose(keys, 1))
-        logits = self.logits(params, images)
-        label = batch["label"]
-        # An unknown label has no loss.
-        weights = ((label >= 0) & (label < self.classes)).astype(logits.dtype)
-        wanted = jax.nn.one_hot(label, self.classes, dtype=logits.dtype)
-        wanted = wanted * (1 - self.smoothing) + self.smoothing / self.classes
-        errors = -(wanted * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1)
-        right = (logits.argmax(axis=-1) == label).astype(logits.dtype)
-        weight = weights.sum()
+        if self.erasing.p > 0:
+            images = self.erasing(images, purpose(keys, 2), self.mean, self.std)
+        targets = soft_labels(batch["label"], self.classes, self.smoothing)
+        if self.mix.on:
+            images, targets = self.mix(images, targets, purpose(keys, 3))
+        logits = self.scores(params, images, purpose(keys, 4))
+        return label_loss(logits, targets, stats={})
 
-        def mean(values):
-            return (weights * values).sum() / jnp.maximum(weight, 1)
-
-        metrics = {"accuracy": mean(right)}
-        return mean(errors), Aux(weight=weight, stats={}, metrics=metrics)
+    def scores(
+        self,
+        params: Params,
+        images: Float[Array, "b h w c"],
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b {self.classes}"]:
+        """Logits for images in 0..1; with `keys` the encoder drops paths."""
+        return apply(self._head, params["head"], self.features(params, images, keys))
 
     def logits(
-        self, params: Params, images: Float[Array, "b h w c"]
+        self,
+        params: Params,
+        stats: Stats,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     ) -> Float[Array, "b {self.classes}"]:
-        """Of each class, for images in 0..1."""
-        return apply(self._head, params["head"], self.features(params, images))
+        del stats
+        return self.scores(params, augment.to_float(images))
 
     @property
     def _head(self) -> Classifier:

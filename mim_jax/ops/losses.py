@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses per example or per patch, never averaged: the caller weighs them."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def patch_mse(
@@ -14,3 +15,24 @@ def patch_mse(
     """
     error = prediction.astype(target.dtype) - target
     return jnp.mean(error * error, axis=-1)
+
+
+def soft_labels(
+    labels: Int[Array, " b"], classes: int, smoothing: float
+) -> Float[Array, "b {classes}"]:
+    """A target distribution per image; zeros where the label is out of range.
+
+    The true class gets 1 - smoothing (1 - 1 / classes), the others smoothing / classes
+    each, arXiv:1512.00567.
+    """
+    known = (labels >= 0) & (labels < classes)
+    targets = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    targets = targets * (1 - smoothing) + smoothing / classes
+    return jnp.where(known[:, None], targets, 0)
+
+
+def cross_entropy(
+    logits: Float[Array, "b c"], targets: Float[Array, "b c"]
+) -> Float[Array, " b"]:
+    """Cross-entropy of each image in nats, for targets that need not sum to 1."""
+    return -(targets * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1)

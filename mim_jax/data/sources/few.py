@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few images of another source, for pre-training on those alone."""
+"""A few images of another source, for training on those alone."""
 
 import dataclasses
 import functools
@@ -14,13 +14,14 @@ from mim_jax.data.sources.base import Source
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Few(Source):
-    """Images chosen once from `source`: arXiv:2208.04164, section 4, tables 6 to 8.
+    """Images chosen once from `source`: arXiv:2208.04164, section 4, tables 6 to 8, and
+    fine-tuning on a part of the labels.
 
     The choice is a pure function of the seed and the source's fingerprint, the same on
     any machine. With one seed, 10 images are among the 100 of the same sampling, as
     long as the class of "one_class" has so many.
 
-    "random" reads nothing. The other two need the label of every record: at once from
+    "random" reads nothing. The others need the label of every record: at once from
     `digits` and `folder`, but `tfds` keeps labels beside the images, so that each
     process of a run reads the whole data set once when it starts (ImageNet: 140 GB).
     To spare that, give the ids that an earlier run wrote to its images.json.
@@ -30,8 +31,11 @@ class Few(Source):
     Attributes:
         source: to choose from.
         images: how many.
+        share: if set, how many as a share 0..1 of the source, rounded; 0.1 for the
+            10 % of semi-supervised fine-tuning.
         sampling: "random" over all images; "one_class", all from one class, drawn among
-            those that are large enough; "one_per_class", no two from the same.
+            those that are large enough; "one_per_class", no two from the same;
+            "stratified", from each class in proportion to its size, to within one.
         seed: of the choice, >= 0.
         ids: positions in the source, if you choose them yourself; then `images`,
             `sampling` and `seed` count for nothing.
@@ -39,7 +43,8 @@ class Few(Source):
 
     source: Source
     images: int = 1
-    sampling: Literal["random", "one_class", "one_per_class"] = "random"
+    share: float | None = None
+    sampling: Literal["random", "one_class", "one_per_class", "stratified"] = "random"
     seed: int = 0
     ids: tuple[int, ...] = ()
 
@@ -54,6 +59,11 @@ class Few(Source):
             if len(set(self.ids)) < len(self.ids):
                 raise ValueError(f"ids={_short(self.ids)}: want each one once")
             return
+        if self.share is not None and not 0.5 / count <= self.share <= 1:
+            raise ValueError(
+                f"share={self.share}: want 1/{count} <= share <= 1, so that there is an "
+                "image"
+            )
         if not 1 <= self.images <= count:
             raise ValueError(
                 f"images={self.images}: want 1 <= images <= {count}, the number of "
@@ -69,9 +79,9 @@ class Few(Source):
                 f"sampling={self.sampling!r} of a source without labels: want "
                 "sampling='random', or a source with classes"
             )
-        if self.sampling == "one_per_class" and self.images > classes:
+        if self.sampling == "one_per_class" and self._count > classes:
             raise ValueError(
-                f"images={self.images}, sampling='one_per_class': want at most "
+                f"images={self._count}, sampling='one_per_class': want at most "
                 f"{classes} images, one of each class"
             )
 
@@ -95,28 +105,51 @@ class Few(Source):
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, *digest]))
         order = np.argsort(bits.random_raw(len(self.source)), kind="stable")
         if self.sampling == "random":
-            return order[: self.images]
+            return order[: self._count]
         labels = self.source.labels()[order]
         classes = np.argsort(bits.random_raw(len(self.source.classes)), kind="stable")
         counts = np.bincount(labels[labels >= 0], minlength=len(classes))
         if self.sampling == "one_class":
-            large = classes[counts[classes] >= self.images]
+            large = classes[counts[classes] >= self._count]
             if not len(large):
                 raise ValueError(
-                    f"images={self.images}, sampling='one_class': want at most "
+                    f"images={self._count}, sampling='one_class': want at most "
                     f"{counts.max()}, the images of the largest class"
                 )
-            return order[labels == large[0]][: self.images]
+            return order[labels == large[0]][: self._count]
+        if self.sampling == "stratified":
+            return self._stratified(order, labels, classes, counts)
         found = classes[counts[classes] > 0]
-        if len(found) < self.images:
+        if len(found) < self._count:
             raise ValueError(
-                f"images={self.images}, sampling='one_per_class': want at most "
+                f"images={self._count}, sampling='one_per_class': want at most "
                 f"{len(found)}, the classes that have an image"
             )
-        return np.array([order[labels == one][0] for one in found[: self.images]])
+        return np.array([order[labels == one][0] for one in found[: self._count]])
+
+    def _stratified(self, order, labels, classes, counts) -> np.ndarray:
+        """Largest remainders: each class gets its share of all labelled images, rounded
+        down; what is left goes to the largest remainders, ties in random order."""
+        known = int(counts.sum())
+        if self._count > known:
+            raise ValueError(
+                f"images={self._count}, sampling='stratified': want at most {known}, the "
+                "images with a label"
+            )
+        whole, rest = np.divmod(counts * self._count, known)
+        missing = self._count - int(whole.sum())
+        whole[classes[np.argsort(-rest[classes], kind="stable")][:missing]] += 1
+        chosen = [order[labels == one][:n] for one, n in enumerate(whole)]
+        return np.sort(np.concatenate(chosen))
+
+    @property
+    def _count(self) -> int:
+        if self.share is None:
+            return self.images
+        return round(self.share * len(self.source))
 
     def __len__(self) -> int:
-        return len(self.ids) or self.images
+        return len(self.ids) or self._count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[self._chosen[index]]

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear probe of a frozen ViT on ImageNet-1k, MAE's recipe.
+
+python -m mim_jax.main --config=configs/linear_probe.py \
+    --config.init_from.run=runs/mae --workdir=runs/mae-linear
+
+The run named decides network and feature: the class token for MAE and R-MAE, the mean
+patch token for C-MAE. LARS with momentum 0.9 and trust 0.001, no weight decay, learning
+rate 6.4 at batch 16384, 90 epochs; batch norm without scale and bias before the linear
+layer; random resized crops as BYOL's (arXiv:2111.06377, table 10). For many learning
+rates in one pass over the images see configs/linear.py.
+
+Hardware: not yet run. Paper: MAE 55.4, C-MAE 62.7 after 100 epochs of pre-training
+(arXiv:2208.04164, table 1).
+
+Variant `:digits`: the same program on scanned digits, for two CPU cores.
+
+python -m mim_jax.main --config=configs/linear_probe.py:digits \
+    --config.init_from.run=runs/mae-digits --workdir=runs/mae-digits-linear
+"""
+
+from mim_jax import config, embedded
+from mim_jax.evals.base import Eval
+
+
+def get_config(variant: str = "") -> config.Tree:
+    preset, chosen = config.variant(variant, presets=("digits",))
+    chosen = {"objective": "probe", "source": preset or "tfds"} | chosen
+    c = config.experiment("train", **({"optimiser": "lars"} | chosen))
+    c.report = config.choose(Eval, "robustness")
+    c.epochs = 90.0
+    c.batch_size = 16384
+    c.optim.base_lr = 0.1
+    c.optim.warmup_epochs = 10.0
+    c.data.crop_scale = (0.08, 1.0)
+    c.data.crop_retry = False
+    if preset == "digits":
+        embedded.digits(c)
+        embedded.labels(c)
+        c.batch_size = 256
+        c.optim.base_lr = 6.4
+    return c

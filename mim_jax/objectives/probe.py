@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear probing: a linear classifier on the features of a frozen encoder."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+from mim_jax.models.heads import Classifier
+from mim_jax.models.vit import SIZES, Encoder
+from mim_jax.objectives.base import (
+    Aux,
+    Batch,
+    LabelObjective,
+    Objective,
+    Params,
+    Stats,
+    apply,
+    label_loss,
+)
+from mim_jax.ops import augment
+from mim_jax.ops.backend import accurate
+from mim_jax.ops.losses import soft_labels
+
+_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe(LabelObjective):
+    """MAE's linear probe, arXiv:2111.06377, appendix A.1.
+
+    Features go through a batch norm without scale and bias, then a linear layer. In
+    training the norm uses the statistics of the global batch; running ones are kept for
+    evaluation, the variance with divisor n - 1.
+
+    Attributes:
+        encoder: the network, which keeps its values; a run to start from decides its
+            form.
+        classes: number of classes; labels are 0 to classes - 1.
+        pool: which tokens are the feature; a run to start from decides.
+        momentum: share of a batch in the running statistics.
+        deviation: of the normal that the linear layer starts from.
+        mean, std: of the data, per channel, for pixels in 0..1.
+    """
+
+    reads = ("image", "label")
+    inherits = (*Objective.inherits, "encoder.positions", "encoder.norm", "pool")
+
+    encoder: Encoder = Encoder(**SIZES["B"])
+    classes: int = 1000
+    pool: Literal["cls", "avg"] = "cls"
+    momentum: float = 0.1
+    deviation: float = 0.01
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        if self.classes < 2 or not self.deviation > 0:
+            raise ValueError(
+                f"classes={self.classes}, deviation={self.deviation}: want at least 2 "
+                "classes and a deviation > 0"
+            )
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum={self.momentum}: want 0 < momentum <= 1")
+
+    @property
+    def batch_coupled(self) -> bool:
+        return True  # by the batch norm
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return ("encoder",)
+
+    @property
+    def feature(self) -> Literal["cls", "avg"]:
+        return self.pool
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_images(image_shape)
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
+        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
+        encoder_key, head_key = jax.random.split(key)
+        (tokens, _), encoder = self.encoder.init_with_output(encoder_key, patches, grid)
+        head = self._head.init(head_key, tokens[:, 0])
+        width = self.encoder.width
+        stats = {"mean": jnp.zeros(width), "variance": jnp.ones(width)}
+        return {"encoder": encoder["params"], "head": head["params"]}, stats
+
+    def loss(
+        self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Aux]:
+        del keys
+        features = jax.lax.stop_gradient(self.features(params, batch["image"]))
+        features = features.astype(accurate(features.dtype))
+        mean, variance = features.mean(axis=0), features.var(axis=0)
+        rows = len(features)
+        new = {"mean": mean, "variance": variance * rows / max(rows - 1, 1)}
+        stats = jax.tree.map(
+            lambda old, new: (1 - self.momentum) * old + self.momentum * new,
+            state.stats,
+            jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new),
+        )
+        logits = self._linear(params, features, mean, variance)
+        targets = soft_labels(batch["label"], self.classes, smoothing=0.0)
+        return label_loss(logits, targets, stats)
+
+    def logits(
+        self,
+        params: Params,
+        stats: Stats,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+    ) -> Float[Array, "b {self.classes}"]:
+        features = self.features(params, images)
+        features = features.astype(accurate(features.dtype))
+        return self._linear(params, features, stats["mean"], stats["variance"])
+
+    def _linear(
+        self,
+        params: Params,
+        features: Float[Array, "b d"],
+        mean: Float[Array, " d"],
+        variance: Float[Array, " d"],
+    ) -> Float[Array, "b {self.classes}"]:
+        mean, variance = (x.astype(features.dtype)[None] for x in (mean, variance))
+        standard = (features - mean) * jax.lax.rsqrt(variance + _EPSILON)
+        return apply(self._head, params["head"], standard)
+
+    @property
+    def _head(self) -> Classifier:
+        # In float32: its work is nothing beside the encoder's.
+        return Classifier(
+            classes=self.classes,
+            deviation=self.deviation,
+            dtype=str(accurate(self.encoder.dtype)),
+        )
+
+    def teacher(self, old: Params | None, params: Params, step: Array) -> None:
+        return None
+
+    def flops(self, image_shape: tuple[int, int, int]) -> float:
+        size = self.grid(image_shape).size
+        head = 2 * self.encoder.width * self.classes
+        return self.encoder.flops(size, image_shape[2]) + 3 * head

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beginning a run with the parameters of another: fine-tuning and probing."""
+
+import copy
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from mim_jax import config as configs
+from mim_jax import sharding
+from mim_jax import state as states
+from mim_jax.checkpoint import read_parts
+from mim_jax.ops.patches import Grid
+from mim_jax.ops.posembed import resized, sincos_2d
+from mim_jax.state import TrainState
+
+_POSITIONS = "encoder/pos_embed"
+_NORM = "encoder/norm"
+
+
+def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.Tree:
+    """The config with what the run that it begins from decides: `Objective.inherits`.
+
+    A run that was begun already is asked itself: the other may have gone.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    if not config.init_from.run:
+        return config
+    folder = pathlib.Path(config.init_from.run)
+    if workdir is not None and (workdir / "config.json").exists():
+        folder = workdir
+    saved = _saved(folder, config.init_from.run)
+    config = copy.deepcopy(config)
+    for path in configs.objective_class(config).inherits:
+        *above, name = path.split(".")
+        if path == "pool":
+            value = configs.build_objective(saved).feature
+        else:
+            value = functools.reduce(lambda node, key: node[key], above, saved.objective)
+            value = value[name]
+        node = functools.reduce(lambda node, key: node[key], above, config.objective)
+        node[name] = value
+    return config
+
+
+def begun(
+    state: TrainState, like: TrainState, settings: configs.Train
+) -> tuple[TrainState, str]:
+    """A first state with parameters of the run that `settings.init_from` names.
+
+    All leaves below `init_from.parts` that both have are taken; their shapes must
+    agree, but for positions, which are resized to the new grid. The norm after pooling
+    is not that of tokens, and stays new.
+
+    Args:
+        state: the first state, laid out as `like`.
+        like: shapes and shardings.
+    Returns:
+        The state, and lines for people: what was taken, what is new, what was left.
+    Raises:
+        ConfigError: no such run or checkpoint, or its parameters do not fit.
+    """
+    begin = settings.init_from
+    folder = pathlib.Path(begin.run)
+    saved = _saved(folder, begin.run)
+    wanted = ("params", "teacher") if begin.weights == "teacher" else ("params",)
+    try:
+        step, found = read_parts(folder, begin.step, wanted)
+    except FileNotFoundError as error:
+        raise configs.ConfigError(f"config.init_from.run={begin.run!r}: {error}") from error
+    source = _flat(found["params"])
+    if begin.weights == "teacher":
+        if not found["teacher"]:
+            raise configs.ConfigError(
+                f"config.init_from.weights='teacher': {begin.run} has no teacher; want "
+                "'trained'"
+            )
+        source |= _flat(found["teacher"])
+    mesh = jax.tree.leaves(like.params)[0].sharding.mesh
+    gather = jax.jit(states.unstack_blocks, out_shardings=sharding.replicated(mesh))
+    fresh = _flat(jax.device_get(gather(state.params)))
+    if _POSITIONS in fresh:
+        source[_POSITIONS] = _positions(source, saved, settings)
+    elif _POSITIONS in source:
+        raise configs.ConfigError(
+            f"config.objective.encoder.positions='fixed': {begin.run} has learned ones; "
+            "want 'learned'"
+        )
+    merged, account = _merge(fresh, source, _left(saved, settings), begin)
+    layout = states.stack_blocks if settings.scan else _same
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (like.params, like.teacher))
+    params = jax.jit(layout, out_shardings=placed[0])(_nested(merged))
+    teacher = jax.jit(
+        lambda params: settings.objective.teacher(None, params, np.int32(0)),
+        out_shardings=placed[1],
+    )(params)
+    account = f"began with  {begin.run}, step {step}: {account}"
+    return dataclasses.replace(state, params=params, teacher=teacher), account
+
+
+def _merge(
+    fresh: dict[str, Any],
+    source: dict[str, Any],
+    left: tuple[str, ...],
+    begin: configs.InitFrom,
+) -> tuple[dict[str, Any], str]:
+    """All leaves of `fresh`, those of the parts from `source`; and what was done."""
+    offered = {
+        name: leaf
+        for name, leaf in source.items()
+        if _below(name, begin.parts) and not _below(name, left)
+    }
+    taken = fresh.keys() & offered.keys()
+    if not taken:
+        raise configs.ConfigError(
+            f"config.init_from.parts={begin.parts}: {begin.run} has "
+            f"{', '.join(_tops(source))} and this run {', '.join(_tops(fresh))}: want a "
+            "part of both"
+        )
+    for name in sorted(taken):
+        if np.shape(offered[name]) != np.shape(fresh[name]):
+            raise configs.ConfigError(
+                f"config.init_from.run={begin.run!r}: {name} is "
+                f"{list(np.shape(offered[name]))} there and "
+                f"{list(np.shape(fresh[name]))} here: want the same, or leave it out of "
+                "config.init_from.parts"
+            )
+    merged = fresh | {name: np.asarray(offered[name]) for name in taken}
+    new, unused = fresh.keys() - taken, source.keys() - taken
+    return merged, (
+        f"{len(taken)} parameters taken; new: {_short(new)}; not taken: "
+        f"{_short(unused)}"
+    )
+
+
+def _positions(
+    source: dict[str, Any], saved: configs.Tree, settings: configs.Train
+) -> np.ndarray:
+    """Positions of the other run for the grid of this one, class token first."""
+    patch = saved.objective.encoder.patch
+    old = Grid(*(side // patch for side in saved.data.image_size), patch)
+    new = settings.objective.grid(settings.data.image_shape)
+    width = saved.objective.encoder.width
+    table = np.concatenate([np.zeros((1, width)), sincos_2d(old, width)])
+    table = np.asarray(source.get(_POSITIONS, table.astype(np.float32)))
+    if old[:2] == new[:2]:
+        return table
+    return np.concatenate([table[:1], resized(table[1:], old[:2], new[:2])])
+
+
+def _left(saved: configs.Tree, settings: configs.Train) -> tuple[str, ...]:
+    """What the networks have under one name for two purposes."""
+    same = saved.objective.encoder.norm == settings.objective.encoder.norm
+    return () if same else (_NORM,)
+
+
+def _saved(folder: pathlib.Path, name: str) -> configs.Tree:
+    if not (folder / "config.json").exists():
+        raise configs.ConfigError(
+            f"config.init_from.run={name!r}: no config.json there; want the work "
+            "directory of a training run"
+        )
+    saved = configs.load(folder / "config.json")
+    if saved.job != "train":
+        raise configs.ConfigError(
+            f"config.init_from.run={name!r}: job {saved.job!r}; want a training run"
+        )
+    return saved
+
+
+def _below(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name == part or name.startswith(f"{part}/") for part in parts)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _nested(leaves: dict[str, Any]) -> Any:
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _tops(leaves: dict[str, Any]) -> list[str]:
+    return sorted({name.split("/")[0] for name in leaves})
+
+
+def _short(names: Any) -> str:
+    """Names of leaves, whole groups by the name of the group and a count."""
+    counts: dict[str, int] = {}
+    for name in sorted(names):
+        top = "/".join(name.split("/")[:2])
+        counts[top] = counts.get(top, 0) + 1
+    return ", ".join(f"{top} ({n})" for top, n in counts.items()) or "none"
