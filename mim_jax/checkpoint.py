@@ -292,7 +292,9 @@ class Checkpointer:
 
 
 def read_parts(
-    run: str | pathlib.Path, step: int | None = None, parts: tuple[str, ...] = ("params",)
+    run: str | pathlib.Path,
+    step: int | None = None,
+    parts: tuple[str, ...] = ("params",),
 ) -> tuple[int, dict[str, Any]]:
     """Parts of a run's checkpoint: (step, {part: tree per block, on the default device}).
 

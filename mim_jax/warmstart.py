@@ -43,7 +43,9 @@ def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.
         if path == "pool":
             value = configs.build_objective(saved).feature
         else:
-            value = functools.reduce(lambda node, key: node[key], above, saved.objective)
+            value = functools.reduce(
+                lambda node, key: node[key], above, saved.objective
+            )
             value = value[name]
         node = functools.reduce(lambda node, key: node[key], above, config.objective)
         node[name] = value
@@ -74,7 +76,9 @@ def begun(
     try:
         step, found = read_parts(folder, begin.step, wanted)
     except FileNotFoundError as error:
-        raise configs.ConfigError(f"config.init_from.run={begin.run!r}: {error}") from error
+        raise configs.ConfigError(
+            f"config.init_from.run={begin.run!r}: {error}"
+        ) from error
     source = _flat(found["params"])
     if begin.weights == "teacher":
         if not found["teacher"]:

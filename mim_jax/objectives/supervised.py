@@ -5,7 +5,6 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from mim_jax.models.heads import Classifier
