@@ -296,7 +296,7 @@ def read_parts(
     step: int | None = None,
     parts: tuple[str, ...] = ("params",),
 ) -> tuple[int, dict[str, Any]]:
-    """Parts of a run's checkpoint: (step, {part: tree per block, on the default device}).
+    """(step, {part: tree}) of a run's checkpoint, per block, on the default device.
 
     Args:
         step: which one; None is the newest.

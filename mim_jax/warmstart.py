@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -43,12 +44,8 @@ def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.
         if path == "pool":
             value = configs.build_objective(saved).feature
         else:
-            value = functools.reduce(
-                lambda node, key: node[key], above, saved.objective
-            )
-            value = value[name]
-        node = functools.reduce(lambda node, key: node[key], above, config.objective)
-        node[name] = value
+            value = _node(saved.objective, above)[name]
+        _node(config.objective, above)[name] = value
     return config
 
 
@@ -94,15 +91,15 @@ def begun(
         source[_POSITIONS] = _positions(source, saved, settings)
     elif _POSITIONS in source:
         raise configs.ConfigError(
-            f"config.objective.encoder.positions='fixed': {begin.run} has learned ones; "
-            "want 'learned'"
+            f"config.objective.encoder.positions='fixed': {begin.run} has learned "
+            "ones; want 'learned'"
         )
     merged, account = _merge(fresh, source, _left(saved, settings), begin)
     layout = states.stack_blocks if settings.scan else _same
     placed = jax.tree.map(lambda leaf: leaf.sharding, (like.params, like.teacher))
     params = jax.jit(layout, out_shardings=placed[0])(_nested(merged))
     teacher = jax.jit(
-        lambda params: settings.objective.teacher(None, params, np.int32(0)),
+        lambda params: settings.objective.teacher(None, params, jnp.int32(0)),
         out_shardings=placed[1],
     )(params)
     account = f"began with  {begin.run}, step {step}: {account}"
@@ -125,16 +122,16 @@ def _merge(
     if not taken:
         raise configs.ConfigError(
             f"config.init_from.parts={begin.parts}: {begin.run} has "
-            f"{', '.join(_tops(source))} and this run {', '.join(_tops(fresh))}: want a "
-            "part of both"
+            f"{', '.join(_tops(source))} and this run {', '.join(_tops(fresh))}: want "
+            "a part of both"
         )
     for name in sorted(taken):
         if np.shape(offered[name]) != np.shape(fresh[name]):
             raise configs.ConfigError(
                 f"config.init_from.run={begin.run!r}: {name} is "
                 f"{list(np.shape(offered[name]))} there and "
-                f"{list(np.shape(fresh[name]))} here: want the same, or leave it out of "
-                "config.init_from.parts"
+                f"{list(np.shape(fresh[name]))} here: want the same, or leave it out "
+                "of config.init_from.parts"
             )
     merged = fresh | {name: np.asarray(offered[name]) for name in taken}
     new, unused = fresh.keys() - taken, source.keys() - taken
@@ -149,7 +146,8 @@ def _positions(
 ) -> np.ndarray:
     """Positions of the other run for the grid of this one, class token first."""
     patch = saved.objective.encoder.patch
-    old = Grid(*(side // patch for side in saved.data.image_size), patch)
+    rows, cols = saved.data.image_size
+    old = Grid(rows // patch, cols // patch, patch)
     new = settings.objective.grid(settings.data.image_shape)
     width = saved.objective.encoder.width
     table = np.concatenate([np.zeros((1, width)), sincos_2d(old, width)])
@@ -177,6 +175,10 @@ def _saved(folder: pathlib.Path, name: str) -> configs.Tree:
             f"config.init_from.run={name!r}: job {saved.job!r}; want a training run"
         )
     return saved
+
+
+def _node(tree: configs.Tree, path: list[str]) -> configs.Tree:
+    return functools.reduce(lambda node, name: node[name], path, tree)
 
 
 def _below(name: str, parts: tuple[str, ...]) -> bool:

@@ -42,8 +42,8 @@ class RandAugment:
             )
         if not 0 <= self.magnitude <= _TOP or not 0 <= self.p <= 1:
             raise ValueError(
-                f"magnitude={self.magnitude}, p={self.p}: want 0 <= magnitude <= 10 and "
-                "0 <= p <= 1"
+                f"magnitude={self.magnitude}, p={self.p}: want 0 <= magnitude <= 10 "
+                "and 0 <= p <= 1"
             )
         if not self.fill or not 0 <= min(self.fill) <= max(self.fill) <= 255:
             raise ValueError(f"fill={self.fill}: want numbers from 0 to 255")
@@ -52,13 +52,13 @@ class RandAugment:
         """ValueError if images of so many channels cannot be augmented."""
         if self.ops and channels not in (1, 3):
             raise ValueError(
-                f"randaugment.ops={self.ops} for images of {channels} channels: want 0, "
-                "or images of 1 or 3"
+                f"randaugment.ops={self.ops} for images of {channels} channels: want "
+                "0, or images of 1 or 3"
             )
         if self.ops and len(self.fill) not in (1, channels):
             raise ValueError(
-                f"randaugment.fill={self.fill} for images of {channels} channel(s): want "
-                "one number, or one per channel"
+                f"randaugment.fill={self.fill} for images of {channels} channel(s): "
+                "want one number, or one per channel"
             )
 
     def __call__(

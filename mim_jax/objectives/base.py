@@ -204,8 +204,8 @@ class Objective(abc.ABC):
         labels, pooled = isinstance(self, LabelObjective), self.encoder.norm == "pooled"
         if pooled and not (labels and self.feature == "avg"):
             raise ValueError(
-                "encoder.norm='pooled': want 'tokens', or an objective with labels that "
-                "reads the mean of the patch tokens"
+                "encoder.norm='pooled': want 'tokens', or an objective with labels "
+                "that reads the mean of the patch tokens"
             )
         if self.encoder.drop_path and not labels:
             raise ValueError(

@@ -258,7 +258,7 @@ class Mix:
 def _cut_box(
     key: Key[Array, ""], shape: tuple[int, ...], share: Float[Array, ""]
 ) -> Bool[Array, "h w"]:
-    """True in a box of 1 - share of the area, around a uniform pixel, cut at borders."""
+    """True in a box of 1 - share of the area around a random pixel, cut at borders."""
 
     def inside(key, length):
         side = jnp.floor(length * jnp.sqrt(1 - share)).astype(jnp.int32)

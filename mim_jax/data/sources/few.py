@@ -61,8 +61,8 @@ class Few(Source):
             return
         if self.share is not None and not 0.5 / count <= self.share <= 1:
             raise ValueError(
-                f"share={self.share}: want 1/{count} <= share <= 1, so that there is an "
-                "image"
+                f"share={self.share}: want 1/{count} <= share <= 1, so that there is "
+                "an image"
             )
         if not 1 <= self.images <= count:
             raise ValueError(
@@ -133,8 +133,8 @@ class Few(Source):
         known = int(counts.sum())
         if self._count > known:
             raise ValueError(
-                f"images={self._count}, sampling='stratified': want at most {known}, the "
-                "images with a label"
+                f"images={self._count}, sampling='stratified': want at most {known}, "
+                "the images with a label"
             )
         whole, rest = np.divmod(counts * self._count, known)
         missing = self._count - int(whole.sum())
