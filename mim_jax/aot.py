@@ -37,6 +37,7 @@ from mim_jax import sharding
 from mim_jax.commandline import CONFIG, EXIT_CONFIG, leave, parse
 from mim_jax.data.sources.base import Source
 from mim_jax.train import Plan
+from mim_jax.warmstart import adopt
 
 # What libtpu calls a chip, how its cores are used (as a megacore, two are one device),
 # and how many sides a layout of such chips has.
@@ -109,6 +110,7 @@ def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
             f"config.job={config.job!r}: want a training config, e.g. configs/mae.py"
         )
     devices = devices_of(topology)
+    config = adopt(config)
     wanted = config.data.source.name
     try:
         return Plan.of(config, devices), wanted

@@ -54,7 +54,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             "run": str(folder),
             "step": trained.step,
             "weights": settings.weights,
-            "parameters_sha256": _digest(trained.params),
+            "parameters_sha256": _digest(state.unstack_blocks(trained.params)),
         }
         found[title] = trained, training
     with rundir.claim(workdir):
@@ -135,19 +135,19 @@ def load(
         raise configs.ConfigError(
             f"weights='teacher': run {str(folder)!r} has none; want 'trained'"
         )
-    initial = jax.jit(
-        functools.partial(
-            state.initial,
-            training.objective,
-            seed=training.seed,
-            image_shape=training.data.image_shape,
-        )
-    )()[0]
+    make = functools.partial(
+        state.initial,
+        training.objective,
+        seed=training.seed,
+        image_shape=training.data.image_shape,
+    )
+    # As it was trained: many deep networks in one evaluation compile slowly.
+    laid = functools.partial(state.layout, scan=training.scan)
     run = Run(
         objective=training.objective,
-        params=found["params"] | (found["teacher"] if teacher else {}),
-        stats=found["stats"],
-        initial=initial,
+        params=laid(found["params"] | (found["teacher"] if teacher else {})),
+        stats=laid(found["stats"]),
+        initial=jax.jit(lambda: laid(make()[0]))(),
         step=step,
         name=folder.resolve().name + (", teacher" if teacher else ""),
     )

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from mim_jax.objectives.base import Aux
+from mim_jax.ops.lars import trusted
 from mim_jax.sharding import path_name
 
 _BLOCK = re.compile(r"block(\d+)")
@@ -318,14 +319,7 @@ def _trusted(coefficient: float) -> optax.GradientTransformation:
             first = int("blocks" in path_name(path).split("/"))  # one ratio per block
             if update.ndim - first <= 1:
                 return update
-            axes = tuple(range(first, update.ndim))
-            long, wide = (
-                jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
-                for x in (update, param)
-            )
-            safe = jnp.where(long > 0, long, 1)
-            ratio = jnp.where((long > 0) & (wide > 0), coefficient * wide / safe, 1)
-            return update * ratio
+            return trusted(update, param, coefficient, range(first, update.ndim))
 
         return jax.tree_util.tree_map_with_path(rule, updates, params)
 

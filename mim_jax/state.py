@@ -52,8 +52,7 @@ def create(
     """
     step = jnp.zeros((), jnp.int32)
     params, stats = initial(objective, seed=seed, image_shape=image_shape)
-    if scan:
-        params, stats = stack_blocks(params), stack_blocks(stats)
+    params, stats = layout(params, scan), layout(stats, scan)
     return TrainState(
         step=step,
         params=params,
@@ -68,6 +67,11 @@ def initial(objective, *, seed: int, image_shape: tuple[int, int, int]) -> tuple
     """(parameters per block, statistics) that a run with that seed starts from."""
     batch = {"image": jnp.zeros((1, *image_shape), jnp.uint8)}
     return objective.init(jax.random.fold_in(run_key(seed), _INIT), batch)
+
+
+def layout(tree: Any, scan: bool) -> Any:
+    """A tree given per block, stacked if networks are to run their blocks as a loop."""
+    return stack_blocks(tree) if scan else tree
 
 
 def run_key(seed: int) -> Key[Array, ""]:

@@ -420,15 +420,18 @@ def _summary(
 def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     """The evaluation named by config.report, on the state as it is, on one host."""
     settings, mesh = plan.settings, plan.mesh
-    gather = jax.jit(states.unstack_blocks, out_shardings=sharding.replicated(mesh))
+    everywhere = sharding.replicated(mesh)
+    gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
     params, stats = gather(state.params), gather(state.stats)
-    make = functools.partial(
-        states.initial,
-        settings.objective,
-        seed=settings.seed,
-        image_shape=settings.data.image_shape,
-    )
-    initial, _ = jax.jit(make, out_shardings=sharding.replicated(mesh))()
+
+    def make():
+        shape = settings.data.image_shape
+        first = states.initial(
+            settings.objective, seed=settings.seed, image_shape=shape
+        )
+        return states.layout(first[0], settings.scan)
+
+    initial = jax.jit(make, out_shardings=everywhere)()
     if jax.process_index() != 0:
         return
     trained = Run(

@@ -21,7 +21,7 @@ from mim_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     MismatchError,
-    read_params,
+    read_parts,
 )
 from mim_jax.interrupt import Interrupted
 from mim_jax.state import TrainState, stack_blocks, unstack_blocks
@@ -366,27 +366,30 @@ def test_no_bad_state_is_saved(fill, tmp_path):
     assert restore(tmp_path)[0] == 2
 
 
-def test_read_params_reads_the_parameters_alone(fill, tmp_path):
+def test_read_parts_reads_what_is_asked_for(fill, tmp_path):
     fill(2, 4)
-    step, params = read_params(tmp_path)
-    assert step == 4
-    assert_same_bits(params, make(4).params)
-    assert read_params(tmp_path, 2)[0] == 2
+    step, found = read_parts(tmp_path)
+    assert step == 4 and found.keys() == {"params"}
+    assert_same_bits(found["params"], make(4).params)
+    _, found = read_parts(tmp_path, 2, ("params", "teacher", "stats"))
+    assert_same_bits(found["teacher"], make(2).teacher)
+    assert_same_bits(found["stats"], make(2).stats)
+    assert read_parts(tmp_path, 2)[0] == 2
     with pytest.raises(FileNotFoundError, match="steps there: 2, 4"):
-        read_params(tmp_path, 3)
+        read_parts(tmp_path, 3)
     with pytest.raises(FileNotFoundError, match="none"):
-        read_params(tmp_path / "nowhere")
+        read_parts(tmp_path / "nowhere")
 
 
-def test_read_params_says_damaged(fill, tmp_path):
+def test_read_parts_says_damaged(fill, tmp_path):
     folder = fill(2, 4)
     (folder / "4" / "state" / "manifest.ocdbt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoint 4 .* is damaged"):
-        read_params(tmp_path)
-    assert read_params(tmp_path, 2)[0] == 2
+        read_parts(tmp_path)
+    assert read_parts(tmp_path, 2)[0] == 2
 
 
-def test_read_params_sees_a_flipped_bit(fill, tmp_path):
+def test_read_parts_sees_a_flipped_bit(fill, tmp_path):
     folder = fill(2, width=4096)
     whole = make(2, 4096).params
     told = []
@@ -397,7 +400,7 @@ def test_read_params_sees_a_flipped_bit(fill, tmp_path):
             offset = data.stat().st_size * tenth // 10
             flip(data, offset)
             try:
-                assert_same_bits(read_params(tmp_path)[1], whole)
+                assert_same_bits(read_parts(tmp_path)[1]["params"], whole)
             except CheckpointError as error:
                 told.append(str(error))
             flip(data, offset)

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mim_jax.checkpoint import read_params
+from mim_jax.checkpoint import read_parts
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 12
@@ -443,7 +443,7 @@ def test_scan_goes_on_from_an_unrolled_checkpoint(straight, tmp_path):
     run(workdir, leaves)
     assert_close_run(workdir, straight)
     assert final_state(workdir).keys() == final_state(straight).keys()
-    assert set(read_params(workdir)[1]) == {"encoder", "decoder"}
+    assert set(read_parts(workdir)[1]["params"]) == {"encoder", "decoder"}
 
 
 # Refusals and faults

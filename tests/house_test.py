@@ -36,12 +36,17 @@ MAY_IMPORT = {
     ),
     "data.sources": ("data.sources.base",),
     "data.transforms": (),
-    "data.pipeline": ("data.sources.base", "data.transforms"),
+    "data.randaugment": (),
+    "data.pipeline": (
+        "data.randaugment",
+        "data.sources.base",
+        "data.transforms",
+    ),
     "data.prepare": ("data.sources",),
     # Beside, used by jobs: pytrees in, pytrees out.
     "state": (),
     "sharding": (),
-    "optim": ("objectives.base", "sharding"),
+    "optim": ("objectives.base", "ops.lars", "sharding"),
     "checkpoint": ("interrupt", "sharding", "state"),
     "metrics": (),
     "interrupt": (),
@@ -76,7 +81,9 @@ MAY_IMPORT = {
         "rundir",
         "sharding",
         "state",
+        "warmstart",
     ),
+    "warmstart": ("checkpoint", "config", "ops", "sharding", "state"),
     "compare": (
         "config",
         "data.pipeline",
@@ -104,7 +111,14 @@ MAY_IMPORT = {
         "metrics",
         "train",
     ),
-    "aot": ("commandline", "config", "data.sources.base", "sharding", "train"),
+    "aot": (
+        "commandline",
+        "config",
+        "data.sources.base",
+        "sharding",
+        "train",
+        "warmstart",
+    ),
 }
 TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
 # What several plug-ins of a room share, besides its base.

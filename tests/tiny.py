@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from mim_jax import config, sharding, train
 from mim_jax import state as states
@@ -23,6 +24,7 @@ _ENCODER = dict(patch=2, width=16, depth=2, heads=2)
 _DECODER = dict(width=16, depth=1, heads=2)
 _HEAD = dict(hidden=32, out=16)
 _GREY = dict(saturation=0.0, hue=0.0, gray_p=0.0, blur_sigma=(0.1, 0.5))
+_MEAN = "the head reads the patch tokens"
 _NORM = "the batch norm of the head takes out what all examples share"
 
 
@@ -34,6 +36,7 @@ class Tiny:
         objective: leaves of its config, groups as dicts; encoder and data's mean and
             deviation are the same for all.
         data: leaves of config.data.
+        optimiser: by its name.
         base_lr: with which the loss falls in STEPS steps.
         falls: to less than this share of what it was.
         rounding: how far gradients in bfloat16 may be from those in float32, as a
@@ -43,6 +46,7 @@ class Tiny:
 
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimiser: str = "adamw"
     base_lr: float = 0.1
     falls: float = 0.88
     rounding: float = 0.15
@@ -86,9 +90,23 @@ TINY: dict[str, Tiny] = {
         objective=dict(masking=dict(least=2), color_jitter="whole", jitter=_GREY),
     ),
     "supervised": Tiny(
-        objective=dict(classes=10, color_jitter="whole", jitter=_GREY),
+        objective=dict(
+            classes=10,
+            encoder=_ENCODER | dict(drop_path=0.1),
+            color_jitter="whole",
+            jitter=_GREY,
+            erasing=dict(p=0.25),
+            mix=dict(mixup=0.8, cutmix=1.0, group=2),
+        ),
         base_lr=0.3,
-        falls=0.75,
+        falls=0.95,
+        still={"encoder/cls_token": _MEAN},
+    ),
+    "probe": Tiny(
+        objective=dict(classes=10),
+        optimiser="lars",
+        base_lr=50.0,
+        falls=0.85,
     ),
 }
 
@@ -96,14 +114,18 @@ TINY: dict[str, Tiny] = {
 def tree_of(name: str, **changes) -> config.Tree:
     """The config of a tiny objective; `changes` has paths as `mesh__fsdp=2`."""
     row = TINY[name]
-    tree = config.experiment("train", source="digits", objective=name)
+    tree = config.experiment(
+        "train", source="digits", objective=name, optimiser=row.optimiser
+    )
     tree.steps, tree.batch_size, tree.dtype, tree.remat = STEPS, ROWS, "float32", "none"
     tree.scan = False
     tree.data.update(dict(image_size=(8, 8), workers=0, threads=1) | row.data)
     fields = dict(encoder=_ENCODER, mean=(0.5,), std=(0.25,)) | row.objective
     tree.objective.update(fields)
     # The first step has the full rate and shrinks all that is not frozen.
-    tree.optim.update(dict(warmup_epochs=0.0, base_lr=row.base_lr, decay="all"))
+    tree.optim.update(dict(warmup_epochs=0.0, base_lr=row.base_lr))
+    if row.optimiser == "adamw":
+        tree.optim.decay = "all"
     tree.compile_cache = False
     tree.report = config.choose(Eval, "knn", k=(5,), rows=1, neighbours=1)
     for path, value in changes.items():
@@ -192,9 +214,17 @@ def bits(tree) -> dict[str, bytes]:
 
 
 def gradients(state) -> dict[str, np.ndarray]:
-    """After one step from zero Adam's first moment is 0.1 times the gradient."""
-    (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
-    return {name: leaf * np.float32(10) for name, leaf in leaves(adam.mu).items()}
+    """Of what is not frozen. After one step from zero Adam's first moment is 0.1 times
+    the gradient, and LARS's momentum is the gradient at another length."""
+    kinds = (optax.ScaleByAdamState, optax.TraceState)
+
+    def of(part):
+        return isinstance(part, kinds)
+
+    (found,) = filter(of, jax.tree.leaves(state.opt_state, is_leaf=of))
+    if isinstance(found, optax.TraceState):
+        return leaves(found.trace)
+    return {name: leaf * np.float32(10) for name, leaf in leaves(found.mu).items()}
 
 
 def below(path: str, paths) -> bool:

@@ -5,12 +5,16 @@ from mim_jax.evals.attention import Attention
 from mim_jax.evals.base import Eval
 from mim_jax.evals.cka import CKA
 from mim_jax.evals.knn import KNN
+from mim_jax.evals.linear import Linear
 from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.evals.ridge import Ridge
 from mim_jax.evals.tsne import TSNE
 
 EVALS: dict[str, type[Eval]] = {
     "reconstruction": Reconstruction,
     "knn": KNN,
+    "linear": Linear,
+    "ridge": Ridge,
     "cka": CKA,
     "attention": Attention,
     "tsne": TSNE,

@@ -23,7 +23,7 @@ class Run:
 
     Attributes:
         objective: built from the run's own config.
-        params: parameters per block.
+        params: parameters, with the blocks stacked or not, as they were trained.
         stats: running statistics, {} without any.
         initial: new parameters by the run's seed: those that it started from, unless
             it began with another run's.

@@ -273,3 +273,31 @@ def test_the_embedded_config_learns_from_one_photograph():
     (index,) = few.chosen()
     assert few.source.files[index] == "skimage/data/astronaut.png"
     assert built.epoch_images == 1_281_167 and built.objective.jitter.blur_p == 0.5
+
+
+@pytest.mark.parametrize("images", range(1, 16))
+def test_a_stratified_choice_has_each_class_in_proportion(images):
+    few = Few(source=STAIR, images=images, sampling="stratified")
+    labels = np.array(labels_of(few))
+    assert len(few) == len(set(few.chosen())) == images and (labels >= 0).all()
+    counts = np.bincount(labels, minlength=5)
+    exact = np.array([5, 4, 3, 2, 1]) * images / 15
+    assert (np.abs(counts - exact) < 1).all()
+    if images % 15 == 0:
+        assert counts.tolist() == [5, 4, 3, 2, 1]
+
+
+def test_a_share_is_that_part_of_the_source():
+    few = Few(source=DIGITS, share=0.1, sampling="stratified")
+    assert len(few) == len(few.chosen()) == 144  # of 1442
+    counts = np.bincount(labels_of(few), minlength=10)
+    assert counts.min() >= 13 and counts.max() <= 15
+    assert few.chosen() == Few(source=DIGITS, share=0.1, sampling="stratified").chosen()
+    other = dataclasses.replace(few, seed=1)
+    assert other.chosen() != few.chosen()
+    assert len(Few(source=DIGITS, share=1.0)) == 1442
+    for share in (0.0, 1.5, 1e-9):
+        with pytest.raises(ValueError, match=f"share={share}: want 1/1442 <= share"):
+            Few(source=DIGITS, share=share)
+    with pytest.raises(ValueError, match="want at most 15, the images with a label"):
+        Few(source=STAIR, images=16, sampling="stratified").chosen()

@@ -326,3 +326,21 @@ def test_centre_crop_always_has_its_size():
             crop = transforms.centre_crop(pattern(rows, cols, 1), (13, 17), fraction)
             assert crop.shape == (13, 17, 1)
             assert math.isfinite(crop.mean())
+
+
+def test_one_draw_is_cut_to_the_image():
+    # Twice as wide as high, and the whole area asked for: a square does not fit.
+    rng = np.random.default_rng(0)
+    boxes = [
+        transforms.sample_box((20, 40), (1.0, 1.0), (1.0, 1.0), rng, retry=False)
+        for _ in range(200)
+    ]
+    assert {(rows, cols) for _, _, rows, cols in boxes} == {(20, 28)}
+    # And lies anywhere: the draw that is retried falls back to the centre.
+    assert {left for _, left, _, _ in boxes} == set(range(13))
+    assert transforms.sample_box((20, 40), (1.0, 1.0), (1.0, 1.0), rng) == (
+        0,
+        10,
+        20,
+        20,
+    )

@@ -14,6 +14,7 @@ from tiny import first_state, images_of, plan_of, tree_of
 from mim_jax import config, optim, train
 from mim_jax.data.sources.base import Source
 from mim_jax.objectives.supervised import Supervised
+from mim_jax.ops.augment import Erasing, Mix
 
 CLASSES = 5
 
@@ -21,7 +22,7 @@ CLASSES = 5
 class Linear(Supervised):
     """The pixels of an image, with one weight for each pixel and class."""
 
-    def logits(self, params, images):
+    def scores(self, params, images, keys=None):
         return images.reshape(len(images), -1) @ params
 
 
@@ -117,9 +118,11 @@ def test_a_batch_without_labels_teaches_nothing(micro_batches):
 # The networks.
 
 
-@pytest.mark.parametrize("pool", ["avg", "cls"])
-def test_the_head_reads_the_pooled_features(pool):
-    objective = dataclasses.replace(plan_of("supervised").settings.objective, pool=pool)
+@pytest.mark.parametrize("pool, norm", [("avg", "tokens"), ("cls", "tokens")])
+def test_the_head_reads_the_pooled_features(pool, norm):
+    objective = plan_of("supervised").settings.objective
+    encoder = dataclasses.replace(objective.encoder, norm=norm)
+    objective = dataclasses.replace(objective, pool=pool, encoder=encoder)
     assert objective.feature == pool
     params = jax.tree.map(jnp.asarray, first_state("supervised").params)
     images = jnp.asarray(images_of("supervised")["image"][:2])
@@ -129,11 +132,140 @@ def test_the_head_reads_the_pooled_features(pool):
     np.testing.assert_allclose(objective.features(params, images), pooled, rtol=1e-6)
     head = params["head"]["linear"]
     want = np.asarray(pooled) @ np.asarray(head["kernel"])
-    got = objective.logits(params, floats)
+    got = objective.logits(params, {}, images)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-8)
     assert got.shape == (2, 10) and np.abs(want).max() > 0
     other = params | {"head": {"linear": head | {"bias": head["bias"] + 1}}}
-    np.testing.assert_allclose(objective.logits(other, floats), got + 1, rtol=1e-5)
+    np.testing.assert_allclose(objective.logits(other, {}, floats), got + 1, rtol=1e-5)
+
+
+def test_a_norm_after_pooling_reads_tokens_that_are_not_normed():
+    objective = plan_of("supervised").settings.objective
+    assert objective.encoder.norm == "pooled"
+    params = jax.tree.map(jnp.asarray, first_state("supervised").params)
+    rng = np.random.default_rng(0)
+    norm = {name: rng.normal(size=16) for name in ("scale", "bias")}
+    given = {name: jnp.asarray(x, jnp.float32) for name, x in norm.items()}
+    params["encoder"] = params["encoder"] | {"norm": given}
+    images = jnp.asarray(images_of("supervised")["image"][:3])
+    floats = images.astype(jnp.float32) / 255
+    _, seen = objective.encode(params, floats, taps=("blocks",))
+    mean = np.asarray(seen["blocks"][-1][:, 1:], np.float64).mean(axis=1)
+    centred = mean - mean.mean(axis=1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-6)
+    want = want * norm["scale"] + norm["bias"]
+    got = objective.features(params, images)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pool, norm, drop_path, message",
+    [
+        ("cls", "pooled", 0.0, "encoder.norm='pooled': want 'tokens'"),
+        ("avg", "pooled", 1.0, "encoder.drop_path=1.0: want 0 <= drop_path < 1"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(pool, norm, drop_path, message):
+    objective = plan_of("supervised").settings.objective
+    encoder = dataclasses.replace(objective.encoder, norm=norm, drop_path=drop_path)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(objective, pool=pool, encoder=encoder).check((8, 8, 1))
+
+
+@pytest.mark.parametrize("fields", [dict(norm="pooled"), dict(drop_path=0.1)], ids=str)
+def test_other_objectives_refuse_what_is_for_labels(fields):
+    objective = plan_of("mae").settings.objective
+    encoder = dataclasses.replace(objective.encoder, **fields)
+    with pytest.raises(ValueError, match="an objective with labels"):
+        dataclasses.replace(objective, encoder=encoder).check((8, 8, 1))
+
+
+# What is drawn in training.
+
+
+def by_hand(logits, targets) -> float:
+    logits = np.asarray(logits, np.float64)
+    chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances /= chances.sum(axis=1, keepdims=True)
+    return float(-(targets * np.log(chances)).sum() / targets.sum())
+
+
+def test_mixed_images_have_mixed_targets():
+    # Each class has its own grey, so that a mixed image tells its share.
+    weights = np.zeros((4, CLASSES), np.float32)
+    objective = linear(smoothing=0.0, mix=Mix(mixup=0.8, group=4))
+    assert objective.batch_coupled and not linear().batch_coupled
+    images = np.repeat([0, 50, 100, 200], 4).reshape(4, 2, 2, 1).astype(np.uint8)
+    labels = np.array([0, 1, 2, 3])
+    seen = []
+
+    class Seen(Linear):
+        def scores(self, params, images, keys=None):
+            seen.append(np.asarray(images))
+            return images.reshape(len(images), -1) @ params
+
+    fields = dataclasses.fields(objective)
+    objective = Seen(**{f.name: getattr(objective, f.name) for f in fields})
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(4, CLASSES)).astype(np.float32)
+    loss, aux = loss_of(objective, weights, images, labels)
+    (mixed,) = seen
+    share = (mixed[3, 0, 0, 0] - 0) / (200 / 255)
+    want = share * images / 255 + (1 - share) * images[::-1] / 255
+    np.testing.assert_allclose(mixed, want, atol=1e-6)
+    assert 0.01 < share < 0.99
+    targets = (
+        share * np.eye(CLASSES)[labels] + (1 - share) * np.eye(CLASSES)[labels[::-1]]
+    )
+    logits = mixed.reshape(4, -1) @ weights
+    np.testing.assert_allclose(loss, by_hand(logits, targets), rtol=1e-5)
+    # An image whose partner's label is unknown counts by its own share.
+    unknown = np.array([0, 1, 2, -1])
+    loss, aux = loss_of(objective, weights, images, unknown)
+    targets[[0, 3], 3] = 0
+    np.testing.assert_allclose(aux.weight, 3, rtol=1e-5)
+    np.testing.assert_allclose(loss, by_hand(logits, targets), rtol=1e-5)
+
+
+def test_paths_are_dropped_in_training_and_not_in_evaluation():
+    objective = plan_of("supervised").settings.objective
+    encoder = dataclasses.replace(objective.encoder, drop_path=0.9)
+    params = jax.tree.map(jnp.asarray, first_state("supervised").params)
+    head = params["head"]["linear"]
+    params["head"] = {"linear": head | {"kernel": head["kernel"] * 1e5}}
+    given = images_of("supervised")
+    batch = {name: jnp.asarray(given[name]) for name in ("image", "label")}
+    keys = jax.random.split(jax.random.key(0), len(given["image"]))
+    plain = dict(mix=Mix(), erasing=Erasing(), color_jitter="none")
+    losses = {}
+    for rate in (0.0, 0.9):
+        encoder = dataclasses.replace(objective.encoder, drop_path=rate)
+        one = dataclasses.replace(objective, encoder=encoder, **plain)
+        losses[rate] = [
+            float(one.loss(params, None, batch, k)[0]) for k in (keys, keys[::-1])
+        ]
+        logits = one.logits(params, {}, batch["image"])
+        losses[rate].append(np.asarray(logits))
+    assert losses[0.0][0] == losses[0.0][1]
+    assert len({losses[0.9][0], losses[0.9][1], losses[0.0][0]}) == 3
+    np.testing.assert_array_equal(losses[0.0][2], losses[0.9][2])
+
+
+def test_erasing_is_of_the_share_of_images_asked_for():
+    seen = []
+
+    class Seen(Linear):
+        def scores(self, params, images, keys=None):
+            seen.append(np.asarray(images))
+            return images.reshape(len(images), -1) @ params
+
+    fields = dict(classes=CLASSES, mean=(0.5,), std=(0.25,))
+    weights, images, labels, _ = data()
+    for p in (0.0, 1.0):
+        loss_of(Seen(**fields, erasing=Erasing(p=p)), weights, images, labels)
+    plain, erased = seen
+    np.testing.assert_allclose(plain, images / 255, atol=1e-6)
+    assert (plain != erased).any(axis=(1, 2, 3)).mean() > 0.2
 
 
 def test_the_head_starts_near_zero():

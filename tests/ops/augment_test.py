@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from skimage import color
 
 from mim_jax.ops import augment
-from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.augment import ColorJitter, Erasing, Mix
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +263,130 @@ def test_an_image_is_never_its_own_partner(rows, partner):
     images, keys = copies(np.zeros((4, 4, 1)), rows)
     with pytest.raises(ValueError, match=rf"{rows} image\(s\) with number {partner}"):
         augment.cutmix(images, keys, partner)
+
+
+# Mixing images and their labels.
+
+
+def mixed(mix: Mix, rows: int, size=(12, 10), seed: int = 0):
+    """(images, mixed images, mixed targets): every image has a label of its own."""
+    rng = np.random.default_rng(seed)
+    images = rng.random((rows, *size, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(seed), rows)
+    out, targets = jax.jit(mix)(jnp.asarray(images), jnp.eye(rows), keys)
+    return images, np.asarray(out), np.asarray(targets)
+
+
+def groups(values, size: int):
+    return np.asarray(values).reshape(-1, size, *np.shape(values)[1:])
+
+
+@pytest.mark.parametrize("group", [32, 8])
+def test_mixup_has_one_share_per_group_and_the_reversed_partner(group):
+    images, out, targets = mixed(Mix(mixup=0.8, group=group), 64)
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
+    shares = np.diag(targets).reshape(-1, group)
+    assert (np.ptp(shares, axis=1) < 1e-6).all()  # one in each group
+    assert len(np.unique(shares[:, 0].round(6))) == 64 // group
+    for g, share in enumerate(shares[:, 0]):
+        rows = slice(g * group, (g + 1) * group)
+        mine, theirs = images[rows], images[rows][::-1]
+        want = share * mine + (1 - share) * theirs
+        np.testing.assert_allclose(out[rows], want, atol=1e-6)
+        for i in range(group):
+            other = targets[g * group + i, g * group + group - 1 - i]
+            np.testing.assert_allclose(other, 1 - share, atol=1e-6)
+
+
+def test_cutmix_pastes_one_box_per_group_and_its_area_is_the_share():
+    seen = []
+    for seed in range(20):
+        images, out, targets = mixed(Mix(cutmix=1.0, group=4), 8, seed=seed)
+        for g in range(2):
+            rows = slice(4 * g, 4 * g + 4)
+            partners = images[rows][::-1]
+            box = (out[rows] == partners).all(axis=-1)
+            kept = (out[rows] == images[rows]).all(axis=-1)
+            assert (box ^ kept).all()
+            assert (box == box[:1]).all()  # the same place in all four
+            ys, xs = np.nonzero(box[0])
+            if len(ys):
+                assert len(ys) == (np.ptp(ys) + 1) * (np.ptp(xs) + 1)
+            share = 1 - box[0].mean()
+            np.testing.assert_allclose(np.diag(targets)[rows], share, atol=1e-6)
+            seen.append(share)
+    # Lambda is uniform, but what reaches over a border is cut off.
+    assert 0.5 < np.mean(seen) < 0.9 and min(seen) < 0.4 and max(seen) > 0.95
+
+
+def test_groups_choose_between_the_two():
+    images, out, targets = mixed(Mix(mixup=0.8, cutmix=1.0, switch=0.3, group=2), 2000)
+    partners = groups(images, 2)[:, ::-1].reshape(images.shape)
+    pasted = ((out == images) | (out == partners)).all(axis=(1, 2, 3))
+    share = pasted[::2].mean()
+    assert abs(share - 0.3) < 5 * (0.21 / 1000) ** 0.5
+
+
+def test_mixup_shares_are_beta_distributed():
+    _, _, targets = mixed(Mix(mixup=0.8, group=2), 4000, size=(1, 1))
+    shares = np.diag(targets)[::2]
+    # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)).
+    assert abs(shares.mean() - 0.5) < 5 * (0.0962 / 2000) ** 0.5
+    assert abs(shares.var() - 1 / (4 * 2.6)) < 0.01
+
+
+def test_batches_that_cannot_be_grouped_are_refused():
+    for rows, group in ((40, 32), (5, 32)):
+        with pytest.raises(ValueError, match=f"a batch of {rows} images in groups"):
+            mixed(Mix(mixup=0.8, group=group), rows)
+    for fields, message in (
+        (dict(mixup=-1.0), "mixup=-1.0"),
+        (dict(group=3), "group=3: want an even number"),
+        (dict(switch=1.5), "switch=1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Mix(**fields)
+    assert not Mix().on and Mix(cutmix=1.0).on
+
+
+# Erasing.
+
+
+def erased(settings: Erasing, rows: int, size=(40, 30)):
+    """True at the pixels of each image that are noise, and the noise there."""
+    images = jnp.full((rows, *size, 2), 7.0)  # no noise is there by chance
+    keys = jax.random.split(jax.random.key(3), rows)
+    out = jax.jit(lambda x, k: settings(x, k, (0.2, 0.6), (0.1, 0.3)))(images, keys)
+    out = np.asarray(out)
+    box = (out != 7).any(axis=-1)
+    assert (box == (out != 7).all(axis=-1)).all()
+    return box, out[box]
+
+
+def test_erased_boxes_have_the_areas_and_ratios_asked_for():
+    box, noise = erased(Erasing(p=1.0), 1500)
+    areas, logs = [], []
+    for one in box:
+        ys, xs = np.nonzero(one)
+        height, width = np.ptp(ys) + 1, np.ptp(xs) + 1
+        assert one.sum() == height * width
+        areas.append(height * width / 1200)
+        logs.append(np.log(height / width))
+    assert 0.015 < min(areas) and max(areas) < 0.36
+    # Uniform in .02 to 1/3, but for those that would not fit.
+    assert abs(np.mean(areas) - 0.17) < 0.02 and np.quantile(areas, 0.1) < 0.07
+    assert -1.5 < min(logs) and max(logs) < 1.5 and abs(np.mean(logs)) < 0.15
+    # Everywhere in the image.
+    assert box.any(axis=0).all()
+    np.testing.assert_allclose(noise.mean(axis=0), [0.2, 0.6], atol=0.005)
+    np.testing.assert_allclose(noise.std(axis=0), [0.1, 0.3], rtol=0.02)
+
+
+def test_erasing_takes_its_share_of_images():
+    box, _ = erased(Erasing(p=0.25), 2000)
+    share = box.any(axis=(1, 2)).mean()
+    assert abs(share - 0.25) < 5 * (0.1875 / 2000) ** 0.5
+    assert not erased(Erasing(p=0.0), 10)[0].any()
+    for fields in (dict(p=1.5), dict(ratio=0.0), dict(area=(0.5, 0.2))):
+        with pytest.raises(ValueError, match="want"):
+            Erasing(**fields)

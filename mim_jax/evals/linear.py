@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear probe of features that are extracted once, for many learning rates at once."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
+
+from mim_jax.evals.base import Eval, Number, Passes, Report, Run, share_of
+from mim_jax.evals.features import Features, extract
+from mim_jax.objectives.base import Objective
+from mim_jax.ops.lars import trusted
+from mim_jax.ops.losses import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear(Eval):
+    """Accuracy of a linear classifier on frozen features (`Objective.features`).
+
+    The optimiser is that of MAE's linear probe (LARS, cosine, a warm-up of a ninth;
+    arXiv:2111.06377, table 10); unlike there, images are not augmented, and features
+    are standardised by their mean and deviation over all training images. The rate is
+    chosen on training images that are held back, then that classifier is fitted to all
+    of them. Features of all training images are held in memory, in float32.
+
+    Attributes:
+        rates: learning rates per 256 images, each fitted at the same time.
+        epochs: passes over the features.
+        batch_size: features per step.
+        held_back: share of the training images that chooses the rate.
+        momentum, trust: of LARS.
+        seed: of the order, the choice and the first weights.
+    """
+
+    rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+    epochs: int = 90
+    batch_size: int = 1024
+    held_back: float = 0.1
+    momentum: float = 0.9
+    trust: float = 0.001
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates={self.rates}: want numbers > 0")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"epochs={self.epochs}, batch_size={self.batch_size}: want at least 1"
+            )
+        if not 0 < self.held_back < 1 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"held_back={self.held_back}, momentum={self.momentum}: want "
+                "0 < held_back < 1 and 0 <= momentum < 1"
+            )
+        if not self.trust > 0:
+            raise ValueError(f"trust={self.trust}: want a number > 0")
+
+    def check(self, objective: Objective) -> None:
+        pass  # every objective has features
+
+    def measure(self, run: Run, data: Passes) -> Report:
+        if not data.classes:
+            raise ValueError(
+                "the source has no labels, which a linear probe learns: want a source "
+                "with classes, such as digits"
+            )
+        encode = functools.partial(run.objective.features, run.params)
+        with data.train() as batches:
+            train = _known(extract(encode, batches))
+        with data.held_out() as batches:
+            held_out = _known(extract(encode, batches))
+        mean, deviation = train.vectors.mean(axis=0), train.vectors.std(axis=0)
+        scale = 1 / np.sqrt(deviation**2 + 1e-6)
+
+        def standard(features: Features) -> tuple[np.ndarray, np.ndarray]:
+            return (features.vectors - mean) * scale, features.labels
+
+        bank, labels = standard(train)
+        count = len(labels)
+        order = np.random.default_rng(self.seed).permutation(count)
+        back = round(self.held_back * count)
+        if not 1 <= back < count:
+            raise ValueError(
+                f"held_back={self.held_back} of {count} training images with a label: "
+                "want at least one on both sides"
+            )
+        fitted, chosen = order[back:], order[:back]
+        tried = self.fit(bank[fitted], labels[fitted], len(data.classes), self.rates)
+        found = np.stack(
+            [predict(one, bank[chosen]) == labels[chosen] for one in tried]
+        ).mean(axis=1)
+        # The smallest of the best: ties are common on few images.
+        rate = self.rates[int(np.argmax(found))]
+        (final,) = self.fit(bank, labels, len(data.classes), (rate,))
+        queries, answers = standard(held_out)
+        right = predict(final, queries) == answers
+        numbers = {
+            "accuracy": share_of(right),
+            "rate": Number(rate, "1"),
+            "accuracy_held_back": Number(float(found.max()), "share", back),
+            "training_images": Number(count, "images"),
+        }
+        arrays = {"rates": np.array(self.rates), "accuracy_held_back": found}
+        return Report(numbers=numbers, arrays=arrays)
+
+    def fit(
+        self,
+        features: Float[np.ndarray, "n d"],
+        labels: Int[np.ndarray, " n"],
+        classes: int,
+        rates: Sequence[float],
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(weights "d c", biases "c") for each rate, after all epochs."""
+        rows = min(self.batch_size, len(labels))
+        steps = len(labels) // rows  # of an epoch; the rest waits for the next one
+        total = steps * self.epochs
+        peak = jnp.asarray(rates, jnp.float32) * rows / 256
+        base = jax.random.key(self.seed, impl="threefry2x32")
+        images, targets = jnp.asarray(features), jnp.asarray(labels)
+
+        def loss(head, x, y):
+            logits = x @ head[0] + head[1][None]
+            return cross_entropy(logits, jax.nn.one_hot(y, classes)).mean()
+
+        def step(carry, given):
+            head, momentum = carry
+            batch, share = given
+            grads = jax.vmap(jax.grad(loss), (0, None, None))(
+                head, images[batch], targets[batch]
+            )
+            grads = (
+                jax.vmap(lambda g, w: trusted(g, w, self.trust))(grads[0], head[0]),
+                grads[1],
+            )
+            momentum = jax.tree.map(lambda m, g: self.momentum * m + g, momentum, grads)
+            head = jax.tree.map(
+                lambda w, m: w - (peak * share).reshape(-1, *[1] * (w.ndim - 1)) * m,
+                head,
+                momentum,
+            )
+            return (head, momentum), None
+
+        @jax.jit
+        def epoch(carry, number):
+            key = jax.random.fold_in(base, number)
+            order = jax.random.permutation(key, len(labels))[: steps * rows]
+            shares = _schedule(number * steps + jnp.arange(steps), total)
+            return jax.lax.scan(step, carry, (order.reshape(steps, rows), shares))[0]
+
+        weights = 0.01 * jax.random.normal(
+            jax.random.fold_in(base, self.epochs), (features.shape[1], classes)
+        )
+        head = jax.tree.map(
+            lambda x: jnp.repeat(x[None], len(rates), axis=0),
+            (weights, jnp.zeros(classes)),
+        )
+        carry = head, jax.tree.map(jnp.zeros_like, head)
+        for number in range(self.epochs):
+            carry = epoch(carry, number)
+        kernels, biases = map(np.asarray, carry[0])
+        return list(zip(kernels, biases, strict=True))
+
+    def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        figure = Figure(figsize=(5.2, 3.4), dpi=110)
+        axis = figure.subplots()
+        for name, report in found.items():
+            value = report.numbers["accuracy"].value
+            axis.plot(
+                report.arrays["rates"],
+                report.arrays["accuracy_held_back"],
+                marker=".",
+                label=f"{name}: {value:.1%} on held-out images",
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate per 256 images")
+        axis.set_ylabel("accuracy on training images held back", fontsize=8)
+        axis.legend(fontsize=7)
+        figure.tight_layout()
+        return {"linear": figure}
+
+
+def predict(
+    head: tuple[np.ndarray, np.ndarray], features: Float[np.ndarray, "n d"]
+) -> Int[np.ndarray, " n"]:
+    """Classes by a linear classifier."""
+    return (features @ head[0] + head[1]).argmax(axis=1)
+
+
+def _schedule(step: Int[Array, " s"], total: int) -> Float[Array, " s"]:
+    """Share of the greatest rate: a rise over a ninth of the steps, half a cosine."""
+    warmup = total / 9
+    at = step.astype(jnp.float32)
+    fall = 0.5 * (
+        1 + jnp.cos(jnp.pi * jnp.clip((at - warmup) / (total - warmup), 0, 1))
+    )
+    return jnp.where(at < warmup, at / warmup, fall)
+
+
+def _known(features: Features) -> Features:
+    known = features.labels >= 0
+    if not known.any():
+        raise ValueError("no image of the split has a label, which a probe needs")
+    return Features(*(part[known] for part in features))

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few-shot accuracy of frozen features by ridge regression, in closed form."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+
+from mim_jax.evals.base import Eval, Number, Passes, Report, Run, mean_of
+from mim_jax.evals.features import Features, extract
+from mim_jax.objectives.base import Objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ridge(Eval):
+    """Ridge regression to class indicators from a few labelled images of each class.
+
+    As few-shot probes of big_vision, but the penalty is chosen: by the error of leaving
+    each training image out, which ridge regression knows in closed form. Features are
+    those of the whole image (`Objective.features`), scaled to length 1; everything is
+    solved in float64.
+
+    Attributes:
+        shots: images per class; numbers for which a class has too few are left out.
+        draws: choices of those images; numbers are means over them.
+        penalties: to choose from, as shares of the mean squared length of a centred
+            feature.
+        seed: of the choices.
+    """
+
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    draws: int = 3
+    penalties: tuple[float, ...] = tuple(10.0**i for i in range(-4, 4))
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.shots or min(self.shots) < 1 or self.draws < 1:
+            raise ValueError(
+                f"shots={self.shots}, draws={self.draws}: want numbers >= 1"
+            )
+        if not self.penalties or min(self.penalties) <= 0:
+            raise ValueError(f"penalties={self.penalties}: want numbers > 0")
+
+    def check(self, objective: Objective) -> None:
+        pass  # every objective has features
+
+    def measure(self, run: Run, data: Passes) -> Report:
+        encode = functools.partial(run.objective.features, run.params)
+        with data.train() as batches:
+            train = extract(encode, batches)
+        with data.held_out() as batches:
+            held_out = extract(encode, batches)
+        classes = len(data.classes)
+        sizes = np.bincount(train.labels[train.labels >= 0], minlength=max(classes, 1))
+        shots = [number for number in self.shots if number <= sizes.min()]
+        if not classes or not shots:
+            raise ValueError(
+                f"shots={self.shots}: the rarest class has {sizes.min()} training "
+                "images; want at most that many, and a source with labels"
+            )
+        bank, queries = _unit(train), _unit(held_out)
+        known = held_out.labels >= 0
+        numbers = {"images": Number(int(known.sum()), "images")}
+        for number in shots:
+            accuracy, weights = [], []
+            for draw in range(self.draws):
+                rows = self._chosen(train.labels, classes, number, draw)
+                head, penalty = fit(
+                    bank[rows], train.labels[rows], classes, self.penalties
+                )
+                found = (queries[known] @ head[0] + head[1]).argmax(axis=1)
+                accuracy.append((found == held_out.labels[known]).mean())
+                weights.append(penalty)
+            numbers[f"accuracy_{number}_shot"] = mean_of(accuracy, "share")
+            numbers[f"penalty_{number}_shot"] = Number(
+                float(np.median(weights)), "1", self.draws
+            )
+        values = [numbers[f"accuracy_{number}_shot"].value for number in shots]
+        arrays = {"shots": np.array(shots), "accuracy": np.array(values)}
+        return Report(numbers=numbers, arrays=arrays)
+
+    def _chosen(
+        self, labels: Int[np.ndarray, " n"], classes: int, number: int, draw: int
+    ) -> Int[np.ndarray, " m"]:
+        rng = np.random.default_rng([self.seed, draw])
+        order = rng.permutation(len(labels))  # fewer shots are among more of them
+        return np.concatenate(
+            [order[labels[order] == one][:number] for one in range(classes)]
+        )
+
+    def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        figure = Figure(figsize=(4.8, 3.4), dpi=110)
+        axis = figure.subplots()
+        for name, report in found.items():
+            shots, values = report.arrays["shots"], report.arrays["accuracy"]
+            axis.plot(shots, values, marker="o", label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(shots, [str(number) for number in shots])
+        axis.minorticks_off()
+        axis.set_xlabel("labelled images per class")
+        axis.set_ylabel(f"accuracy, mean of {self.draws} draws")
+        axis.legend(fontsize=7)
+        figure.tight_layout()
+        return {"ridge": figure}
+
+
+def fit(
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    penalties: Sequence[float],
+) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    """((weights "d c", biases "c"), penalty) with the least leave-one-out error.
+
+    Weights W and biases b minimise |X W + b - Y|^2 + penalty s |W|^2, with Y the class
+    indicators and s the sum of squared lengths of centred features over n; biases are
+    not penalised. The error of row i when it is left out is its residual over
+    1 - h_i, h_i being its leverage.
+    """
+    x, y = features.astype(np.float64), np.eye(classes)[labels]
+    centre, level = x.mean(axis=0), y.mean(axis=0)
+    x, target = x - centre, y - level
+    left, scale, right = np.linalg.svd(x, full_matrices=False)
+    size = (scale**2).sum() / len(x) or 1.0
+    best = None
+    for penalty in penalties:
+        shrunk = scale**2 / (scale**2 + penalty * size)
+        residual = target - left @ (shrunk[:, None] * (left.T @ target))
+        leverage = (left**2 * shrunk).sum(axis=1) + 1 / len(x)
+        error = ((residual / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2).mean()
+        if best is None or error < best[0]:
+            best = error, penalty
+    assert best is not None
+    weights = right.T @ (
+        (scale / (scale**2 + best[1] * size))[:, None] * (left.T @ target)
+    )
+    return (weights, level - centre @ weights), best[1]
+
+
+def _unit(features: Features) -> Float[np.ndarray, "n d"]:
+    vectors = features.vectors.astype(np.float64)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(length, 1e-12)

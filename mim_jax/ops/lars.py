@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trust ratio of LARS."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def trusted(
+    gradient: Float[Array, "..."],
+    parameter: Float[Array, "..."],
+    coefficient: float,
+    axes: Sequence[int] | None = None,
+) -> Float[Array, "..."]:
+    """The gradient at the length coefficient * |parameter|, arXiv:1708.03888, eq. (6).
+
+    Where either is all zeros, the gradient as it is.
+
+    Args:
+        axes: over which lengths are taken; None: all.
+    """
+    axes = tuple(range(gradient.ndim)) if axes is None else tuple(axes)
+    steep, long = (
+        jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True)) for x in (gradient, parameter)
+    )
+    safe = jnp.where(steep > 0, steep, 1)
+    return gradient * jnp.where((steep > 0) & (long > 0), coefficient * long / safe, 1)
