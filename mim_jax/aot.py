@@ -3,7 +3,12 @@
 
 python -m mim_jax.aot --config=configs/mae.py --topology=v5e:2x4
 
-Says whether the step fits in the memory of that TPU, and what takes how much of it.
+Says whether the step fits in the memory of that TPU and what takes how much of it, what
+the devices tell each other, and what the compiler estimates it to cost, part by part.
+An estimate is no measurement (`mim_jax.hlo`). With --search --minutes=M it compiles
+variants of the config, of remat, mesh and batch, and says which fit and which of them
+is fastest by that estimate.
+
 Exit codes: 0 it fits, 1 it does or may not, 2 the command cannot work.
 """
 
@@ -20,6 +25,7 @@ if __name__ == "__main__":
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened: none is locked
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -33,7 +39,7 @@ from jax.experimental import topologies
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax import sharding
+from mim_jax import hlo, sharding
 from mim_jax.commandline import CONFIG, EXIT_CONFIG, leave, parse
 from mim_jax.data.sources.base import Source
 from mim_jax.train import Plan
@@ -48,6 +54,16 @@ CHIPS = {
     "v6e": ("v6e", "default", 2),
     "tpu7x": ("tpu7x", "default", 3),
 }
+# Of one device, as published: bf16 FLOP/s, bytes/s of its memory; and cycles/s, which
+# follow from the size of its matrix units. None: two cores share the work, and how the
+# compiler counts their cycles is not known here.
+SPEEDS = {
+    "v4": (275e12, 1200e9, None),
+    "v5e": (197e12, 819e9, 1.5e9),
+    "v5p": (459e12, 2765e9, None),
+    "v6e": (918e12, 1638e9, 1.75e9),
+    "tpu7x": (1153.5e12, 3685e9, None),
+}
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -55,6 +71,8 @@ EXIT_DOES_NOT_FIT = 1
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", f"CHIP:LAYOUT, e.g. v5e:2x4; chips: {', '.join(CHIPS)}"
 )
+_SEARCH = flags.DEFINE_bool("search", False, "Compile variants and rank them.")
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "Begin no variant after so many.")
 _OUT = flags.DEFINE_string("out", "", "JSON file to write the result to, if any.")
 
 
@@ -144,22 +162,25 @@ def facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def compile_step(plan: Plan) -> dict[str, Any]:
+def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
     """Compile the step: whether it fits, and what it takes on one device.
 
     Returns:
         `compiles`; `peak_bytes`, to two decimals of its unit if it does not; then also
         `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the output that
-        takes the place of donated arguments), `temp_bytes`; `compile_seconds`.
+        takes the place of donated arguments), `temp_bytes`; `compile_seconds`. And the
+        program's text, "" if there is none.
     """
     lowered = plan.lowered()
-    started = time.monotonic()
+    started, text = time.monotonic(), ""
     try:
-        memory: Any = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
+        memory: Any = compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         peak, _ = _over_hbm(error)
         found = {"compiles": False, "peak_bytes": peak}
     else:
+        text = compiled.as_text() or ""
         found = {
             "compiles": True,
             "peak_bytes": memory.peak_memory_in_bytes,
@@ -168,7 +189,117 @@ def compile_step(plan: Plan) -> dict[str, Any]:
             "alias_bytes": memory.alias_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
         }
-    return found | {"compile_seconds": time.monotonic() - started}
+    return found | {"compile_seconds": time.monotonic() - started}, text
+
+
+def estimate(plan: Plan, topology: str, text: str) -> dict[str, Any]:
+    """What a compiled step costs by the compiler's own account, on one device.
+
+    Returns:
+        `collectives`: {kind: {count, bytes}} of a step; `flops_per_image` of the
+        algorithm, nothing being counted twice; `roofline_seconds`: of a step at the
+        device's full speed; and, where the chip's clock is known, `estimate`: that of
+        `hlo.account` with `images_per_second`, `utilisation` (share of the device's
+        FLOP/s that the algorithm needs at that rate), each by priced instructions alone
+        and with the bound of the others ("with_unpriced").
+    """
+    settings = plan.settings
+    peak, bandwidth, clock = SPEEDS[topology.partition(":")[0]]
+    flops = settings.objective.flops(settings.data.image_shape)
+    rows = settings.batch_size / plan.mesh.size
+    found: dict[str, Any] = {
+        "collectives": hlo.collectives(text),
+        "flops_per_image": flops,
+        "roofline_seconds": flops * rows / peak,
+    }
+    if clock is None:
+        return found
+    account = hlo.account(text, bandwidth, clock)
+    seconds = {
+        "priced": account["priced"],
+        "with_unpriced": account["priced"] + account["unpriced"],
+    }
+    rates = {name: rows / value for name, value in seconds.items() if value}
+    account["images_per_second"] = rates
+    account["utilisation"] = {k: rate * flops / peak for k, rate in rates.items()}
+    return found | {"estimate": account}
+
+
+def variants(config: configs.Tree, devices: int) -> list[dict[str, Any]]:
+    """Leaves to try: what the backward pass keeps, the mesh, the batch."""
+    batch = config.batch_size
+    sizes = [(batch, 1), (2 * batch, 1), (batch // 2, 1), (batch, 2)]
+    meshes = [1, *([devices] if devices > 1 else [])]
+    return [
+        {"remat": remat, "batch_size": rows, "accumulate": parts, "mesh.fsdp": fsdp}
+        for (rows, parts), fsdp, remat in itertools.product(
+            sizes, meshes, ("dots", "none", "full")
+        )
+    ]
+
+
+def search(config: configs.Tree, topology: str, minutes: float) -> list[dict[str, Any]]:
+    """Compile variants of a config until the time is up; the fastest that fits first.
+
+    Returns:
+        For each, `leaves`, and what `compile_step`, `verdict` and `estimate` say.
+    """
+    began, tried = time.monotonic(), []
+    for leaves in variants(config, len(devices_of(topology))):
+        if time.monotonic() - began > 60 * minutes:
+            break
+        tree = config.copy_and_resolve_references()
+        for path, value in leaves.items():
+            tree.update_from_flattened_dict({path: value})
+        try:
+            plan, _ = plan_for(tree, topology)
+        except configs.ConfigError:
+            continue  # a batch that the mesh does not divide, a loss of whole batches
+        found, text = compile_step(plan)
+        found |= {"leaves": leaves, "hbm_bytes": usable_hbm(plan.mesh)}
+        found |= verdict(found)
+        if text:
+            found |= estimate(plan, topology, text)
+        tried.append(found)
+        print(_tried(found), flush=True)
+
+    def rank(found):
+        rates = found.get("estimate", {}).get("images_per_second", {})
+        return (not found["fits"], -rates.get("with_unpriced", 0.0))
+
+    return sorted(tried, key=rank)
+
+
+def _tried(found: dict[str, Any]) -> str:
+    leaves = ", ".join(f"{name}={value}" for name, value in found["leaves"].items())
+    held = f"{'fits' if found['fits'] else 'no room'}, {_gib(found['held_bytes'])}"
+    rates = found.get("estimate", {}).get("images_per_second", {})
+    rate = f", {rates['with_unpriced']:.0f} images/s by estimate" if rates else ""
+    return f"{leaves}: {held}{rate}"
+
+
+def _costs(found: dict[str, Any]) -> str:
+    lines = []
+    for kind, one in found["collectives"].items():
+        size = one["bytes"] / 2**20
+        lines.append(f"{kind:<11} {one['count']} x, {size:.1f} MiB per device and step")
+    flops, roof = found["flops_per_image"] / 1e9, found["roofline_seconds"] * 1e3
+    lines.append(
+        f"work        {flops:.1f} GFLOP per image; {roof:.1f} ms a step at full speed"
+    )
+    if "estimate" not in found:
+        return "\n".join([*lines, "estimate    none: this chip's cycles are not known"])
+    account = found["estimate"]
+    lines.append("estimate    of a step by the compiler, ms; no measurement")
+    for part, one in account["parts"].items():
+        priced, rest = (1e3 * one[name] for name in ("priced", "unpriced"))
+        lines.append(f"  {part:<26} {priced:8.2f} + {rest:.2f} unpriced, a bound")
+    for name, rate in account["images_per_second"].items():
+        lines.append(
+            f"  {name.replace('_', ' '):<26} {rate:8.0f} images/s per device, "
+            f"{account['utilisation'][name]:.1%} of its FLOP/s"
+        )
+    return "\n".join(lines)
 
 
 def verdict(found: dict[str, Any]) -> dict[str, Any]:
@@ -267,19 +398,36 @@ def main(argv: list[str]) -> None:
         plan, source = plan_for(config, topology)
     except configs.ConfigError as error:
         leave(f"error: {error}", EXIT_CONFIG)
+    if _SEARCH.value:
+        ranked = search(config, topology, _MINUTES.value)
+        best = [one for one in ranked if one["fits"]][:1]
+        print("\n".join(["fastest by estimate:", *map(_tried, best)]), flush=True)
+        _write({"topology": topology, "tried": ranked, "config": config.to_dict()})
+        if not best:
+            os._exit(EXIT_DOES_NOT_FIT)
+        return
     found = {"topology": topology, "source": source} | facts(plan)
     print(_before(found), flush=True)  # a full model takes minutes
-    found |= compile_step(plan)
+    sizes, text = compile_step(plan)
+    found |= sizes
     found |= verdict(found)
+    if text:
+        found |= estimate(plan, topology, text)
+        print(_costs(found), flush=True)
     print(_after(found), flush=True)
-    if _OUT.value:
-        text = json.dumps(found | {"config": config.to_dict()}, indent=2)
-        try:
-            pathlib.Path(_OUT.value).write_text(text + "\n")
-        except OSError as error:
-            leave(f"error: out={_OUT.value}: {error.strerror}", EXIT_CONFIG)
+    _write(found | {"config": config.to_dict()})
     if not found["fits"]:
         os._exit(EXIT_DOES_NOT_FIT)
+
+
+def _write(found: dict[str, Any]) -> None:
+    """To the file of --out, if there is one."""
+    if not _OUT.value:
+        return
+    try:
+        pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=2) + "\n")
+    except OSError as error:
+        leave(f"error: out={_OUT.value}: {error.strerror}", EXIT_CONFIG)
 
 
 if __name__ == "__main__":

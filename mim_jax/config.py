@@ -38,6 +38,7 @@ from mim_jax.objectives import OBJECTIVES
 from mim_jax.objectives.base import Objective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import OPTIMISERS, AdamW, Optimiser
+from mim_jax.profiler import traced_steps
 from mim_jax.sharding import Mesh
 from mim_jax.tokenizers import TOKENIZERS
 from mim_jax.tokenizers.base import Tokenizer
@@ -119,7 +120,8 @@ class Train:
         remat: what the backward pass recomputes: none, dots (all but matmuls), full.
         on_change: "refuse" or "accept" to resume a run with another config.
         compile_cache: keep compiled programs under the work directory.
-        profile: "FIRST:COUNT" writes a trace of COUNT steps from step FIRST on.
+        profile: "FIRST:COUNT" writes a trace of COUNT steps, the first being FIRST
+            (counted from 1), to the folder profile/ of the run.
     """
 
     seed: int = 0
@@ -167,6 +169,7 @@ class Train:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("remat", self.remat, REMAT)
         _one_of("on_change", self.on_change, ("refuse", "accept"))
+        traced_steps(self.profile)  # raises if it is none
         self.optim.schedule(self.batch_size, self.epochs, 1)  # raises if it cannot be
 
 

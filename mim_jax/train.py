@@ -26,6 +26,7 @@ from mim_jax.evals.base import Run, caption, save
 from mim_jax.interrupt import Interrupted, Interrupts
 from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.ops.backend import compile_for
+from mim_jax.profiler import Tracer, traced_steps
 from mim_jax.state import TrainState
 
 
@@ -37,8 +38,9 @@ def train_step(
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
     grad_fn = optim.accumulated(grad_fn, micro_batches)
     (loss, aux), grads = grad_fn(state.params, state, batch, keys)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimiser"):  # as profiles and aot name it
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     teacher = objective.teacher(state.teacher, params, state.step)
     new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
     ok = jnp.isfinite(loss) & optim.all_finite(grads)
@@ -202,10 +204,14 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             rundir.write_config(workdir, config)
             rundir.write_images(workdir, settings.data.source.chosen())
             book = Book(plan, workdir, start, extra, checkpointer.newest)
+            tracer = Tracer(workdir / "profile", traced_steps(settings.profile))
             try:
                 if start < plan.stop:
-                    state = _loop(plan, state, start, book, checkpointer, interrupts)
+                    state = _loop(
+                        plan, state, start, book, checkpointer, interrupts, tracer
+                    )
             finally:
+                tracer.close()
                 book.close()
         # All is saved by now: who leaves here loses nothing, and the next start
         # makes the report again.
@@ -239,6 +245,7 @@ def _loop(
     book: "Book",
     checkpointer: Checkpointer,
     interrupts: Interrupts,
+    tracer: Tracer,
 ) -> TrainState:
     """Steps `start` to `plan.stop` of a run; returns the last state."""
     settings = plan.settings
@@ -260,7 +267,9 @@ def _loop(
     with batches, jax.transfer_guard("disallow"):
         for step, batch in enumerate(book.timed(batches), start + 1):
             needed = {name: batch[name] for name in settings.objective.reads}
+            tracer.before(step)
             state, values = step_fn(state, sharding.to_devices(needed, plan.mesh))
+            tracer.after(step, values)
             book.dispatched(step, values, batch)
             checkpointer.check()
             leaving = interrupts.asked(step)

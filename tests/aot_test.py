@@ -119,7 +119,8 @@ def refused(tmp_path, cpus, monkeypatch):
     ],
 )
 def test_both_numbers_of_a_refusal_are_read(refused, message):
-    found = aot.compile_step(refused(message))
+    found, text = aot.compile_step(refused(message))
+    assert text == ""
     assert not found["compiles"] and found["peak_bytes"] == 20.5 * GIB
     found = aot.verdict(found | {"hbm_bytes": round(15.75 * GIB)})
     assert found == {"fits": False, "held_bytes": 20.5 * GIB}

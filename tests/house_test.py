@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "optim": ("objectives.base", "ops.lars", "sharding"),
     "checkpoint": ("interrupt", "sharding", "state"),
     "metrics": (),
+    "profiler": (),
     "interrupt": (),
     # The only module that knows all tables; below it are built objects only.
     "config": (
@@ -60,6 +61,7 @@ MAY_IMPORT = {
         "models",
         "objectives",
         "optim",
+        "profiler",
         "sharding",
         "tokenizers",
     ),
@@ -78,6 +80,7 @@ MAY_IMPORT = {
         "objectives.base",
         "ops.backend",
         "optim",
+        "profiler",
         "rundir",
         "sharding",
         "state",
@@ -115,10 +118,12 @@ MAY_IMPORT = {
         "commandline",
         "config",
         "data.sources.base",
+        "hlo",
         "sharding",
         "train",
         "warmstart",
     ),
+    "hlo": (),
 }
 TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
 # What several plug-ins of a room share, besides its base.

@@ -64,14 +64,18 @@ def test_without_operations_nothing_is_drawn():
 
 def test_the_pipeline_augments_training_images():
     data = Input(
-        source=Photos(), image_size=(32, 32), workers=0, flip=False, crop_scale=(1, 1)
+        source=Photos(),
+        image_size=(32, 32),
+        workers=0,
+        flip=False,
+        crop_scale=(1.0, 1.0),
     )
     augmented = Input(
         source=Photos(),
         image_size=(32, 32),
         workers=0,
         flip=False,
-        crop_scale=(1, 1),
+        crop_scale=(1.0, 1.0),
         randaugment=RandAugment(ops=2, p=1.0),
     )
     found = []
