@@ -3,7 +3,6 @@
 
 import abc
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -68,13 +67,7 @@ class Optimiser(abc.ABC):
                 is kept.
         """
         steps = self.steps(schedule, total)
-        if not frozen:
-            return steps
-        still = functools.partial(_under, frozen)
-        return optax.chain(
-            optax.masked(steps, lambda params: jax.tree.map(_not, still(params))),
-            optax.masked(optax.set_to_zero(), still),
-        )
+        return _sparing(frozen, steps) if frozen else steps
 
     @abc.abstractmethod
     def steps(
@@ -284,8 +277,9 @@ def layer_scales(params: Any, decay: float) -> Any:
     layer i + 1, all else is the last layer and has share 1. The leading axis of a
     stacked leaf is that of the blocks.
     """
-    stacked = jax.tree.leaves(params["encoder"].get("blocks", {}))
-    single = [name for name in params["encoder"] if _BLOCK.fullmatch(name)]
+    encoder = params.get("encoder", {})  # absent where it is frozen
+    stacked = jax.tree.leaves(encoder.get("blocks", {}))
+    single = [name for name in encoder if _BLOCK.fullmatch(name)]
     depth = len(stacked[0]) if stacked else len(single)
 
     def rule(path, leaf):
@@ -326,18 +320,43 @@ def _trusted(coefficient: float) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
-def _not(value: bool) -> bool:
-    return not value
+def _sparing(
+    frozen: tuple[str, ...], steps: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """`steps` of what is not frozen: of the rest it never hears, and keeps nothing."""
+
+    def init(params):
+        return steps.init(_without(frozen, params))
+
+    def update(updates, state, params=None, **extra):
+        trained = _without(frozen, updates)
+        given = None if params is None else _without(frozen, params)
+        trained, state = steps.update(trained, state, given, **extra)
+        return _merged(jax.tree.map(jnp.zeros_like, updates), trained), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _under(paths: tuple[str, ...], params: Any) -> Any:
-    """True at the leaves at or below the paths."""
+def _without(frozen: tuple[str, ...], tree: Any, above: str = "") -> dict[str, Any]:
+    """Nested dicts without the leaves at or below the paths."""
+    rest = {}
+    for name, node in tree.items():
+        if above + name in frozen:
+            continue
+        if isinstance(node, dict):
+            node = _without(frozen, node, f"{above}{name}/")
+            if not node:
+                continue
+        rest[name] = node
+    return rest
 
-    def rule(path, leaf):
-        name = path_name(path)
-        return any(name == one or name.startswith(one + "/") for one in paths)
 
-    return jax.tree_util.tree_map_with_path(rule, params)
+def _merged(tree: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts with the leaves of a part of them in their places."""
+    return tree | {
+        name: _merged(tree[name], node) if isinstance(node, dict) else node
+        for name, node in part.items()
+    }
 
 
 def decays(params: Any) -> Any:

@@ -139,13 +139,9 @@ def _stack(tree):
 def _unstack(tree):
     if not isinstance(tree, dict):
         return tree
-    # Without leaves: the optimiser keeps nothing of blocks that are frozen.
-    stacked = "blocks" in tree and jax.tree.leaves(tree["blocks"])
     rest = {name: _unstack(tree[name]) for name in tree if name != "blocks"}
-    if "blocks" in tree and not stacked:
-        rest["blocks"] = tree["blocks"]
-    if stacked:
-        depth = stacked[0].shape[0]
+    if "blocks" in tree:
+        depth = jax.tree.leaves(tree["blocks"])[0].shape[0]
         for i in range(depth):
             block = jax.tree.map(operator.itemgetter(i), tree["blocks"])
             rest[f"block{i:02d}"] = block

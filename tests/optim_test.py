@@ -154,8 +154,8 @@ def test_frozen_parameters_keep_their_values(scan, frozen):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(final_lr=-1.0), "final_lr=-1.0, final_weight_decay=None: want numbers"),
-        (dict(final_weight_decay=-0.1), "final_weight_decay=-0.1: want numbers >= 0"),
+        (dict(final_lr=-1.0), "final_lr=-1.0: want a number >= 0"),
+        (dict(final_weight_decay=-0.1), "final_weight_decay=-0.1: want a number >= 0"),
         (dict(clip=0.0), "clip=0.0: want a number > 0, or none"),
         (dict(clip=-1.0), "clip=-1.0: want a number > 0, or none"),
         (dict(clip=float("nan")), "clip=nan: want a number > 0, or none"),

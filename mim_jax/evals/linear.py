@@ -37,9 +37,9 @@ class Linear(Eval):
         seed: of the order, the choice and the first weights.
     """
 
-    rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+    rates: tuple[float, ...] = tuple(0.1 * 2.0**i for i in range(11))  # to 102.4
     epochs: int = 90
-    batch_size: int = 1024
+    batch_size: int = 256
     held_back: float = 0.1
     momentum: float = 0.9
     trust: float = 0.001

@@ -6,9 +6,9 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from features_test import batches, passes, run
 from passes import Given
 from sklearn.linear_model import Ridge as SklearnRidge
+from small_run import batches, passes, run
 
 from mim_jax.evals.features import extract
 from mim_jax.evals.linear import Linear, predict
@@ -52,16 +52,17 @@ def lars_by_hand(settings, vectors, labels, classes, rate, heads):
 
 def test_all_rates_are_fitted_as_each_alone_by_hand():
     vectors, labels = blobs(64)
-    settings = Linear(epochs=20, batch_size=1000)
+    settings = Linear(epochs=60, batch_size=1000)
     start = settings.fit(vectors, labels, 4, (1e-12,))[0]  # where all of them begin
     assert abs(start[0].std() - 0.01) < 0.004 and np.abs(start[1]).max() < 1e-6
-    rates = (0.5, 8.0, 60.0)
+    rates = (0.5, 8.0, 400.0)
     found = settings.fit(vectors, labels, 4, rates)
     for rate, (kernel, bias) in zip(rates, found, strict=True):
         want = lars_by_hand(settings, vectors, labels, 4, rate, start)
         np.testing.assert_allclose(kernel, want[0], rtol=2e-3, atol=1e-5)
         np.testing.assert_allclose(bias, want[1], rtol=2e-3, atol=1e-4)
-    assert (predict(found[2], vectors) == labels).mean() > 0.9
+    right = [(predict(one, vectors) == labels).mean() for one in found]
+    assert right[0] < 0.6 < 0.9 < right[2]
 
 
 def test_an_epoch_reads_every_image_once():
@@ -76,12 +77,12 @@ def test_an_epoch_reads_every_image_once():
 
 
 def test_the_rate_is_chosen_on_training_images():
-    report = Linear(epochs=30, batch_size=16).measure(run(), passes())
+    report = Linear(batch_size=16).measure(run(), passes())
     numbers, arrays = report.numbers, report.arrays
     assert numbers["accuracy"].n == 24 and numbers["accuracy"].unit == "share"
     assert numbers["training_images"].value == 40
     assert numbers["accuracy_held_back"].n == 4
-    assert arrays["accuracy_held_back"].shape == arrays["rates"].shape == (10,)
+    assert arrays["accuracy_held_back"].shape == arrays["rates"].shape == (11,)
     best = arrays["accuracy_held_back"].max()
     assert numbers["accuracy_held_back"].value == best
     chosen = numbers["rate"].value
@@ -95,7 +96,7 @@ def test_held_out_labels_choose_nothing():
     data = passes()
     wrong = [part | {"label": (part["label"] + 1) % 3} for part in data.batches]
     reports = [
-        Linear(epochs=10, batch_size=16).measure(run(), one)
+        Linear(batch_size=16).measure(run(), one)
         for one in (data, Given(wrong, data.training, data.classes))
     ]
     np.testing.assert_array_equal(*(r.arrays["accuracy_held_back"] for r in reports))

@@ -79,7 +79,7 @@ def test_unknown_labels_have_no_weight():
     for value, other in ((aux, same), (aux.metrics, same.metrics)):
         name = "accuracy" if isinstance(value, dict) else 0
         np.testing.assert_allclose(value[name], other[name], rtol=1e-6)
-    assert float(aux.weight) == 8
+    assert float(aux.weight) == pytest.approx(8)
     # Whatever those images show.
     other = np.array(images)
     other[~known] = 255 - other[~known]

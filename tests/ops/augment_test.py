@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Colours against scikit-image, Pillow and scipy, randomness against its promises."""
 
+import functools
 import math
 
 import jax
@@ -268,12 +269,17 @@ def test_an_image_is_never_its_own_partner(rows, partner):
 # Mixing images and their labels.
 
 
+@functools.cache
+def jitted(mix: Mix):
+    return jax.jit(mix)
+
+
 def mixed(mix: Mix, rows: int, size=(12, 10), seed: int = 0):
     """(images, mixed images, mixed targets): every image has a label of its own."""
     rng = np.random.default_rng(seed)
     images = rng.random((rows, *size, 3)).astype(np.float32)
     keys = jax.random.split(jax.random.key(seed), rows)
-    out, targets = jax.jit(mix)(jnp.asarray(images), jnp.eye(rows), keys)
+    out, targets = jitted(mix)(jnp.asarray(images), jnp.eye(rows), keys)
     return images, np.asarray(out), np.asarray(targets)
 
 
@@ -364,7 +370,7 @@ def erased(settings: Erasing, rows: int, size=(40, 30)):
 
 
 def test_erased_boxes_have_the_areas_and_ratios_asked_for():
-    box, noise = erased(Erasing(p=1.0), 1500)
+    box, noise = erased(Erasing(p=1.0), 800)
     areas, logs = [], []
     for one in box:
         ys, xs = np.nonzero(one)
@@ -383,9 +389,9 @@ def test_erased_boxes_have_the_areas_and_ratios_asked_for():
 
 
 def test_erasing_takes_its_share_of_images():
-    box, _ = erased(Erasing(p=0.25), 2000)
+    box, _ = erased(Erasing(p=0.25), 800)
     share = box.any(axis=(1, 2)).mean()
-    assert abs(share - 0.25) < 5 * (0.1875 / 2000) ** 0.5
+    assert abs(share - 0.25) < 5 * (0.1875 / 800) ** 0.5
     assert not erased(Erasing(p=0.0), 10)[0].any()
     for fields in (dict(p=1.5), dict(ratio=0.0), dict(area=(0.5, 0.2))):
         with pytest.raises(ValueError, match="want"):
