@@ -293,7 +293,7 @@ class Encoder(nn.Module):
             whole = np.concatenate([np.zeros((1, shape[1])), table])
             return jnp.asarray(whole, jnp.float32)
 
-        whole = self.param("pos_embed", start, (1 + grid.size, self.width))
+        whole = jnp.asarray(self.param("pos_embed", start, (1 + grid.size, self.width)))
         return whole[None, :1], whole[1:]
 
     def check(self) -> None:
