@@ -42,7 +42,9 @@ SHARES = {"10pct": 0.1, "1pct": 0.01, "digits-10pct": 0.1}
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("digits", "cues", *SHARES))
+    preset, chosen = config.variant(
+        variant, presets=("digits", "cues", "10pct", "1pct", "digits-10pct")
+    )
     small = preset.removesuffix("-10pct")
     source = small if small in embedded.CLASSES else "tfds"
     chosen = {"objective": "supervised", "source": source} | chosen

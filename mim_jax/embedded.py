@@ -60,7 +60,7 @@ def digits(c: config.Tree) -> None:
 def cues(c: config.Tree) -> None:
     """A small model on 32 x 32 drawn shapes, 64 patches each."""
     _plain(c)
-    c.steps = 1000
+    c.steps = 800
     c.batch_size = 64
     _small(c, patch=4, depth=2)
     _grey(c, mean=0.5, std=0.27)

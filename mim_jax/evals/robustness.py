@@ -221,12 +221,12 @@ def _gallery(name: str, report: Report) -> Figure:
     count = len(arrays["mistakes"])
     columns = min(count, 6)
     lines = -(-count // columns)
-    figure = Figure(figsize=(1.6 * max(columns, 3), 1.8 * lines + 0.6), dpi=110)
+    figure = Figure(figsize=(1.6 * max(columns, 3), 1.95 * lines + 0.6), dpi=110)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for place, axis in enumerate(axes):
         if place < count:
             true, taken_for = arrays["mistaken"][place], arrays["taken_for"][place]
-            show(axis, arrays["mistakes"][place], f"{true}, taken for {taken_for}")
+            show(axis, arrays["mistakes"][place], f"{true},\ntaken for {taken_for}")
         else:
             axis.set_axis_off()
     figure.suptitle(f"{name}: held-out images with a wrong answer", fontsize=8)

@@ -184,7 +184,7 @@ def _gallery(name: str, report: Report) -> Figure:
         word = {pair[0]: "shape", pair[1]: "texture"}
         colour = {pair[0]: "tab:green", pair[1]: "tab:red"}
         text = (
-            f"shape: {names[pair[0]]}\ntexture: {names[pair[1]]}\n"
+            f"shape of {names[pair[0]]}\ntexture of {names[pair[1]]}\n"
             f"says {names[decided]}"
             + (f" ({word[decided]})" if decided in word else "")
         )

@@ -157,7 +157,7 @@ def _bright(
     period: float,
     grain: np.ndarray,
 ) -> Bool[np.ndarray, "h w"]:
-    """Points where a texture is light, half of them or nearly so."""
+    """Points where a texture is light, a third to a half of them."""
 
     def stripes(distance):
         return (distance / period) % 1 < 0.5  # as wide as what lies between them
@@ -167,7 +167,7 @@ def _bright(
         return cells.repeat(2 * _FINE, axis=0).repeat(2 * _FINE, axis=1)
     if texture == "dots":
         row, col = (y / period) % 1 - 0.5, (x / period) % 1 - 0.5
-        return np.hypot(row, col) <= 0.4
+        return np.hypot(row, col) <= 0.32  # apart: grown together, they are a grid
     if texture == "grid":
         return ((y / period) % 1 < 0.3) | ((x / period) % 1 < 0.3)
     if texture == "checker":
