@@ -17,6 +17,10 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores.
 
 python -m mim_jax.main --config=configs/linear_probe.py:digits \
     --config.init_from.run=runs/mae-digits --workdir=runs/mae-digits-linear
+
+The run ends with its accuracy on held-out images, for digits under five shifts as well
+(configs/robustness.py). Variant `:cues`: drawn shapes filled with textures, for
+configs/shape_bias.py.
 """
 
 from mim_jax import config, embedded
@@ -24,10 +28,10 @@ from mim_jax.evals.base import Eval
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("digits",))
+    preset, chosen = config.variant(variant, presets=("digits", "cues"))
     chosen = {"objective": "probe", "source": preset or "tfds"} | chosen
     c = config.experiment("train", **({"optimiser": "lars"} | chosen))
-    c.report = config.choose(Eval, "knn")
+    c.report = config.choose(Eval, "robustness")
     c.epochs = 90.0
     c.batch_size = 16384
     c.optim.base_lr = 0.1
@@ -37,6 +41,11 @@ def get_config(variant: str = "") -> config.Tree:
     if preset == "digits":
         embedded.digits(c)
         embedded.labels(c)
+        c.batch_size = 256
+        c.optim.base_lr = 6.4
+    if preset == "cues":
+        embedded.cues(c)
+        embedded.labels(c, "cues")
         c.batch_size = 256
         c.optim.base_lr = 6.4
     return c

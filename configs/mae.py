@@ -14,14 +14,15 @@ scikit-learn, sized for two CPU cores: no data set, no accelerator.
 
 python -m mim_jax.main --config=configs/mae.py:photos --workdir=runs/photos
 
-Variant `:digits`: likewise on scikit-learn's scanned digits.
+Variant `:digits`: likewise on scikit-learn's scanned digits. `:cues`: on drawn shapes
+filled with textures, for configs/shape_bias.py.
 """
 
 from mim_jax import config, embedded
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("photos", "digits"))
+    preset, chosen = config.variant(variant, presets=("photos", "digits", "cues"))
     source = preset or "tfds"
     chosen = {"objective": "mae", "source": source} | chosen
     c = config.experiment("train", **chosen)
@@ -33,4 +34,6 @@ def get_config(variant: str = "") -> config.Tree:
         embedded.photos(c)
     if preset == "digits":
         embedded.digits(c)
+    if preset == "cues":
+        embedded.cues(c)
     return c

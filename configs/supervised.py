@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(variant, presets=("digits",))
     chosen = {"objective": "supervised", "source": preset or "tfds"} | chosen
     c = config.experiment("train", **chosen)
-    c.report = config.choose(Eval, "knn")
+    c.report = config.choose(Eval, "robustness")
     c.epochs = 100.0
     c.batch_size = 1024
     c.optim.base_lr = 1e-3

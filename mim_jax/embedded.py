@@ -2,10 +2,20 @@
 """Sizes at which every method runs on two CPU cores, on images that need no download.
 
 These are demonstrations of the program, not the papers' experiments: a config's
-`:photos` or `:digits` variant is its recipe with these leaves set.
+`:photos`, `:digits` or `:cues` variant is its recipe with these leaves set.
 """
 
 from mim_jax import config
+
+# Of a source: its classes, and sets that differ from what it holds out.
+CLASSES = {"digits": 10, "cues": 8}
+SHIFTS = {
+    "digits": (
+        *("digits_blur", "digits_noise", "digits_rotation"),
+        *("digits_contrast", "digits_inversion"),
+    ),
+    "cues": (),
+}
 
 
 def photos(c: config.Tree) -> None:
@@ -36,20 +46,8 @@ def digits(c: config.Tree) -> None:
     _plain(c)
     c.steps = 600
     c.batch_size = 128
-    objective = c.objective
-    objective.encoder.update(dict(patch=2, width=64, depth=3, heads=4))
-    objective.mean, objective.std = (0.3,), (0.38,)
-    if "decoder" in objective:
-        objective.decoder.update(dict(width=64, depth=1, heads=4))
-    for name in ("projector", "predictor"):
-        if name in objective:
-            objective[name].update(dict(hidden=256, out=64))
-    if "ema" in objective and objective.ema.base > 0.99:
-        objective.ema.base = 0.98  # a run of 600 steps, not of 100,000
-    for name in ("jitter", "view1", "view2", "local"):
-        if name in objective:  # grey images have no colours, and 8 pixels no blur
-            colours = dict(saturation=0.0, hue=0.0, gray_p=0.0)
-            objective[name].update(dict(**colours, blur_p=0.0, solarize_p=0.0))
+    _small(c, patch=2, depth=1)
+    _grey(c, mean=0.3, std=0.38)
     c.data.image_size = (8, 8)
     c.data.crop_scale = (0.5, 1.0)
     c.data.flip = False  # a mirrored digit is none
@@ -59,16 +57,58 @@ def digits(c: config.Tree) -> None:
     c.checkpoint.every = 200
 
 
-def labels(c: config.Tree) -> None:
-    """After `digits`: ten classes, and augmentations that 8 x 8 pixels survive."""
+def cues(c: config.Tree) -> None:
+    """A small model on 32 x 32 drawn shapes, 64 patches each."""
+    _plain(c)
+    c.steps = 800
+    c.batch_size = 64
+    _small(c, patch=4, depth=2)
+    _grey(c, mean=0.5, std=0.27)
+    c.data.image_size = (32, 32)
+    c.data.crop_scale = (0.6, 1.0)
+    c.data.flip = False  # mirrored, rising stripes fall
+    c.data.eval_crop_fraction = 1.0
+    c.optim.base_lr = 4e-3
+    c.optim.warmup_epochs = 1.0
+    c.checkpoint.every = 250
+
+
+def labels(c: config.Tree, preset: str = "digits") -> None:
+    """After `digits` or `cues`: their classes, and augmentations that small images
+    survive."""
     c.steps = 300
-    c.objective.classes = 10
-    c.optim.warmup_epochs = 5.0
+    c.objective.classes = CLASSES[preset]
+    c.optim.warmup_epochs = 5.0 if preset == "digits" else 1.0
     c.data.randaugment.ops = 0
     if "mix" in c.objective:
         c.objective.mix.update(dict(mixup=0.0, cutmix=0.0))
         c.objective.erasing.p = 0.0
         c.objective.encoder.drop_path = 0.0
+    if "sets" in c.report:
+        c.report.sets = SHIFTS[preset]
+
+
+def _small(c: config.Tree, patch: int, depth: int) -> None:
+    """Networks of width 64, the decoder with `depth` blocks; heads to match."""
+    objective = c.objective
+    objective.encoder.update(dict(patch=patch, width=64, depth=3, heads=4))
+    if "decoder" in objective:
+        objective.decoder.update(dict(width=64, depth=depth, heads=4))
+    for name in ("projector", "predictor"):
+        if name in objective:
+            objective[name].update(dict(hidden=256, out=64))
+    if "ema" in objective and objective.ema.base > 0.99:
+        objective.ema.base = 0.98  # a run of 600 steps, not of 100,000
+
+
+def _grey(c: config.Tree, mean: float, std: float) -> None:
+    """Small grey images have no colours, and no pixels to blur."""
+    objective = c.objective
+    objective.mean, objective.std = (mean,), (std,)
+    for name in ("jitter", "view1", "view2", "local"):
+        if name in objective:
+            colours = dict(saturation=0.0, hue=0.0, gray_p=0.0)
+            objective[name].update(dict(**colours, blur_p=0.0, solarize_p=0.0))
 
 
 def _plain(c: config.Tree) -> None:

@@ -37,6 +37,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         trained, training = load(folder, settings.step, teacher)
         try:
             settings.eval.check(trained.objective)
+            settings.eval.check_data(trained.objective, EvalPasses(training.data))
         except ValueError as error:
             raise configs.ConfigError(f"config.eval: {error}") from error
         if settings.weights == "initial":

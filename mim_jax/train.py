@@ -22,7 +22,7 @@ from mim_jax import metrics, optim, rundir, sharding, warmstart
 from mim_jax import state as states
 from mim_jax.checkpoint import Checkpointer
 from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
-from mim_jax.evals.base import Run, caption, save
+from mim_jax.evals.base import Eval, Run, caption, save
 from mim_jax.interrupt import Interrupted, Interrupts
 from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.ops.backend import compile_for
@@ -93,9 +93,10 @@ class Plan:
         try:
             mesh = settings.mesh.build(devices)
             _check_reads(objective, data)
+            settings.report.check(objective)
             if not stand_in:
                 _check_labels(objective, data)
-            settings.report.check(objective)
+                settings.report.check_data(objective, EvalPasses(data))
             data.source.chosen()  # refuses here what only labels can tell
         except ValueError as error:
             raise configs.ConfigError(f"config: {error}") from error
@@ -452,7 +453,8 @@ def _report(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
         name=workdir.resolve().name,
     )
     report = settings.report.measure(trained, EvalPasses(settings.data))
-    name = type(settings.report).__name__.lower()
+    names = {cls: name for name, cls in configs.KINDS[Eval][1].items()}
+    name = names[type(settings.report)]
     found = {caption(trained): report}
     save(workdir / "report", name, found, settings.report.draw(found))
 

@@ -252,7 +252,7 @@ MISTAKES = [
     ),
     (
         lambda: config.experiment("train", source="imagenet"),
-        "source 'imagenet' is unknown; known: digits, few, folder, photos, tfds",
+        "source 'imagenet' is unknown; known: cues, digits, few, folder, photos, tfds",
     ),
     (
         lambda: config.experiment("train", maskin="grid"),

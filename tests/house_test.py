@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "evals": (
         "evals.base",
         "evals.features",
+        "evals.logits",
         "maskings.random",
         "objectives.base",
         "models",
@@ -37,8 +38,13 @@ MAY_IMPORT = {
     "data.sources": ("data.sources.base",),
     "data.transforms": (),
     "data.randaugment": (),
+    "data.sets": ("data.sets.base", "data.sources"),
+    # ObjectNet and the cue conflicts have the classes of ImageNet.
+    "data.sets.objectnet": ("data.sets.base", "data.sets.imagenet", "data.sources"),
+    "data.sets.conflicts": ("data.sets.base", "data.sets.imagenet", "data.sources"),
     "data.pipeline": (
         "data.randaugment",
+        "data.sets",
         "data.sources.base",
         "data.transforms",
     ),
@@ -127,7 +133,7 @@ MAY_IMPORT = {
 }
 TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
 # What several plug-ins of a room share, besides its base.
-USED_BY_PLUG_INS = {"evals": {"features"}}
+USED_BY_PLUG_INS = {"evals": {"features", "logits"}}
 # Another package's module: the only rooms that may import it.
 ONLY_IN = {
     "flax.linen": ("models",),

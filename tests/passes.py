@@ -3,8 +3,20 @@
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenSet:
+    """An evaluation set of batches that are already there."""
+
+    images: Any
+    given: list
+
+    def batches(self):
+        return contextlib.nullcontext(self.given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +26,16 @@ class Given:
     batches: list
     training: list = dataclasses.field(default_factory=list)
     classes: tuple[str, ...] = ()
+    sets: dict[str, GivenSet] = dataclasses.field(default_factory=dict)
 
     def held_out(self):
         return contextlib.nullcontext(self.batches)
 
     def train(self):
         return contextlib.nullcontext(self.training)
+
+    def evaluation_set(self, entry):
+        return self.sets[entry]
 
     def train_examples(self, indices):
         whole = {

@@ -25,6 +25,8 @@ from absl import flags
 
 from mim_jax.data import transforms
 from mim_jax.data.randaugment import RandAugment
+from mim_jax.data.sets import SETS
+from mim_jax.data.sets.base import EvaluationSet
 from mim_jax.data.sources.base import Source
 
 Batch = dict[str, np.ndarray]
@@ -212,10 +214,48 @@ class EvalPasses:
         rows = [_eval_example(self.data, source, index) for index in indices]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
+    def evaluation_set(self, entry: str) -> "SetPasses":
+        """Images besides those of the source, by "NAME" or "NAME=FOLDER".
+
+        Raises:
+            ValueError: unknown name, or the set is not there or not whole.
+        """
+        name, _, folder = entry.partition("=")
+        if name not in SETS:
+            known = ", ".join(sorted(SETS))
+            raise ValueError(f"set {name!r} is unknown; known: {known}")
+        images = SETS[name](name, folder, self.data.source)
+        return SetPasses(self.data, images, self.batch_size)
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; () if unlabelled."""
         return self.data.source.classes
+
+
+@dataclasses.dataclass(frozen=True)
+class SetPasses:
+    """Ordered passes over an evaluation set, its images as large as those of an input.
+
+    Attributes:
+        data: whose size and channels images are brought to.
+        images: the set, whose attributes say what its labels mean.
+        batch_size: images per batch.
+    """
+
+    data: Input
+    images: EvaluationSet
+    batch_size: int = 64
+
+    def batches(self) -> "Batches":
+        """One pass: `image`, `index`, `replaced` and `valid` as of `eval_batches`, and
+        `labels` int32 (b, l), -1 where an image has fewer than the most."""
+        rows = _rows(self.batch_size, 0, 1)
+        steps = range(-(-len(self.images) // self.batch_size))
+        read = functools.partial(_set_example, self.data, self.images)
+        return _read(
+            self.data, steps, functools.partial(_load, read, rows, self.data.threads)
+        )
 
 
 def check_replaced(replaced: int, seen: int, limit: float) -> None:
@@ -332,15 +372,49 @@ def _eval_example(data: Input, source: Source, position: int) -> Example:
     if position >= len(source):
         return {**_example(blank, -1, -1, False), "valid": np.bool_(False)}
     record = source[position]
-    try:
-        image = transforms.decode(record["image"], source.channels)
-    except transforms.Undecodable:
+    image = _centre(data, record["image"], source.channels)
+    if image is None:
         # Not replaced by another record: that one would count twice.
         example = _example(blank, record["label"], position, True)
         return {**example, "valid": np.bool_(False)}
-    image = transforms.centre_crop(image, data.image_size, data.eval_crop_fraction)
     example = _example(image, record["label"], position, False)
     return {**example, "valid": np.bool_(True)}
+
+
+def _set_example(data: Input, images: EvaluationSet, position: int) -> Example:
+    image, index, labels = None, -1, np.full(images.labels, -1, np.int32)
+    if position < len(images):
+        index, record = position, images[position]
+        given = record["labels"]
+        if len(given) > images.labels:
+            raise ValueError(
+                f"image {position} has {len(given)} labels: want at most "
+                f"{images.labels}"
+            )
+        labels[: len(given)] = given
+        channels = data.source.channels
+        image = _centre(data, record["image"], channels, images.border)
+    valid = image is not None
+    return {
+        "image": np.zeros(data.image_shape, np.uint8) if image is None else image,
+        "labels": labels,
+        "index": np.int32(index),
+        "replaced": np.bool_(index >= 0 and not valid),
+        "valid": np.bool_(valid),
+    }
+
+
+def _centre(
+    data: Input, image: bytes | np.ndarray, channels: int, border: int = 0
+) -> np.ndarray | None:
+    """What evaluation sees of a stored image; None if it cannot be decoded."""
+    try:
+        pixels = transforms.decode(image, channels)
+    except transforms.Undecodable:
+        return None
+    if border:
+        pixels = pixels[border:-border, border:-border]
+    return transforms.centre_crop(pixels, data.image_size, data.eval_crop_fraction)
 
 
 def _example(image: np.ndarray, label: int, index: int, replaced: bool) -> Example:

@@ -8,6 +8,8 @@ from mim_jax.evals.knn import KNN
 from mim_jax.evals.linear import Linear
 from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.evals.ridge import Ridge
+from mim_jax.evals.robustness import Robustness
+from mim_jax.evals.shape_bias import ShapeBias
 from mim_jax.evals.tsne import TSNE
 
 EVALS: dict[str, type[Eval]] = {
@@ -18,4 +20,6 @@ EVALS: dict[str, type[Eval]] = {
     "cka": CKA,
     "attention": Attention,
     "tsne": TSNE,
+    "robustness": Robustness,
+    "shape_bias": ShapeBias,
 }

@@ -100,6 +100,22 @@ Batch = dict[str, np.ndarray]
 
 
 @runtime_checkable
+class SetPasses(Protocol):
+    """Passes over an evaluation set, as `Passes.evaluation_set` gives them."""
+
+    @property
+    def images(self) -> Any:
+        """What the labels mean: `mim_jax.data.sets.base.EvaluationSet`, of whose
+        attributes evaluations read classes, members, model_classes and pairs."""
+        ...
+
+    def batches(self) -> AbstractContextManager[Iterable[Batch]]:
+        """One pass. For "label" there is "labels", int32 "b l": positions in the set's
+        classes, -1 fills."""
+        ...
+
+
+@runtime_checkable
 class Passes(Protocol):
     """Passes over images, in order, without augmentation, each image once.
 
@@ -119,6 +135,14 @@ class Passes(Protocol):
         """Those training images as one batch, by their "index"."""
         ...
 
+    def evaluation_set(self, entry: str) -> SetPasses:
+        """Images besides those of the source, by "NAME" or "NAME=FOLDER".
+
+        Raises:
+            ValueError: unknown name, or the set is not there or not whole.
+        """
+        ...
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of labels; () if unlabelled."""
@@ -131,6 +155,11 @@ class Eval(abc.ABC):
     @abc.abstractmethod
     def check(self, objective: Objective) -> None:
         """ValueError if this cannot be measured on runs of that objective."""
+
+    def check_data(self, objective: Objective, data: Passes) -> None:
+        """ValueError if data that this reads besides the run's own are not there, or do
+        not fit the objective; asked for before hours of training."""
+        del objective, data
 
     @abc.abstractmethod
     def measure(self, run: Run, data: Passes) -> Report:

@@ -20,6 +20,7 @@ from sklearn import datasets
 from mim_jax.data import transforms
 from mim_jax.data.sources import SOURCES, photos
 from mim_jax.data.sources.base import Source
+from mim_jax.data.sources.cues import Cues
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.few import Few
 from mim_jax.data.sources.folder import Folder
@@ -55,6 +56,7 @@ def source(request, tree):
     built = {
         "photos": Photos(),
         "digits": Digits(),
+        "cues": Cues(images=24, held_out_images=16),
         "tfds": small_jpegs(),
         "folder": Folder(path=str(tree)),
         "few": Few(source=Folder(path=str(tree)), images=3),

@@ -113,8 +113,12 @@ class Tfds(Source):
     def __len__(self) -> int:
         return self._builder.info.splits[self.split].num_examples
 
+    def record(self, index: int) -> dict[str, Any]:
+        """All features of a record, its image encoded."""
+        return self._records[index]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        record = self.record(index)
         label = int(record.get(self.label_key, -1))
         return {"image": record[self.image_key], "label": label}
 

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of a classifier on held-out images and on sets that differ from them.
+
+python -m mim_jax.main --config=configs/robustness.py --config.run=runs/mae-linear \
+    --config.eval.sets='("imagenet_v2","imagenet_r","objectnet=/data/objectnet-1.0")' \
+    --workdir=runs/mae-linear-robust
+
+Table 1 of arXiv:2306.04898, and ReaL besides: linear probes on ImageNet-V2, ObjectNet,
+ImageNet-R, -A and -Sketch. A set is "NAME", prepared by tfds, or
+"NAME=FOLDER"; docs/data.md says what lies where. The run is one with labels, of
+configs/finetune.py, configs/linear_probe.py or configs/supervised.py.
+
+Variant `:digits`: five shifts of the held-out digits, for runs on digits.
+
+python -m mim_jax.main --config=configs/robustness.py:digits \
+    --config.run=runs/mae-digits-finetune --workdir=runs/mae-digits-robust
+
+Several runs side by side: --config.also='("runs/A","runs/B")'.
+"""
+
+from mim_jax import config, embedded
+
+
+def get_config(variant: str = "") -> config.Tree:
+    preset, chosen = config.variant(variant, presets=("digits",))
+    c = config.experiment("eval", **({"eval": "robustness"} | chosen))
+    if preset:
+        c.eval.sets = embedded.SHIFTS[preset]
+    return c

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation set is: images, and which classes of a classifier are right."""
+
+import abc
+import dataclasses
+import pathlib
+from typing import Any
+
+from mim_jax.data.sources.base import Source
+from mim_jax.data.sources.few import Few
+from mim_jax.data.sources.tfds import Tfds
+
+
+class EvaluationSet(abc.ABC):
+    """Images to classify, with classes of their own. A concrete one is a dataclass.
+
+    Attributes:
+        classes: names of the set's own classes, in the order of its labels.
+        members: for each of them, the classes of the model that count as it.
+        model_classes: how many classes the model must have.
+        labels: the most labels that an image can have.
+        pairs: False: any label of an image is right. True: the two labels are those of
+            its shape and of its texture.
+        border: pixels to cut off each side of a decoded image.
+    """
+
+    classes: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    model_classes: int
+    labels: int = 1
+    pairs: bool = False
+    border: int = 0
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of images, at least 1."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Image `index`; asking twice gives the same.
+
+        Returns:
+            `image`: uint8 array of rows, columns, channels, or an encoded image as
+            bytes. `labels`: positions in `classes`; () for an image to leave out.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files(EvaluationSet):
+    """Image files in a folder, listed once.
+
+    Attributes:
+        folder: that the names start from.
+        records: name of each file, and its labels.
+    """
+
+    folder: pathlib.Path
+    records: tuple[tuple[str, tuple[int, ...]], ...]
+    classes: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    model_classes: int = 1000
+    labels: int = 1
+    pairs: bool = False
+    border: int = 0
+
+    def __post_init__(self):
+        if not self.records:
+            raise ValueError(f"no image in {self.folder}; want JPEG or PNG files there")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name, labels = self.records[index]
+        return {"image": (self.folder / name).read_bytes(), "labels": labels}
+
+
+def data_dir_of(source: Source) -> str | None:
+    """Where the tfds data sets of a run lie; None: where TFDS looks."""
+    while isinstance(source, Few):
+        source = source.source
+    return source.data_dir if isinstance(source, Tfds) else None
+
+
+def an_own_folder(entry: str, folder: str, layout: str) -> pathlib.Path:
+    """The folder of `NAME=FOLDER`.
+
+    Raises:
+        ValueError: there is no such folder; the message shows the layout.
+    """
+    path = pathlib.Path(folder).expanduser()
+    if not folder or not path.is_dir():
+        what = f"no folder {folder!r}" if folder else "no folder is named"
+        raise ValueError(f"set {entry!r}: {what}; want '{entry}=FOLDER' with {layout}")
+    return path
+
+
+def without_folder(entry: str, folder: str) -> None:
+    """Refuses a folder for a set that the program makes itself."""
+    if folder:
+        raise ValueError(
+            f"set '{entry}={folder}': the program makes {entry} itself; want {entry!r}"
+        )
+
+
+def same_folders(
+    entry: str, path: pathlib.Path, found: tuple[str, ...], wanted: tuple[str, ...]
+) -> None:
+    """Refuses a folder whose sub-folders are not the classes of the set.
+
+    Raises:
+        ValueError: with both counts, and an example of what is missing or unknown.
+    """
+    missing = [name for name in wanted if name not in set(found)]
+    unknown = [name for name in found if name not in set(wanted)]
+    if missing or unknown:
+        raise ValueError(
+            f"set {entry!r}: {path} has {len(found)} class folders, want its "
+            f"{len(wanted)} classes"
+            + (f"; missing: {_short(missing)}" if missing else "")
+            + (f"; unknown: {_short(unknown)}" if unknown else "")
+        )
+
+
+def _short(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

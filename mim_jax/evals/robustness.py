@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of a classifier on held-out images and on sets that differ from them."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
+
+from mim_jax.evals.base import (
+    Batch,
+    Eval,
+    Number,
+    Passes,
+    Report,
+    Run,
+    SetPasses,
+    share_of,
+    show,
+)
+from mim_jax.evals.logits import classifier, find_set, labelled, membership, predict
+from mim_jax.objectives.base import Objective
+
+_PREFIX = "accuracy_"
+_HELD_OUT = "held_out"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Robustness(Eval):
+    """Top-1 and top-5 accuracy, on the held-out split and on any number of sets.
+
+    A set may have classes of its own. Only classes of the model that count as one of
+    them compete, since a model of 1,000 classes cannot know which 200 a set has; a
+    prediction is right if it counts as a right class of the image. Images without a
+    right class are left out, and their number is told.
+
+    Top-5 is given where more than five classes compete.
+
+    Attributes:
+        sets: "NAME", made by the program or prepared by TFDS, or "NAME=FOLDER":
+            docs/data.md lists them.
+        mistakes: held-out images in the picture, whose class was not found.
+    """
+
+    sets: tuple[str, ...] = ()
+    mistakes: int = 12
+
+    def __post_init__(self):
+        names = [_name(entry) for entry in self.sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sets={self.sets}: want each name once")
+        if self.mistakes < 0:
+            raise ValueError(f"mistakes={self.mistakes}: want at least 0")
+
+    def check(self, objective: Objective) -> None:
+        labelled(objective)
+
+    def check_data(self, objective: Objective, data: Passes) -> None:
+        for entry in self.sets:
+            _find(objective, data, entry)
+
+    def measure(self, run: Run, data: Passes) -> Report:
+        count, classify = labelled(run.objective).classes, classifier(run)
+        if not data.classes:
+            raise ValueError("robustness: the run's source has no labels to compare to")
+        with data.held_out() as batches:
+            own = (
+                {**one, "labels": np.array(one["label"])[:, None]} for one in batches
+            )
+            found = _pass(classify, own, np.eye(count, dtype=bool), self.mistakes)
+        numbers = found.numbers(_HELD_OUT)
+        for entry in self.sets:
+            found_set = _find(run.objective, data, entry)
+            members = membership(found_set.images.members, count)
+            with found_set.batches() as batches:
+                numbers |= _pass(classify, batches, members).numbers(_name(entry))
+        names = np.array([*data.classes, *map(str, range(len(data.classes), count))])
+        arrays = {
+            "mistakes": found.mistakes,
+            "mistaken": names[found.labels],
+            "taken_for": names[found.taken_for],
+        }
+        return Report(numbers=numbers, arrays=arrays)
+
+    def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        figures = {"robustness": _bars(found)}
+        for number, (name, report) in enumerate(found.items()):
+            if len(report.arrays["mistakes"]):
+                title = "mistakes" if len(found) == 1 else f"mistakes{number}"
+                figures[title] = _gallery(name, report)
+        return figures
+
+
+def right(
+    logits: Float[np.ndarray, "n c"],
+    labels: Int[np.ndarray, "n l"],
+    members: Bool[np.ndarray, "s c"],
+    top: int = 1,
+) -> Bool[np.ndarray, " n"]:
+    """Whether one of an image's `top` best classes counts as a right one.
+
+    Args:
+        logits: of the model's classes; of equal ones the first is better.
+        labels: right classes of the set, -1 fills; at least one of each image.
+        members: True where a class of the model counts as one of the set; those that
+            count as none do not compete.
+        top: at most the number of classes that compete.
+    """
+    known = np.take(members, labels, axis=0) & (labels >= 0)[..., None]
+    counts = known.any(axis=1)
+    competing = np.where(members.any(axis=0), logits, -np.inf)
+    best = np.argsort(-competing, axis=1, kind="stable")[:, :top]
+    return np.asarray(np.take_along_axis(counts, best, axis=1).any(axis=1))
+
+
+class _Pass(NamedTuple):
+    """What was found on one set: by image, and of the mistakes to show."""
+
+    best: list[bool]
+    best5: list[bool] | None
+    left_out: int
+    unreadable: int
+    mistakes: np.ndarray
+    labels: np.ndarray
+    taken_for: np.ndarray
+
+    def numbers(self, name: str) -> dict[str, Number]:
+        if not self.best:
+            raise ValueError(f"set {name!r} has no image with a class of the model")
+        numbers = {_PREFIX + name: share_of(self.best)}
+        if self.best5 is not None:
+            numbers[f"top5_{name}"] = share_of(self.best5)
+        if self.left_out:
+            numbers[f"left_out_{name}"] = Number(self.left_out, "images")
+        if self.unreadable:
+            numbers[f"unreadable_{name}"] = Number(self.unreadable, "images")
+        return numbers
+
+
+def _pass(
+    classify: Callable[[Any], jax.Array],
+    batches: Iterable[Batch],
+    members: Bool[np.ndarray, "s c"],
+    mistakes: int = 0,
+) -> _Pass:
+    """One pass over a set; each of its images counts once."""
+    best, best5, left_out, unreadable = [], [], 0, 0
+    shown: list[tuple] = []
+    for rows, logits, lost in predict(classify, batches):
+        unreadable += lost
+        labels = rows["labels"]
+        known = (labels >= 0).any(axis=1)
+        left_out += int((~known).sum())
+        labels, logits, images = labels[known], logits[known], rows["image"][known]
+        hits = right(logits, labels, members)
+        best += hits.tolist()
+        best5 += right(logits, labels, members, top=5).tolist()
+        for i in np.flatnonzero(~hits)[: mistakes - len(shown)]:
+            shown.append((images[i], labels[i, 0], logits[i].argmax()))
+    pictures, true, taken_for = zip(*shown, strict=True) if shown else ((), (), ())
+    return _Pass(
+        best,
+        best5 if members.any(axis=0).sum() > 5 else None,
+        left_out,
+        unreadable,
+        np.array(pictures),
+        np.array(true, int),
+        np.array(taken_for, int),
+    )
+
+
+def _find(objective: Objective, data: Passes, entry: str) -> SetPasses:
+    found = find_set(objective, data, entry)
+    if found.images.pairs:
+        raise ValueError(
+            f"set {entry!r} has images of two classes each; want another set here, and "
+            "configs/shape_bias.py for this one"
+        )
+    return found
+
+
+def _name(entry: str) -> str:
+    return entry.partition("=")[0]
+
+
+def _bars(found: dict[str, Report]) -> Figure:
+    first = next(iter(found.values())).numbers
+    names = [key.removeprefix(_PREFIX) for key in first if key.startswith(_PREFIX)]
+    width = 0.8 / len(found)
+    figure = Figure(figsize=(2.2 + 0.5 * len(names) * (1 + len(found)), 3.4), dpi=110)
+    axis = figure.subplots()
+    for number, (run, report) in enumerate(found.items()):
+        shares = [report.numbers[_PREFIX + name] for name in names]
+        values = np.array([share.value for share in shares])
+        ends = np.array([share.interval for share in shares], float)
+        places = np.arange(len(names)) + (number - (len(found) - 1) / 2) * width
+        bars = axis.bar(
+            places,
+            100 * values,
+            width,
+            yerr=100 * np.abs(ends.T - values),
+            error_kw=dict(lw=0.8, capsize=2),
+            label=run,
+        )
+        labels = [f"{100 * value:.0f}" for value in values]
+        axis.bar_label(bars, labels, fontsize=7, label_type="center", color="white")
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("top-1 accuracy, %", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.tight_layout()
+    return figure
+
+
+def _gallery(name: str, report: Report) -> Figure:
+    arrays = report.arrays
+    count = len(arrays["mistakes"])
+    columns = min(count, 6)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(1.6 * max(columns, 3), 1.95 * lines + 0.6), dpi=110)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for place, axis in enumerate(axes):
+        if place < count:
+            true, taken_for = arrays["mistaken"][place], arrays["taken_for"][place]
+            show(axis, arrays["mistakes"][place], f"{true},\ntaken for {taken_for}")
+        else:
+            axis.set_axis_off()
+    figure.suptitle(f"{name}: held-out images with a wrong answer", fontsize=8)
+    figure.tight_layout()
+    return figure
