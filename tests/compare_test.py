@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compare page of real, tiny runs: all in one file, and every run in its table."""
+"""The compare page of real, tiny runs: all in one file, every run in its table, and a
+browser shows it."""
 
+import html
 import html.parser
 import json
 import pathlib
+import re
+import shutil
+import subprocess
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from mim_jax import compare, config, train
 
@@ -62,10 +69,19 @@ def tree_of(runs):
     return tree
 
 
-def test_one_page_with_everything_in_it(runs, tmp_path):
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    """The work directory of a comparison."""
+    workdir = tmp_path_factory.mktemp("compare")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        compare.run(tree_of(runs), tmp_path)
-    page = Page((tmp_path / "report" / "index.html").read_text())
+        compare.run(tree_of(runs), workdir)
+    return workdir
+
+
+def test_one_page_with_everything_in_it(written):
+    text = (written / "report" / "index.html").read_text()
+    assert "<!--" not in text
+    page = Page(text)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     # Reconstruction, a gallery for each of three, CKA, attention, curves.
     assert len(page.images) == 1 + 3 + 1 + 1 + 1
@@ -75,11 +91,79 @@ def test_one_page_with_everything_in_it(runs, tmp_path):
     assert "reconstruction of a Supervised run: want an objective that" in text
     assert "objective.smoothing" in text  # differs: one has it
     assert "objective.encoder.width" not in text  # the same in both
-    assert "<!--" not in (tmp_path / "report" / "index.html").read_text()
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((written / "results.json").read_text())
     assert results["knn"]["mae, step 2"]["images"]["value"] == 355
     shown = results["knn"]["mae, step 2"]["accuracy_model_k10"]["value"]
     assert f"{shown:.1%}" in text
+
+
+# Runs in the page, and leaves what it saw where `--dump-dom` prints it.
+MEASURE = """<script>
+addEventListener("load", () => {
+  const page = document.documentElement;
+  const rows = [...document.querySelector("table").rows].slice(1);
+  const place = document.createElement("pre");
+  const found = {
+    title: document.title,
+    images: [...document.images].map(one => [one.naturalWidth, one.clientWidth]),
+    rows: rows.map(row => row.cells[0].textContent),
+    fetched: performance.getEntriesByType("resource").map(entry => entry.name),
+    width: page.clientWidth,
+    needed: page.scrollWidth,
+  };
+  place.id = "found";
+  place.textContent = JSON.stringify(found);
+  document.body.append(place);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = [path for path in map(shutil.which, names) if path]
+    if not found:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
+    return found[0]
+
+
+def test_a_browser_shows_the_page_without_a_network(written, browser, tmp_path):
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    page.write_text((written / "report" / "index.html").read_text() + MEASURE)
+    done = subprocess.run(
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",  # does not work as root; the page is our own
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1280,4000",
+            f"--screenshot={picture}",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    dumped = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert dumped, done.stderr
+    found = json.loads(html.unescape(dumped[1]))
+    assert found["title"] == "mae, supervised, random (mae)"
+    titles = ["mae, step 2", "supervised, step 2", "random (mae), step 0"]
+    assert found["rows"] == titles
+    assert len(found["images"]) == 7
+    assert all(min(widths) > 100 for widths in found["images"]), found["images"]
+    assert [one for one in found["fetched"] if not one.startswith("data:")] == []
+    assert found["width"] == 1280 and found["needed"] <= 1280
+    with Image.open(picture) as shown:
+        assert shown.width == 1280
+        pixels = np.asarray(shown.convert("RGB"), int)
+    # Text is grey: these are the colours of attention maps and CKA curves.
+    assert (np.ptp(pixels, axis=-1) > 100).mean() > 1e-4
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
@@ -91,9 +175,10 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     tree.skip = ("tsn",)
     with pytest.raises(config.ConfigError, match="skip='tsn' is unknown"):
         compare.run(tree, tmp_path)
-    other = json.loads((runs[1] / "config.json").read_text())
-    other["data"]["image_size"] = [10, 10]
-    (runs[1] / "config.json").write_text(json.dumps(other))
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    values = json.loads((other / "config.json").read_text())
+    values["data"]["image_size"] = [10, 10]
+    (other / "config.json").write_text(json.dumps(values))
     with pytest.raises(config.ConfigError, match=r"as \(10, 10, 1\), another run"):
-        compare.run(tree_of(runs), tmp_path)
+        compare.run(tree_of([runs[0], other]), tmp_path)
     assert not (tmp_path / "report").exists()

@@ -284,6 +284,10 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def __len__(self) -> int:
+        """How many are left."""
+        return self._left
+
     def __next__(self) -> Batch:
         if not self._open:
             raise ValueError("these batches are closed; ask for new ones")

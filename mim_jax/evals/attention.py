@@ -8,7 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mim_jax.evals.base import Eval, Number, Passes, Report, Run, mean_of, show
+from mim_jax.evals.base import (
+    Eval,
+    Number,
+    Passes,
+    Report,
+    Run,
+    mean_of,
+    show,
+    watched,
+)
 from mim_jax.objectives.base import Objective
 from mim_jax.ops import augment
 from mim_jax.ops.patches import Grid
@@ -57,7 +66,7 @@ class Attention(Eval):
 
         images, parts, seen = [], [], 0
         with data.held_out() as batches:
-            for batch in batches:
+            for batch in watched(batches, "attention", self.images):
                 wanted = np.flatnonzero(batch["valid"])[: self.images - seen]
                 if not len(wanted):
                     break

@@ -5,13 +5,14 @@ import abc
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from matplotlib.figure import Figure
 
 from mim_jax.objectives.base import Objective
@@ -194,6 +195,31 @@ def save(
         for key, value in scalars.items():
             print(f"{key:32s} {value:.6g}")
     print(f"report in {folder}", flush=True)
+
+
+def watched(
+    batches: Iterable[Batch], what: str, most: int | None = None
+) -> Iterator[Batch]:
+    """The batches of a pass, unchanged, with a bar that counts their images.
+
+    The bar stands on stderr while that is a terminal, and goes with the pass;
+    elsewhere nothing is written.
+
+    Args:
+        what: the caption.
+        most: the caller leaves the pass after that many images.
+    """
+    # Asked before the first is taken: the length of `Batches` is what is left.
+    count = len(batches) if isinstance(batches, Sized) else None
+    with tqdm.tqdm(
+        desc=what, unit=" images", leave=False, disable=None, dynamic_ncols=True
+    ) as bar:
+        for batch in batches:
+            rows = len(batch["valid"])
+            if count is not None and bar.total is None:
+                bar.reset(count * rows if most is None else min(count * rows, most))
+            yield batch
+            bar.update(rows)
 
 
 def keys_of(batch: Batch, seed: int, number: int = 0) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import Eval, Number, Passes, Report, Run, keys_of
+from mim_jax.evals.base import Eval, Number, Passes, Report, Run, keys_of, watched
 from mim_jax.maskings.random import Random
 from mim_jax.objectives.base import Objective
 from mim_jax.ops import augment
@@ -81,7 +81,7 @@ class CKA(Eval):
 
         seen = 0
         with data.held_out() as batches:
-            for batch in batches:
+            for batch in watched(batches, "cka", self.images):
                 wanted = np.flatnonzero(batch["valid"])[: self.images - seen]
                 if not len(wanted):
                     break

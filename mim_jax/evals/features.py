@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from mim_jax.evals.base import Batch
+from mim_jax.evals.base import Batch, watched
 
 
 class Features(NamedTuple):
@@ -28,7 +28,7 @@ class Features(NamedTuple):
 def extract(
     encode: Callable[[jax.Array], jax.Array], batches: Iterable[Batch]
 ) -> Features:
-    """Features of all valid images.
+    """Features of all valid images, with a progress bar on a terminal.
 
     Args:
         encode: from uint8 images "b h w c" to features "b d"; jitted here.
@@ -37,7 +37,7 @@ def extract(
     """
     jitted = jax.jit(encode)
     vectors, labels, index = [], [], []
-    for batch in batches:
+    for batch in watched(batches, "features"):
         valid = np.asarray(batch["valid"])
         vectors.append(np.asarray(jitted(batch["image"]), np.float32)[valid])
         labels.append(np.asarray(batch["label"])[valid])

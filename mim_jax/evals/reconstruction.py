@@ -20,6 +20,7 @@ from mim_jax.evals.base import (
     keys_of,
     mean_of,
     show,
+    watched,
 )
 from mim_jax.objectives.base import Objective, PixelObjective
 from mim_jax.ops import similarity
@@ -91,7 +92,7 @@ class Reconstruction(Eval):
         def note(name, array, wanted):
             values.setdefault(name, []).extend(np.asarray(array)[wanted].tolist())
 
-        for batch in batches:
+        for batch in watched(batches, "reconstruction", self.images):
             wanted = np.flatnonzero(batch["valid"])[: self.images - seen]
             if not len(wanted):
                 break

@@ -326,6 +326,16 @@ def test_eval_gives_each_record_once(hosts, batch_size, count):
     assert (whole["index"][~valid] == -1).all() and (whole["label"][~valid] == -1).all()
 
 
+def test_batches_know_how_many_are_left():
+    with pipeline.eval_batches(make(), batch_size=2) as batches:
+        assert [(len(batches), bool(next(batches))) for _ in range(3)] == [
+            (left, True) for left in (3, 2, 1)
+        ]
+        assert len(batches) == 0
+    with pipeline.train_batches(make(), seed=0, batch_size=2, start=3, stop=5) as two:
+        assert len(two) == 2
+
+
 def test_eval_reads_the_held_out_split_through_the_centre_crop():
     data = make(Digits(), image_size=(6, 6), eval_crop_fraction=0.9)
     with pipeline.eval_batches(data, batch_size=100) as batches:

@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import io
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from small_run import CMAE_SMALL, batches, passes, run
 
 from mim_jax.evals.attention import Attention
-from mim_jax.evals.base import keys_of, mean_of, share_of
+from mim_jax.evals.base import keys_of, mean_of, share_of, watched
 from mim_jax.evals.cka import CKA
 from mim_jax.evals.features import Features, extract
 from mim_jax.evals.knn import KNN, classify
@@ -61,6 +63,33 @@ def test_padding_and_batch_size_change_no_feature():
     assert one.indices.tolist() == other.indices.tolist() == list(range(10))
     with pytest.raises(ValueError, match="no images"):
         extract(encode, [])
+
+
+class Screen(io.StringIO):
+    """Keeps what is written to it."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+def test_a_terminal_sees_how_far_a_pass_is(monkeypatch):
+    given = batches(10, 4)
+    for terminal, most in ((True, None), (True, 5), (False, None)):
+        screen = Screen(terminal)
+        monkeypatch.setattr(sys, "stderr", screen)
+        passed = list(watched(given, "features", most))
+        assert all(one is other for one, other in zip(passed, given, strict=True))
+        if terminal:  # 10 images in 3 batches of 4
+            assert f"/{most or 12} " in screen.getvalue()
+            assert "features" in screen.getvalue()
+            # The last thing written wipes the line.
+            assert screen.getvalue().rsplit("\r", 2)[1].strip() == ""
+        else:
+            assert screen.getvalue() == ""
 
 
 def test_knn_tells_classes_that_are_easy_and_draws_them():

@@ -12,7 +12,7 @@ import pytest
 from golden import distorted
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from mim_jax.ops import similarity
+from mim_jax.ops import backend, similarity
 from mim_jax.ops.similarity import psnr
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -121,6 +121,28 @@ def test_rows_do_not_mix_and_gradients_are_finite(function):
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     slope = jax.jit(jax.grad(lambda x: function(x, two).sum()))(one)
     assert np.isfinite(slope).all() and np.abs(slope).max() > 0
+
+
+@pytest.mark.parametrize("function", [similarity.ssim, similarity.fsim])
+def test_other_devices_compute_the_same(function):
+    images = np.stack([distorted.crops()["cat"][i : i + 40, :48] for i in (0, 30)])
+    one = jnp.asarray(images, jnp.float32)
+    with backend.compile_for("gpu"):
+        found = jax.jit(lambda one, other: function(one, other))(one, 1 - one)
+    np.testing.assert_allclose(found, jitted(function)(one, 1 - one), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_the_lower_median_is_that_of_sorting(count):
+    rng = np.random.default_rng(count)
+    values = np.round(rng.exponential(1, count), 1) * 10.0 ** rng.integers(-30, 30)
+    values[rng.integers(count)] = 0
+    values = values.astype(np.float32)
+    median = jax.jit(jax.value_and_grad(similarity._lower_median))
+    found, slope = median(jnp.asarray(values))
+    assert found == np.sort(values)[(count - 1) // 2]
+    # One element decides, and it is one of that value.
+    assert np.asarray(slope).sum() == 1 and values[np.argmax(slope)] == found
 
 
 def test_what_cannot_be_measured_is_said():
