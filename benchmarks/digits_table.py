@@ -15,7 +15,6 @@ no method was tuned here beyond its learning rate.
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
 import pathlib
@@ -74,11 +73,11 @@ def measure(workdir: pathlib.Path, trained: bool) -> dict[str, float]:
     run, training = evaluate.load(workdir)
     passes = EvalPasses(training.data)
     params = run.params if trained else run.initial
-    encode = functools.partial(run.objective.features, params)
+    encode = run.objective.features
     with passes.train() as batches:
-        bank = extract(encode, batches)
+        bank = extract(encode, params, batches)
     with passes.held_out() as batches:
-        queries = extract(encode, batches)
+        queries = extract(encode, params, batches)
     found = classify(bank, queries, [10], temperature=0.07)[0]
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     with warnings.catch_warnings():

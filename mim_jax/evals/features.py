@@ -2,7 +2,7 @@
 """Features of every image of a pass."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,12 +26,14 @@ class Features(NamedTuple):
 
 
 def extract(
-    encode: Callable[[jax.Array], jax.Array], batches: Iterable[Batch]
+    encode: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Batch]
 ) -> Features:
     """Features of all valid images, with a progress bar on a terminal.
 
     Args:
-        encode: from uint8 images "b h w c" to features "b d"; jitted here.
+        encode: from parameters and uint8 images "b h w c" to features "b d"; jitted
+            here, and compiled once for all passes of one objective's method.
+        params: its first argument.
     Raises:
         ValueError: there is no valid image.
     """
@@ -39,7 +41,7 @@ def extract(
     vectors, labels, index = [], [], []
     for batch in watched(batches, "features"):
         valid = np.asarray(batch["valid"])
-        vectors.append(np.asarray(jitted(batch["image"]), np.float32)[valid])
+        vectors.append(np.asarray(jitted(params, batch["image"]), np.float32)[valid])
         labels.append(np.asarray(batch["label"])[valid])
         index.append(np.asarray(batch["index"])[valid])
     if not sum(map(len, labels)):

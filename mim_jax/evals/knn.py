@@ -2,7 +2,6 @@
 """Nearest neighbours of frozen features: an accuracy and a picture."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +53,11 @@ class KNN(Eval):
     def measure(self, run: Run, data: Passes) -> Report:
         spaces = {}
         for name, params in (("model", run.params), ("untrained", run.initial)):
-            encode = functools.partial(run.objective.features, params)
+            encode = run.objective.features
             with data.train() as batches:
-                train = extract(encode, batches)
+                train = extract(encode, params, batches)
             with data.held_out() as batches:
-                spaces[name] = train, extract(encode, batches)
+                spaces[name] = train, extract(encode, params, batches)
         train, held_out = spaces["model"]
         counts = [k for k in self.k if k <= len(train.labels)]
         numbers = {

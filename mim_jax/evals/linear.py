@@ -2,7 +2,6 @@
 """Linear probe of features that are extracted once, for many learning rates at once."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -69,11 +68,11 @@ class Linear(Eval):
                 "the source has no labels, which a linear probe learns: want a source "
                 "with classes, such as digits"
             )
-        encode = functools.partial(run.objective.features, run.params)
+        encode, params = run.objective.features, run.params
         with data.train() as batches:
-            train = _known(extract(encode, batches))
+            train = _known(extract(encode, params, batches))
         with data.held_out() as batches:
-            held_out = _known(extract(encode, batches))
+            held_out = _known(extract(encode, params, batches))
         mean, deviation = train.vectors.mean(axis=0), train.vectors.std(axis=0)
         scale = 1 / np.sqrt(deviation**2 + 1e-6)
 

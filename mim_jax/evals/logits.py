@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mim_jax.evals.base import Batch, Passes, Run, SetPasses
+from mim_jax.evals.base import Batch, Passes, Run, SetPasses, watched
 from mim_jax.objectives.base import LabelObjective, Objective
 
 
@@ -37,7 +37,7 @@ def predict(
     classify: Callable[[Any], jax.Array], batches: Iterable[Batch]
 ) -> Iterator[Answers]:
     """What a classifier says of each image of a pass, once, batch by batch."""
-    for batch in batches:
+    for batch in watched(batches, "logits"):
         valid, index = (np.asarray(batch[name]) for name in ("valid", "index"))
         # A copy: the batch may lie in memory that the next one is written to.
         rows = {name: np.array(value)[valid] for name, value in batch.items()}

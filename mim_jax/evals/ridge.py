@@ -2,7 +2,6 @@
 """Few-shot accuracy of frozen features by ridge regression, in closed form."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,11 +47,11 @@ class Ridge(Eval):
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:
-        encode = functools.partial(run.objective.features, run.params)
+        encode, params = run.objective.features, run.params
         with data.train() as batches:
-            train = extract(encode, batches)
+            train = extract(encode, params, batches)
         with data.held_out() as batches:
-            held_out = extract(encode, batches)
+            held_out = extract(encode, params, batches)
         classes = len(data.classes)
         sizes = np.bincount(train.labels[train.labels >= 0], minlength=max(classes, 1))
         shots = [number for number in self.shots if number <= sizes.min()]

@@ -2,7 +2,6 @@
 """Features of ten classes in the plane."""
 
 import dataclasses
-import functools
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -58,9 +57,8 @@ class TSNE(Eval):
                 f"classes={self.classes}: the source has {len(data.classes)}; want at "
                 "most that many, or a source with labels"
             )
-        encode = functools.partial(run.objective.features, run.params)
         with data.held_out() as batches:
-            found = extract(encode, batches)
+            found = extract(run.objective.features, run.params, batches)
         rng = np.random.default_rng(self.seed)
         chosen = np.sort(rng.permutation(len(data.classes))[: self.classes])
         rows = np.concatenate(

@@ -2,7 +2,6 @@
 """kNN, CKA, attention and t-SNE on a small encoder, against other ways to compute."""
 
 import dataclasses
-import functools
 import io
 import sys
 
@@ -56,13 +55,13 @@ def test_images_without_a_label_do_not_vote():
 
 
 def test_padding_and_batch_size_change_no_feature():
-    encode = functools.partial(CMAE_SMALL.features, run().params)
-    one, other = (extract(encode, batches(10, size)) for size in (10, 4))
+    encode, params = CMAE_SMALL.features, run().params
+    one, other = (extract(encode, params, batches(10, size)) for size in (10, 4))
     np.testing.assert_allclose(one.vectors, other.vectors, rtol=1e-5, atol=1e-6)
     assert one.labels.tolist() == other.labels.tolist() == [0, 1, 2] * 3 + [0]
     assert one.indices.tolist() == other.indices.tolist() == list(range(10))
     with pytest.raises(ValueError, match="no images"):
-        extract(encode, [])
+        extract(encode, params, [])
 
 
 class Screen(io.StringIO):
@@ -101,10 +100,10 @@ def test_knn_tells_classes_that_are_easy_and_draws_them():
     assert report.arrays["queries"].shape == (4, 8, 8, 1)
     assert report.arrays["neighbours"].shape == (4, 2, 8, 8, 1)
     # The pictured neighbours are the training images that are most similar.
-    encode = functools.partial(CMAE_SMALL.features, run().params)
+    encode, params = CMAE_SMALL.features, run().params
     train, held_out = (
-        extract(encode, batches(40, 9, seed=1)),
-        extract(encode, batches(24, 7)),
+        extract(encode, params, batches(40, 9, seed=1)),
+        extract(encode, params, batches(24, 7)),
     )
     unit = [
         x.vectors / np.linalg.norm(x.vectors, axis=1)[:, None]

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear and ridge probes, against numpy, scikit-learn and leaving images out."""
 
-import functools
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from passes import Given
 from sklearn.linear_model import Ridge as SklearnRidge
 from small_run import batches, passes, run
 
+from mim_jax.evals import linear
 from mim_jax.evals.features import extract
 from mim_jax.evals.linear import Linear, predict
 from mim_jax.evals.ridge import Ridge, fit
@@ -106,6 +104,29 @@ def test_held_out_labels_choose_nothing():
     assert reports[1].scalars["accuracy"] < 0.3 < reports[0].scalars["accuracy"]
 
 
+def test_images_that_choose_the_rate_are_not_fitted(monkeypatch):
+    fitted, chosen = [], []
+    fit, answer = Linear.fit, linear.predict
+
+    def fit_and_tell(self, features, *rest):
+        fitted.append(features)
+        return fit(self, features, *rest)
+
+    def predict_and_tell(head, features):
+        chosen.append(features)
+        return answer(head, features)
+
+    monkeypatch.setattr(Linear, "fit", fit_and_tell)
+    monkeypatch.setattr(linear, "predict", predict_and_tell)
+    Linear(batch_size=16, epochs=1, rates=(1.0,)).measure(run(), passes())
+    assert [len(rows) for rows in fitted] == [36, 40]
+    assert [len(rows) for rows in chosen] == [4, 24]
+    apart = np.abs(fitted[0][:, None] - chosen[0][None]).max(axis=-1)
+    assert apart.min() > 0
+    both = np.concatenate([fitted[0], chosen[0]])
+    np.testing.assert_array_equal(np.sort(both, axis=0), np.sort(fitted[1], axis=0))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -180,8 +201,7 @@ def test_ridge_counts_shots_and_draws():
     }
     assert report.numbers["accuracy_3_shot"].n == 4
     assert report.scalars["images"] == 24
-    encode = functools.partial(run().objective.features, run().params)
-    train = extract(lambda x: encode(jnp.asarray(x)), passes().training)
+    train = extract(run().objective.features, run().params, passes().training)
     rows = settings._chosen(train.labels, 3, 3, 0)
     assert np.bincount(train.labels[rows]).tolist() == [3, 3, 3]
     assert set(settings._chosen(train.labels, 3, 1, 0)) < set(rows)
