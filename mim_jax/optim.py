@@ -351,7 +351,7 @@ def _without(frozen: tuple[str, ...], tree: Any, above: str = "") -> dict[str, A
     return rest
 
 
-def _merged(tree: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+def _merged(tree: Any, part: Any) -> Any:
     """Nested dicts with the leaves of a part of them in their places."""
     return tree | {
         name: _merged(tree[name], node) if isinstance(node, dict) else node

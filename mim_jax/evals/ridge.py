@@ -93,9 +93,9 @@ class Ridge(Eval):
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
         figure = Figure(figsize=(4.8, 3.4), dpi=110)
         axis = figure.subplots()
+        shots = next(iter(found.values())).arrays["shots"]
         for name, report in found.items():
-            shots, values = report.arrays["shots"], report.arrays["accuracy"]
-            axis.plot(shots, values, marker="o", label=name)
+            axis.plot(shots, report.arrays["accuracy"], marker="o", label=name)
         axis.set_xscale("log")
         axis.set_xticks(shots, [str(number) for number in shots])
         axis.minorticks_off()

@@ -303,8 +303,9 @@ class Erasing:
         std: Sequence[float],
     ) -> Float[Array, "b h w c"]:
         """Images in 0..1 with noise in some places, each a function of its own key."""
-        shape = images.shape[1:]
-        boxes = jax.vmap(lambda key: self._box(key, shape[:2]))(keys)
+        _, rows, cols, channels = images.shape
+        shape = (rows, cols, channels)
+        boxes = jax.vmap(lambda key: self._box(key, (rows, cols)))(keys)
         draw = functools.partial(jax.random.normal, shape=shape, dtype=images.dtype)
         noise = jax.vmap(lambda key: draw(jax.random.fold_in(key, 0)))(keys)
         noise = denormalise(noise, mean, std)

@@ -119,9 +119,11 @@ def fsim(
         one, other = (phase_congruency(grey) for grey in planes[0])
         weight = jnp.maximum(one, other)
         score = _alike(one, other, 0.85) * weight
-        score = score * _alike(*_scharr(planes[0]), 160.0)
+        steep = _scharr(planes[0])
+        score = score * _alike(steep[0], steep[1], 160.0)
         if chromatic:
-            hue = _alike(*planes[1], 200.0) * _alike(*planes[2], 200.0)
+            hue = _alike(planes[1, 0], planes[1, 1], 200.0)
+            hue = hue * _alike(planes[2, 0], planes[2, 1], 200.0)
             score = score * jnp.abs(hue) ** 0.03
         return score.sum() / weight.sum()
 
