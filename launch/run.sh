@@ -10,7 +10,10 @@ no_words
 need_arguments
 
 command=$(quoted .venv/bin/python -m mim_jax.main --distributed "${ARGS[@]}")
-inside=$(quoted bash -c "$command >>log.txt 2>&1; echo \$? >exit-code")
+# A host that shuts down signals all of them: this shell and tmux must not end the run,
+# which saves, nor keep its exit code to themselves.
+inside=$(quoted bash -c "trap '' HUP; trap : TERM
+$command >>log.txt 2>&1; echo \$? >exit-code")
 on_hosts "cd mim_jax || exit
 if tmux has-session -t =mim 2>/dev/null; then echo running already: \"\$(cat command)\"; exit; fi
 rm -f exit-code; printf '%s\\n' $(quoted "$command") >command

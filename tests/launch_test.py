@@ -205,6 +205,43 @@ def test_a_run_that_is_there_is_left_alone(fakes):
     assert [call[0] for call in fakes.calls()] == ["gcloud", "tmux"]
 
 
+def test_a_host_that_shuts_down_lets_the_run_save(fakes):
+    if (tmux := shutil.which("tmux")) is None:
+        pytest.skip("tmux is not installed")
+    python_of_a_host(fakes)
+    host = fakes.home / "host" / "mim_jax"
+    (host / ".venv/bin/python").write_text(
+        "#!/bin/bash\ntrap 'sleep 0.3; exit 75' TERM; echo $$; echo \"$*\"\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    (fakes.home / "bin" / "tmux").unlink()
+    fakes.env.pop("TMUX", None)
+    fakes.env["TMUX_TMPDIR"] = str(fakes.home)
+    fakes.run("run", "--", "--it's=(1,2)")
+    until(lambda: (host / "log.txt").read_text().count("\n") == 2)
+    pid, words = (host / "log.txt").read_text().splitlines()
+    assert words == "-m mim_jax.main --distributed --it's=(1,2)"
+    shell = int(pathlib.Path(f"/proc/{pid}/stat").read_text().split()[3])
+    os.kill(shell, signal.SIGTERM)
+    subprocess.run([tmux, "kill-server"], env=fakes.env, check=True)
+    time.sleep(0.3)
+    assert not (host / "exit-code").exists()
+    os.kill(int(pid), signal.SIGTERM)
+    until(lambda: (host / "exit-code").read_text() == "75\n")
+
+
+def until(condition, timeout=10) -> None:
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_words_arrive_in_a_slurm_job_as_they_were_given(fakes):
     fakes.run("slurm", "--", *HARD)
     (call,) = fakes.calls()
