@@ -117,7 +117,8 @@ def from_first_host(numbers: list[int]) -> list[int]:
 def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """The global batch of which each host holds its own rows."""
     rows = by_row(mesh)
-    with jax.transfer_guard_host_to_device("allow"):  # of several hosts, JAX is told
+    # Explicit, though with several hosts JAX takes it for a transfer by oversight.
+    with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(
             lambda array: jax.make_array_from_process_local_data(rows, array), batch
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several hosts: real processes of one run, joined by JAX, train as one does."""
 
+import atexit
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -40,6 +42,8 @@ TINY = {
 }
 # Of sums in another order.
 RTOL = 1e-5
+COMPILED = pathlib.Path(tempfile.mkdtemp(prefix="compiled-"))
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 
 class Hosts:
@@ -47,7 +51,8 @@ class Hosts:
 
     def __init__(self, workdir, count, leaves=None, *, devices=1, config=None, **env):
         self.workdir = workdir
-        workdir.parent.mkdir(parents=True, exist_ok=True)
+        # One machine's programs for all tests: a run compiles what is not there.
+        share(COMPILED, workdir / "compiled")
         self.out = workdir.parent / f"{workdir.name}.out"
         leaves = TINY | (leaves or {}) if config is None else leaves or {}
         command = [sys.executable, "tests/one_host.py", "--distributed"]
@@ -74,6 +79,7 @@ class Hosts:
             return self._popen.wait(timeout)
         finally:
             self._popen.terminate()
+            share(self.workdir / "compiled", COMPILED)
 
     def until(self, text: str, timeout: float = 120) -> None:
         end = time.monotonic() + timeout
@@ -87,6 +93,13 @@ class Hosts:
     @property
     def told(self) -> str:
         return self.out.read_text()
+
+
+def share(source, target) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*-cache"):
+        if not (target / path.name).exists():
+            shutil.copy(path, target)
 
 
 def run(workdir, count, leaves=None, *, code=0, **options) -> str:
@@ -231,6 +244,7 @@ def test_rows_are_found_however_devices_are_ordered():
 @pytest.mark.parametrize("scan", [False, True])
 def test_four_hosts_with_shared_parameters_train_as_one_does(tmp_path, scan):
     leaves = {"mesh.fsdp": 2, "scan": scan, "objective.encoder.depth": 2}
+    leaves["data.workers"] = int(scan)
     run(tmp_path / "one", 1, leaves, devices=4)
     run(tmp_path / "four", 4, leaves)
     assert_same_run(tmp_path / "four", tmp_path / "one")
@@ -358,6 +372,20 @@ def test_several_hosts_begin_with_a_run_and_evaluate_it(one, tmp_path):
     assert_same_run(tmp_path / "tuned", tmp_path / "alone")
     run(tmp_path / "knn", 2, {"run": one}, config="configs/knn.py")
     assert (tmp_path / "knn" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_alone_distributed_names_the_way_out(tmp_path):
+    words = ["--distributed", "--config=configs/mae.py:digits", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mim_jax.main", *words],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "launch/local.sh" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -477,6 +477,7 @@ def local(fakes, count, program, *words, **env) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -497,10 +498,10 @@ def test_processes_know_who_they_are(fakes):
 MINE = "import os, signal, sys, time; me = int(os.environ['JAX_PROCESS_ID']); "
 
 
-@pytest.mark.parametrize("codes", [(0, 0, 0), (0, 7, 0), (75, 75, 75)])
+@pytest.mark.parametrize("codes", [(0, 0, 0), (0, 7, 9), (9, 7, 0), (75, 75, 75)])
 def test_the_exit_code_is_the_first_that_is_not_0(fakes, codes):
-    process = local(fakes, 3, MINE + f"sys.exit({codes}[me])")
-    assert process.wait(30) == max(codes)
+    process = local(fakes, 3, MINE + f"time.sleep(me); sys.exit({codes}[me])")
+    assert process.wait(30) == next(filter(None, codes), 0)
     process.communicate()
 
 
@@ -520,6 +521,7 @@ def test_one_that_dies_takes_the_others_along(fakes):
 
 
 LEAVING = MINE + (
+    "signal.signal(signal.SIGINT, signal.SIG_DFL);"
     "signal.signal(signal.SIGTERM, lambda *_: (time.sleep({}), os._exit(75)));"
     "print('here', flush=True); time.sleep(60)"
 )
@@ -530,7 +532,7 @@ def test_a_signal_asks_all_to_leave(fakes, number):
     process = local(fakes, 2, LEAVING.format(0.2))
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["here\n"] * 2
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does
     assert process.wait(20) == 75
     process.communicate()
 
