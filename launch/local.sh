@@ -29,6 +29,7 @@ ask() {
 trap ask TERM INT
 trap 'all -KILL -' EXIT
 
+{ # read to its end before it begins: this file may change meanwhile
 for ((i = 0; i < WORDS[0]; i++)); do
   # In a session of its own, so that Ctrl-C comes here only.
   command=(env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" JAX_COORDINATOR_ADDRESS="localhost:$port"
@@ -50,3 +51,4 @@ while ((${#pids[@]})); do
 done
 if [[ ${reaper-} ]]; then kill "$reaper" 2>/dev/null || true; fi
 exit "$code"
+}

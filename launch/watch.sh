@@ -25,6 +25,7 @@ outcome() {
   if [[ $told == " 0 " ]]; then echo 0; else echo lost; fi
 }
 
+{ # read to its end before it begins: this file may change meanwhile
 crashes=0
 while ((crashes < CRASHES)); do
   crashes=$((crashes + 1)) # taken back below, where it was none
@@ -56,3 +57,4 @@ while ((crashes < CRASHES)); do
 done
 say "failed $CRASHES times in a row: giving up; see log.txt on the hosts"
 exit 1
+}

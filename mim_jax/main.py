@@ -71,9 +71,7 @@ def _join() -> None:
     """Become one process of several: a cluster that JAX knows says which one, or the
     environment does, as launch/local.sh sets it."""
     settings = {}
-    if (
-        "JAX_NUM_PROCESSES" in os.environ
-    ):  # JAX reads JAX_COORDINATOR_ADDRESS, not these
+    if "JAX_NUM_PROCESSES" in os.environ:  # of all three JAX reads the address only
         settings = {
             "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
             "process_id": int(os.environ["JAX_PROCESS_ID"]),

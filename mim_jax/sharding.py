@@ -93,7 +93,7 @@ def rows_here(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
     On a TPU they need not lie side by side: JAX orders devices by their wires.
     """
     parts = by_row(mesh).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (part,) in parts for row in range(*part.indices(rows))})
+    return sorted({row for part in parts if part for row in range(rows)[part[0]]})
 
 
 def from_hosts(number: int) -> list[int]:
@@ -110,7 +110,7 @@ def from_first_host(numbers: list[int]) -> list[int]:
     if jax.process_count() == 1 or not count:
         return numbers[:count]
     with jax.transfer_guard("allow"):
-        padded = np.resize(np.int32(numbers), count)
+        padded = np.resize(np.asarray(numbers, np.int32), count)
         return multihost_utils.broadcast_one_to_all(padded).tolist()
 
 

@@ -78,7 +78,9 @@ class Hosts:
         try:
             return self._popen.wait(timeout)
         finally:
-            self._popen.terminate()
+            while self._popen.poll() is None:  # the second time, local.sh kills
+                self._popen.terminate()
+                time.sleep(1)
             share(self.workdir / "compiled", COMPILED)
 
     def until(self, text: str, timeout: float = 120) -> None:
@@ -121,13 +123,17 @@ def checkpoints(workdir) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-def assert_same_run(workdir, other, rtol=RTOL) -> None:
+def assert_same_lines(workdir, other, rtol=RTOL) -> None:
     ours, theirs = metrics(workdir), metrics(other)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
+
+
+def assert_same_run(workdir, other, rtol=RTOL) -> None:
+    assert_same_lines(workdir, other, rtol)
     (step, a), (last, b) = read_parts(workdir), read_parts(other)
     assert step == last
     jax.tree.map(
@@ -261,7 +267,8 @@ def test_a_run_goes_on_with_another_number_of_hosts(one, tmp_path):
     assert "resumed from step 3" in told
     told = run(workdir, 2, accept)
     assert "resumed from step 5" in told
-    assert_same_run(workdir, one)
+    # Not parameters: biases of keys have no gradient, and Adam makes steps of its noise.
+    assert_same_lines(workdir, one)
 
 
 @pytest.mark.slow
@@ -370,7 +377,8 @@ def test_several_hosts_begin_with_a_run_and_evaluate_it(one, tmp_path):
     assert told.count(f"began with  {one}, step 6") == 1
     run(tmp_path / "alone", 1, leaves, config=config, devices=2)
     assert_same_run(tmp_path / "tuned", tmp_path / "alone")
-    run(tmp_path / "knn", 2, {"run": one}, config="configs/knn.py")
+    told = run(tmp_path / "knn", 2, {"run": one}, config="configs/knn.py")
+    assert told.count("report in") == 1
     assert (tmp_path / "knn" / "results.json").exists()
 
 
