@@ -74,7 +74,7 @@ class Hosts:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 600) -> int:
         try:
             return self._popen.wait(timeout)
         finally:
@@ -267,7 +267,7 @@ def test_a_run_goes_on_with_another_number_of_hosts(one, tmp_path):
     assert "resumed from step 3" in told
     told = run(workdir, 2, accept)
     assert "resumed from step 5" in told
-    # Not parameters: biases of keys have no gradient, and Adam makes steps of its noise.
+    # Not parameters: biases of keys have no gradient, and Adam walks by its noise.
     assert_same_lines(workdir, one)
 
 
