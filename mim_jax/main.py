@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import jax
 from absl import app, flags, logging
+from orbax.checkpoint import multihost
 
 from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
@@ -60,6 +61,10 @@ def main(argv: list[str]) -> None:
     # the error that held them is gone: what is left at the end is told of as leaks.
     gc.collect()
     time.sleep(0.1)
+    if why is None and _DISTRIBUTED.value:
+        # The first host may still draw, and JAX's own patience at the end is 5 minutes.
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes("done", timeout=_REPORT, processes=everyone)
     if why is not None:
         if why[1] in (EXIT_NON_FINITE, EXIT_INTERRUPTED):
             # All hosts leave with these: none may go first, and take the others along.
@@ -78,7 +83,7 @@ def _join() -> None:
             "cluster_detection_method": "deactivate",
         }
     try:
-        jax.distributed.initialize(**settings, shutdown_timeout_seconds=_REPORT)
+        jax.distributed.initialize(**settings)
     except (KeyError, ValueError) as error:
         leave(
             f"error: --distributed: {error} JAX knows hosts of a TPU, tasks of Slurm "

@@ -421,5 +421,5 @@ def test_a_slow_report_is_waited_for(one, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(one, workdir)
     shutil.rmtree(workdir / "report")
-    run(workdir, 2, DRAWING="330")  # JAX's own patience is 300 s
+    run(workdir, 2, DRAWING="310")  # JAX's own patience is 300 s
     assert (workdir / "report").exists()
