@@ -16,8 +16,9 @@ import pathlib
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent import futures
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -28,13 +29,15 @@ from flax import traverse_util
 
 import mim_jax
 from mim_jax.interrupt import Interrupted
-from mim_jax.sharding import by_path, path_name
+from mim_jax.sharding import by_path, from_first_host, from_hosts, path_name
 from mim_jax.state import stack_blocks, unstack_blocks
 
 _FAILURES = 3  # saves that may fail one after the other before the run stops
 _UNFINISHED = (".orbax-checkpoint-tmp", ".deleting")  # left by a killed process
 _ASYNCIO_LOG, _ABSL_LOG = logging.getLogger("asyncio"), logging.getLogger("absl")
 _SHOWN = 8  # leaves named in a message
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ class Checkpointer:
                 there is a warning, and training goes on.
         """
         self._finish()
-        if step in self.steps():
+        if step in from_first_host(self.steps()):
             return  # A run that is interrupted twice before its first step.
         state = _per_block(state)
         digests, finite = jax.device_get(_digests(state))
@@ -185,7 +188,7 @@ class Checkpointer:
             MismatchError: the newest whole one has other leaves than `like`.
         """
         damaged = {}
-        for step in reversed(self.steps()):
+        for step in reversed(from_first_host(self.steps())):
             try:
                 state, extra = self._read(step, like)
             except _DamageError as error:
@@ -262,7 +265,7 @@ class Checkpointer:
                 shutil.rmtree(going, ignore_errors=True)
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        about = _about(self.folder, step)
+        about = _by_all(lambda: _about(self.folder, step))
         target = jax.eval_shape(unstack_blocks, like)
         _compare(step, about["leaves"], _shapes(target))
         mesh = jax.tree.leaves(like)[0].sharding.mesh
@@ -273,7 +276,7 @@ class Checkpointer:
             target,
             by_path(target, mesh),
         )
-        fields = _restored(self.folder, step, _fields(target))
+        fields = _by_all(lambda: _restored(self.folder, step, _fields(target)))
         state = dataclasses.replace(target, **fields)
         _verify(state, about["leaves"])
         if jax.tree.structure(like) != jax.tree.structure(state):
@@ -313,7 +316,7 @@ def read_parts(
             f"there: {', '.join(map(str, found)) or 'none'}"
         )
     step = found[-1] if step is None else step
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         leaves = _about(folder, step)["leaves"]
         target = {
@@ -373,7 +376,7 @@ def _restored(folder: pathlib.Path, step: int, target: dict) -> dict[str, Any]:
     with _Quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            with _reader() as reader:
                 found = reader.restore(folder / str(step) / "state", args=arguments)
             return _typed(found, target)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -382,6 +385,33 @@ def _restored(folder: pathlib.Path, step: int, target: dict) -> dict[str, Any]:
             failure = _first_line(error)
         gc.collect()  # asyncio tells of what Orbax dropped: now, while nobody listens
     raise _DamageError(failure)
+
+
+def _reader() -> ocp.Checkpointer:
+    """Of this host alone: it waits for no other, which may have failed, or not read."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _by_all(read: Callable[[], _T]) -> _T:
+    """What `read` returns here, if it returns on every host.
+
+    Raises:
+        _DamageError: on one it did not.
+    """
+    found, failure = None, ""
+    try:
+        found = read()
+    except _DamageError as error:
+        failure = str(error)
+    failed = from_hosts(bool(failure))
+    if any(failed):
+        raise _DamageError(failure or f"host {failed.index(1)} could not read it")
+    return found  # pyright: ignore[reportReturnType]  # read
 
 
 class _Quiet:

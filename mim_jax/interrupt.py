@@ -31,6 +31,7 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         # Not a threading.Event: a handler must not take a lock.
         self._asked = False
+        self._steps = 0
         several = jax.process_count() > 1
         owned = () if several else (signal.SIGINT, signal.SIGTERM)
         self._before = {name: signal.signal(name, self._ask) for name in owned}
@@ -43,7 +44,10 @@ class Interrupts:
     def asked(self, step: int) -> bool:
         """True if the run should save and leave after `step` steps."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # Counted from this start: JAX settles on the step after the last one that
+            # it was told of, and before the first that is 1, also for a resumed run.
+            self._steps += 1
+            return multihost_utils.reached_preemption_sync_point(self._steps)
         return self._asked
 
     def patiently(self, work: Callable[[], _T]) -> _T:

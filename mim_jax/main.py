@@ -2,6 +2,7 @@
 """The program: python -m mim_jax.main --config=configs/mae.py --workdir=runs/mae."""
 
 import gc
+import os
 import pathlib
 import signal
 import time
@@ -10,7 +11,9 @@ if __name__ == "__main__":
     # Until there is a run to save, Ctrl-C just ends it: no traceback from an import.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import jax
 from absl import app, flags, logging
+from orbax.checkpoint import multihost
 
 from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
@@ -29,6 +32,7 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One process of several: call jax.distributed.initialize."
 )
+_REPORT = 24 * 3600  # seconds that the other hosts wait for the first one's report
 
 
 def main(argv: list[str]) -> None:
@@ -37,15 +41,14 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # libraries tell of every file closed
     if _DISTRIBUTED.value:
-        import jax
-
-        jax.distributed.initialize()
+        _join()
     config = CONFIG.value
     why = None
     try:
         if config.job not in JOBS:
             configs.build(config)  # says which jobs there are
-        JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
+        if config.job == "train" or jax.process_index() == 0:  # others need one host
+            JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
     except (configs.ConfigError, MismatchError) as error:
         why = f"error: {error}", EXIT_CONFIG
     except FloatingPointError as error:
@@ -58,8 +61,35 @@ def main(argv: list[str]) -> None:
     # the error that held them is gone: what is left at the end is told of as leaks.
     gc.collect()
     time.sleep(0.1)
+    if why is None and _DISTRIBUTED.value:
+        # The first host may still draw, and JAX's own patience at the end is 5 minutes.
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes("done", timeout=_REPORT, processes=everyone)
     if why is not None:
+        if why[1] in (EXIT_NON_FINITE, EXIT_INTERRUPTED):
+            # All hosts leave with these: none may go first, and take the others along.
+            jax.distributed.shutdown()
         leave(*why)
+
+
+def _join() -> None:
+    """Become one process of several: a cluster that JAX knows says which one, or the
+    environment does, as launch/local.sh sets it."""
+    settings = {}
+    if "JAX_NUM_PROCESSES" in os.environ:  # of all three JAX reads the address only
+        settings = {
+            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
+            "process_id": int(os.environ["JAX_PROCESS_ID"]),
+            "cluster_detection_method": "deactivate",
+        }
+    try:
+        jax.distributed.initialize(**settings)
+    except (KeyError, ValueError) as error:
+        leave(
+            f"error: --distributed: {error} JAX knows hosts of a TPU, tasks of Slurm "
+            "and pods of GKE; on one machine start processes by launch/local.sh",
+            EXIT_CONFIG,
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # The first pattern found in a leaf's path decides; leaves without one are replicated.
@@ -86,12 +87,41 @@ def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
+def rows_here(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
+    """Which rows of a global batch of `rows` the devices of this host hold, in order.
+
+    On a TPU they need not lie side by side: JAX orders devices by their wires.
+    """
+    parts = by_row(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for part in parts if part for row in range(rows)[part[0]]})
+
+
+def from_hosts(number: int) -> list[int]:
+    """That number of every host; all of them must ask at the same point."""
+    if jax.process_count() == 1:
+        return [number]
+    with jax.transfer_guard("allow"):
+        return multihost_utils.process_allgather(np.int32(number)).tolist()
+
+
+def from_first_host(numbers: list[int]) -> list[int]:
+    """The first host's numbers, whatever the others have; likewise."""
+    count = from_hosts(len(numbers))[0]
+    if jax.process_count() == 1 or not count:
+        return numbers[:count]
+    with jax.transfer_guard("allow"):
+        padded = np.resize(np.asarray(numbers, np.int32), count)
+        return multihost_utils.broadcast_one_to_all(padded).tolist()
+
+
 def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """The global batch of which each host holds its own rows."""
     rows = by_row(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(rows, array), batch
-    )
+    # Explicit, though with several hosts JAX takes it for a transfer by oversight.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda array: jax.make_array_from_process_local_data(rows, array), batch
+        )
 
 
 def _spec(name: str, leaf, mesh: jax.sharding.Mesh) -> PartitionSpec:

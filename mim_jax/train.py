@@ -262,8 +262,7 @@ def _loop(
         batch_size=settings.batch_size,
         start=start,
         stop=plan.stop,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        places=sharding.rows_here(plan.mesh, settings.batch_size),
     )
     with batches, jax.transfer_guard("disallow"):
         for step, batch in enumerate(book.timed(batches), start + 1):
@@ -296,9 +295,9 @@ class Book:
     ):
         self._plan, self._workdir, self._newest = plan, workdir, newest
         self._window = metrics.Window(extra.get("window"))
-        self._replaced = extra.get("replaced", 0)
-        self._pending: tuple | None = None
         first_host = jax.process_index() == 0
+        self._replaced = extra.get("replaced", 0) if first_host else 0  # by this host
+        self._pending: tuple | None = None
         log = plan.settings.log
         self._writer = metrics.Writer(workdir, log, start) if first_host else None
         mode = log.progress if first_host else "none"
@@ -347,7 +346,7 @@ class Book:
         """What to keep with the checkpoint of this step, plain JSON values."""
         return {
             "window": self._window.saved(),
-            "replaced": self._replaced,
+            "replaced": sum(sharding.from_hosts(self._replaced)),
             "data": self._plan.settings.data.source.fingerprint(),
         }
 
@@ -360,11 +359,12 @@ class Book:
     def _log(self, step: int) -> None:
         settings = self._plan.settings
         elapsed = max(time.monotonic() - self._mark, 1e-9)
+        replaced = sum(sharding.from_hosts(self._replaced))
         values = self._window.take() | {
             # The rate at which this step's update was made: steps count from 0.
             "lr": float(self._plan.schedule(step - 1)),
             "epoch": step * settings.batch_size / self._plan.epoch_images,
-            "replaced": self._replaced,
+            "replaced": replaced,
             "images_per_second": self._steps_since * settings.batch_size / elapsed,
             "input_wait_share": self._waiting / elapsed,
         }
@@ -374,7 +374,7 @@ class Book:
         self._progress.show(step, values)
         # A share of at least one epoch, so that one bad image at the start is no alarm.
         seen = max(step * settings.batch_size, len(settings.data.source))
-        check_replaced(self._replaced, seen, settings.data.max_replaced)
+        check_replaced(replaced, seen, settings.data.max_replaced)
 
     def _not_finite(self, step: int, loss: float, indices: np.ndarray) -> str:
         path = self._workdir / f"nonfinite-step{step}-host{jax.process_index()}.json"

@@ -282,7 +282,7 @@ def test_too_little_memory_is_not_damage(fill, tmp_path, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError("64 GiB")
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", exhausted)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", exhausted)
     with pytest.raises(MemoryError):
         restore(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]

@@ -118,6 +118,7 @@ def train_batches(
     stop: int | None = None,
     host: int = 0,
     hosts: int = 1,
+    places: Sequence[int] | None = None,
 ) -> "Batches":
     """This host's rows of the training batches of steps `start`, `start + 1`, ...
 
@@ -129,6 +130,7 @@ def train_batches(
         batch_size: of the GLOBAL batch, over all hosts.
         start, stop: first step, and the step before which to end (None: never).
         host, hosts: which part of each batch, of how many.
+        places: instead, the rows of each batch that this host reads, in order.
     Returns:
         Iterator of batches; `b` = batch_size / hosts, everything a pure function of
         (seed, step, row): `image` uint8 (b, h, w, c); `label` int32 (b,), -1 if
@@ -140,6 +142,8 @@ def train_batches(
         ValueError: a number out of range.
     """
     rows = _rows(batch_size, host, hosts)
+    if places is not None:
+        rows = functools.partial(_places, batch_size, tuple(places))
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: want 0 <= seed < 2**32")
     stop = _ENDLESS if stop is None else stop
@@ -322,7 +326,7 @@ def _close(iterators: list[Any]) -> None:
         iterators.pop().close()  # and let go of it: Grain closes once more when freed
 
 
-def _rows(batch_size: int, host: int, hosts: int) -> Callable[[int], range]:
+def _rows(batch_size: int, host: int, hosts: int) -> Callable[[int], Sequence[int]]:
     """The function from a step to the positions this host reads for it."""
     if not 0 <= host < hosts:
         raise ValueError(f"host={host}: want 0 <= host < hosts={hosts}")
@@ -338,9 +342,13 @@ def _positions(batch_size: int, share: int, host: int, step: int) -> range:
     return range(first, first + share)
 
 
+def _places(batch_size: int, places: tuple[int, ...], step: int) -> list[int]:
+    return [step * batch_size + place for place in places]
+
+
 def _load(
     read: Callable[[int], Example],
-    rows: Callable[[int], range],
+    rows: Callable[[int], Sequence[int]],
     threads: int,
     step: int,
 ) -> Batch:

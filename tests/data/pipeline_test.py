@@ -131,6 +131,15 @@ def test_hosts_read_the_rows_of_one_host(straight, hosts):
         np.testing.assert_array_equal(got, want[key].reshape(8, 12, -1))
 
 
+def test_a_host_may_read_any_rows(straight):
+    data, want = straight
+    places = [1, 2, 7, 11]
+    got = read(data, seed=3, batch_size=12, stop=8, places=places)
+    for key in want:
+        rows = want[key].reshape(8, 12, -1)[:, places]
+        np.testing.assert_array_equal(got[key].reshape(8, 4, -1), rows)
+
+
 def test_seeds_differ_and_repeat(straight):
     data, want = straight
     assert_same(read(data, seed=3, batch_size=12, stop=8), want)

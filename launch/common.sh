@@ -1,0 +1,72 @@
+# shellcheck shell=bash
+# Sourced by every script: the settings, the command line and --dry-run.
+#   launch/X.sh [--dry-run] [WORD...] -- ARGUMENTS OF python -m mim_jax.main
+set -euo pipefail
+
+LAUNCH=${MIM_LAUNCH:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+# shellcheck disable=SC2034
+ROOT=$(dirname "$LAUNCH")
+PYTHON=${PYTHON:-python}
+# shellcheck source=launch/env.sh
+source "${LAUNCH_ENV:-$LAUNCH/env.sh}"
+exec 3>&1 # what --dry-run shows, also from within $(...)
+
+say() { [[ ${DRY-} ]] || printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
+note() { [[ ! $DRY ]] || printf '# %s\n' "$*" >&3; }
+fail() {
+  DRY='' say "$@"
+  exit 2
+}
+
+# DRY; the WORDS before -- and the ARGS after it, which stay as they are.
+read_arguments() {
+  DRY='' WORDS=()
+  while (($#)) && [[ $1 != -- ]]; do
+    if [[ $1 == --dry-run ]]; then DRY=--dry-run; else WORDS+=("$1"); fi
+    shift
+  done
+  ARGS=("${@:2}")
+}
+no_words() {
+  ((${#WORDS[@]} == 0)) ||
+    fail "unexpected '${WORDS[0]}': want [--dry-run] -- --config=... --workdir=..."
+}
+need_arguments() {
+  ((${#ARGS[@]})) || fail "no arguments: want [--dry-run] -- --config=... --workdir=..."
+}
+
+# The words as one line that a shell reads back as the same words.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s' "${line% }"
+}
+
+# Runs a command; with --dry-run shows it instead.
+run() {
+  if [[ $DRY ]]; then printf '%s\n' "$(quoted "$@")" >&3; else "$@"; fi
+}
+
+queue() {
+  run gcloud compute tpus queued-resources "$1" "$NAME" \
+    --project="$PROJECT" --zone="$ZONE" "${@:2}"
+}
+
+# On all hosts at once; the login shell there reads the text.
+on_hosts() {
+  run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" \
+    --worker=all --command="$1"
+}
+
+# Of the request: ACTIVE, WAITING_FOR_RESOURCES, ...; SUSPENDED also where only the
+# machine was taken; NONE if there is no request.
+state() {
+  local found node=''
+  found=$(queue describe '--format=value(state.state)' 2>/dev/null) || found=NONE
+  if [[ $DRY || $found == ACTIVE ]]; then
+    node=$(run gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" \
+      --zone="$ZONE" '--format=value(state)' 2>/dev/null) || true
+  fi
+  if [[ $node == @(PREEMPTED|TERMINATED) ]]; then found=SUSPENDED; fi
+  printf '%s\n' "${found:-NONE}"
+}

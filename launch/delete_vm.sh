@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Gives the TPU back. What is not in the bucket is lost: fetch.sh first.
+#   launch/delete_vm.sh [--dry-run]
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_arguments "$@"
+no_words
+
+found=$(state)
+if [[ $DRY || $found != NONE ]]; then
+  note "if there is one:"
+  queue delete --force --quiet
+fi
+say "$NAME is gone"

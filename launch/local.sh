@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# N processes of one run on this machine, joined by jax.distributed.
+#   launch/local.sh [--dry-run] N -- --config=configs/mae.py:digits --workdir=runs/two
+#   launch/local.sh [--dry-run] N -- COMMAND WORD...
+# SIGTERM and Ctrl-C ask all to save and leave, a second one kills them. If one fails,
+# the others have GRACE seconds. The exit code is the first that is not 0.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_arguments "$@"
+need_arguments
+[[ ${#WORDS[@]} == 1 && ${WORDS[0]} =~ ^[1-9][0-9]*$ ]] ||
+  fail "'${WORDS[*]}': want the number of processes: [--dry-run] N -- ..."
+if [[ ${ARGS[0]} == --* ]]; then
+  ARGS=("$PYTHON" -m mim_jax.main --distributed "${ARGS[@]}")
+fi
+
+free='import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
+port=$("$PYTHON" -c "$free")
+pids=() asked=0 code=0
+all() { # kill with that option: the groups, which are the processes and their workers
+  local pid
+  for pid in "${pids[@]}"; do kill "$1" -- "$2$pid" 2>/dev/null || true; done
+}
+# shellcheck disable=SC2329  # by the trap
+ask() {
+  if ((asked++)); then all -KILL -; else all -TERM ''; fi
+}
+trap ask TERM INT
+trap 'all -KILL -' EXIT
+
+{ # read to its end before it begins: this file may change meanwhile
+for ((i = 0; i < WORDS[0]; i++)); do
+  # In a session of its own, so that Ctrl-C comes here only.
+  command=(env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" JAX_COORDINATOR_ADDRESS="localhost:$port"
+    JAX_NUM_PROCESSES="${WORDS[0]}" JAX_PROCESS_ID="$i" setsid "${ARGS[@]}")
+  if [[ $DRY ]]; then run "${command[@]}"; else "${command[@]}" & pids+=($!); fi
+done
+while ((${#pids[@]})); do
+  status=0 ended=''
+  wait -n -p ended "${pids[@]}" || status=$?
+  [[ ${ended-} ]] || continue # a signal came
+  left=()
+  for pid in "${pids[@]}"; do if [[ $pid != "$ended" ]]; then left+=("$pid"); fi; done
+  pids=("${left[@]}")
+  if ((status && !code)); then
+    code=$status
+    { sleep "${GRACE:-15}" && all -KILL -; } >/dev/null 2>&1 3>&- &
+    reaper=$!
+  fi
+done
+if [[ ${reaper-} ]]; then kill "$reaper" 2>/dev/null || true; fi
+exit "$code"
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Starts the command on all hosts under tmux; leaves alone what runs there already.
+#   launch/run.sh [--dry-run] -- --config=configs/mae.py --workdir=bucket/runs/mae
+# What it prints: ~/mim_jax/log.txt; its exit code, once it ends: ~/mim_jax/exit-code.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_arguments "$@"
+no_words
+need_arguments
+
+command=$(quoted .venv/bin/python -m mim_jax.main --distributed "${ARGS[@]}")
+# A host that shuts down signals all of them: this shell and tmux must not end the run,
+# which saves, nor keep its exit code to themselves.
+inside=$(quoted bash -c "trap '' HUP; trap : TERM
+$command >>log.txt 2>&1; echo \$? >exit-code")
+on_hosts "cd mim_jax || exit
+if tmux has-session -t =mim 2>/dev/null; then echo running already: \"\$(cat command)\"; exit; fi
+rm -f exit-code; printf '%s\\n' $(quoted "$command") >command
+tmux new-session -d -s mim $inside"

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mim_jax.main as one host of several, watched: for hosts_test.py.
+
+What it reads goes to $READS/<process>, a line per record of the training split.
+$UNREADABLE="process:step" makes that host unable to read that step's checkpoint,
+$UNDECODABLE="index,..." makes those records no images, $DRAWING=seconds makes the
+first host's report slow.
+"""
+
+import os
+import pathlib
+import time
+
+from absl import app
+
+from mim_jax import checkpoint, main, train
+from mim_jax.commandline import parse
+from mim_jax.data.sources.digits import Digits
+
+HOST = os.environ.get("JAX_PROCESS_ID", "0")
+read_record, restored, report = Digits.__getitem__, checkpoint._restored, train._report
+bad_records = set(map(int, os.environ.get("UNDECODABLE", "-1").split(",")))
+bad_host, _, bad_step = os.environ.get("UNREADABLE", "").partition(":")
+
+
+def reading(self, index):
+    if self.split == "train" and "READS" in os.environ:
+        with (pathlib.Path(os.environ["READS"]) / HOST).open("a") as file:
+            file.write(f"{index}\n")
+    record = read_record(self, index)
+    return record | {"image": b"no image"} if index in bad_records else record
+
+
+def restoring(folder, step, target):
+    if (HOST, str(step)) == (bad_host, bad_step):
+        raise checkpoint._DamageError("this host's part is gone")
+    return restored(folder, step, target)
+
+
+def reporting(plan, state, workdir):
+    if HOST == "0":
+        time.sleep(float(os.environ.get("DRAWING", "0")))
+    report(plan, state, workdir)
+
+
+if __name__ == "__main__":
+    Digits.__getitem__ = reading
+    checkpoint._restored = restoring
+    train._report = reporting
+    app.run(main.main, flags_parser=parse)
