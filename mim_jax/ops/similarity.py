@@ -131,9 +131,11 @@ def fsim(
         one, other = (phase_congruency(grey) for grey in planes[0])
         weight = jnp.maximum(one, other)
         score = _alike(one, other, 0.85) * weight
-        score = score * _alike(*_scharr(planes[0]), 160.0)
+        slope, other_slope = _scharr(planes[0])
+        score = score * _alike(slope, other_slope, 160.0)
         if chromatic:
-            hue = _alike(*planes[1], 200.0) * _alike(*planes[2], 200.0)
+            (i, other_i), (q, other_q) = planes[1:]
+            hue = _alike(i, other_i, 200.0) * _alike(q, other_q, 200.0)
             score = score * jnp.abs(hue) ** 0.03
         return score.sum() / weight.sum()
 
