@@ -42,10 +42,10 @@ def get_config(variant: str = "") -> config.Tree:
         embedded.digits(c)
         embedded.labels(c)
         c.batch_size = 256
-        c.optim.base_lr = 6.4
+        c.optim.base_lr = 32.0
     if preset == "cues":
         embedded.cues(c)
         embedded.labels(c, "cues")
         c.batch_size = 256
-        c.optim.base_lr = 6.4
+        c.optim.base_lr = 32.0
     return c

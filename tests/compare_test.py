@@ -162,7 +162,7 @@ def test_a_browser_shows_the_page_without_a_network(written, browser, tmp_path):
     with Image.open(picture) as shown:
         assert shown.width == 1280
         pixels = np.asarray(shown.convert("RGB"), int)
-    # Text is grey: these are the colours of attention maps and CKA curves.
+    # Text is grey, but the classes of wrong neighbours are red.
     assert (np.ptp(pixels, axis=-1) > 100).mean() > 1e-4
 
 

@@ -64,16 +64,28 @@ def ssim(
             " the size of its window"
         )
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
-    window = window / window.sum()
+    window = (window / window.sum()).tolist()
+    height, width, channels = image.shape[1:]
+
+    def down(lanes):
+        return _windowed(lanes, window), _windowed(lanes**2, window)
+
+    def across(lanes):
+        return tuple(_windowed(one, window, axis=1, step=channels) for one in lanes)
 
     def of(image, reference):
-        moments = [image, reference, image**2 + reference**2, image * reference]
-        planes = jnp.moveaxis(jnp.stack(moments), -1, 1)
-        x, y, squares, xy = _windowed(planes, window)
-        c1, c2 = 0.01**2, 0.03**2
-        product, own = x * y, x * x + y * y
-        structure = (2 * (xy - product) + c2) / (squares - own + c2)
-        return (structure * (2 * product + c1) / (own + c1)).mean()
+        # By the sum s and the difference d of both, 4 xy = s^2 - d^2 and 2 (x^2 + y^2)
+        # = s^2 + d^2: two images to go over, and equal ones give exactly 1.
+        lanes = jnp.stack([image + reference, image - reference])
+        lanes = lanes.reshape(2, height, width * channels)
+        # Two loops: of one XLA would make sums of sums, eleven times the work.
+        mean, square = jax.lax.map(across, jax.lax.map(down, lanes))
+        power = mean**2
+        (s, d), (own_s, own_d) = power, square - power
+        luminance = ((s - d) / 2 + 0.01**2) / ((s + d) / 2 + 0.01**2)
+        structure = (own_s - own_d) / 2 + 0.03**2
+        structure = structure / ((own_s + own_d) / 2 + 0.03**2)
+        return (luminance * structure).mean()
 
     return _per_image(of)(image, reference)
 
@@ -119,11 +131,11 @@ def fsim(
         one, other = (phase_congruency(grey) for grey in planes[0])
         weight = jnp.maximum(one, other)
         score = _alike(one, other, 0.85) * weight
-        steep = _scharr(planes[0])
-        score = score * _alike(steep[0], steep[1], 160.0)
+        slope, other_slope = _scharr(planes[0])
+        score = score * _alike(slope, other_slope, 160.0)
         if chromatic:
-            hue = _alike(planes[1, 0], planes[1, 1], 200.0)
-            hue = hue * _alike(planes[2, 0], planes[2, 1], 200.0)
+            (i, other_i), (q, other_q) = planes[1:]
+            hue = _alike(i, other_i, 200.0) * _alike(q, other_q, 200.0)
             score = score * jnp.abs(hue) ** 0.03
         return score.sum() / weight.sum()
 
@@ -232,38 +244,14 @@ def _lower_median(values: Float[Array, " n"]) -> Float[Array, ""]:
 
 
 def _windowed(
-    planes: Float[Array, "... h w"], window: Float[np.ndarray, " o"]
-) -> Float[Array, "... y x"]:
-    """Weighted sums over rows and columns, where the window fits.
-
-    As products of a small matrix and overlapping tiles, which XLA runs several times
-    faster than sums of shifted images.
-    """
-    for _ in range(2):
-        planes = jnp.swapaxes(_windowed_rows(planes, window), -1, -2)
-    return planes
-
-
-def _windowed_rows(
-    planes: Float[Array, "... h w"], window: Float[np.ndarray, " o"]
-) -> Float[Array, "... y w"]:
-    rows = planes.shape[-2] - len(window) + 1
-    tile = min(32, rows)
-    count, height = -(-rows // tile), tile + len(window) - 1
-    spare = [(0, 0)] * planes.ndim
-    spare[-2] = (0, count * tile - rows)
-    planes = jnp.pad(planes, spare)
-    tiles = jnp.stack(
-        [planes[..., i * tile : i * tile + height, :] for i in range(count)], axis=-3
+    lanes: Float[Array, "h n"], window: list[float], axis: int = 0, step: int = 1
+) -> Float[Array, "y x"]:
+    """Weighted sums of every `step`-th row or column, where the window fits."""
+    length = lanes.shape[axis] - step * (len(window) - 1)
+    return _sum(
+        weight * jax.lax.slice_in_dim(lanes, i * step, i * step + length, axis=axis)
+        for i, weight in enumerate(window)
     )
-    matrix = np.zeros((tile, height))
-    for i in range(tile):
-        matrix[i, i : i + len(window)] = window
-    # In full: some devices multiply matrices with few digits.
-    sums = jnp.einsum(
-        "yh,...hw->...yw", jnp.asarray(matrix, tiles.dtype), tiles, precision="highest"
-    )
-    return sums.reshape(*planes.shape[:-2], count * tile, -1)[..., :rows, :]
 
 
 def _pooled(images: Float[Array, "b h w c"], side: int) -> Float[Array, "b y x c"]:
