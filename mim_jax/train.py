@@ -41,12 +41,13 @@ def train_step(
     with jax.named_scope("optimiser"):  # as profiles and aot name it
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    teacher = objective.teacher(state.teacher, params, state.step)
-    new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
-    ok = jnp.isfinite(loss) & optim.all_finite(grads)
-    # A bad update never replaces a good state.
-    new_state = dataclasses.replace(state, step=state.step + 1, **new)
-    return states.choose(ok, new_state, state), {"loss": loss, "ok": ok, **aux.metrics}
+        teacher = objective.teacher(state.teacher, params, state.step)
+        new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
+        ok = jnp.isfinite(loss) & optim.all_finite(grads)
+        # A bad update never replaces a good state.
+        new_state = dataclasses.replace(state, step=state.step + 1, **new)
+        new_state = states.choose(ok, new_state, state)
+    return new_state, {"loss": loss, "ok": ok, **aux.metrics}
 
 
 class NonFiniteError(FloatingPointError):
