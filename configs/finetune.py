@@ -6,7 +6,7 @@ python -m mim_jax.main --config=configs/finetune.py --config.init_from.run=runs/
 
 The run named decides the network; its class token, embedding and blocks are taken, head
 and last norm are new. Without init_from.run the same recipe trains from scratch (add
---config.optim.layer_decay=None). Another size resizes the positions:
+--config.optim.layer_decay=1.0). Another size resizes the positions:
 --config.data.image_size='(384,384)' --config.data.eval_crop_fraction=1.0.
 
 Recipe of arXiv:2208.04164, section 5; what it leaves open is that of arXiv:2111.06377,

@@ -127,7 +127,7 @@ class AdamW(Optimiser):
                 raise ValueError(f"{name}={getattr(self, name)}: want a number >= 0")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(
-                f"layer_decay={self.layer_decay}: want 0 < layer_decay <= 1, or none"
+                f"layer_decay={self.layer_decay}: want 0 < layer_decay <= 1; 1 is none"
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip}: want a number > 0, or none")
