@@ -580,6 +580,8 @@ def _fill(tree: Tree, cls: Any, saved: Any, path: str) -> None:
         value, below = saved[field.name], f"{path}.{field.name}"
         if field.type in KINDS:
             word, table = KINDS[field.type]
+            if not isinstance(value, dict | str):
+                raise ConfigError(f"{below}={value!r}: want a group of fields")
             name = value.get("name") if isinstance(value, dict) else value
             if name is None and field.type in _ONCE_GROUPS:
                 name = tree[field.name]["name"]

@@ -257,7 +257,7 @@ MISTAKES = [
     (
         lambda: config.experiment("train", maskin="grid"),
         "kind of plug-in 'maskin' is unknown (did you mean 'masking'?); known: "
-        "eval, masking, objective, source, tokenizer",
+        "eval, masking, objective, optimiser, source, tokenizer",
     ),
     (
         lambda: config.experiment("eval", masking="grid"),
@@ -275,7 +275,7 @@ MISTAKES = [
     (
         lambda: config.variant("photos,maskng=grid", ("photos",)),
         "kind of plug-in 'maskng' is unknown (did you mean 'masking'?); known: "
-        "eval, masking, objective, source, tokenizer",
+        "eval, masking, objective, optimiser, source, tokenizer",
     ),
     (
         lambda: config.read("configs/mea.py"),
@@ -323,7 +323,7 @@ REFUSED = [
     (
         "optim.weight_decay",
         -0.1,
-        "config.optim.weight_decay=-0.1, warmup_epochs=20.0: want numbers >= 0",
+        "config.optim.weight_decay=-0.1: want a number >= 0",
     ),
     (
         "optim.warmup_epochs",
@@ -445,7 +445,11 @@ def test_a_smuggled_field_reaches_no_class():
     tree = train()
     with tree.unlocked():
         tree.optim = config_dict.ConfigDict(dict(tree.optim) | {"hook": 1})
-    assert message(config.build, tree).startswith("config.optim has no field 'hook'")
+    assert message(config.build, tree).startswith("config.optim.name='adamw' has the")
+    tree = train()
+    with tree.unlocked():
+        tree.log = config_dict.ConfigDict(dict(tree.log) | {"hook": 1})
+    assert message(config.build, tree).startswith("config.log has no field 'hook'")
 
 
 # The command line.
@@ -506,8 +510,8 @@ def test_a_value_of_another_type_is_refused_at_once(leaf):
         (
             "optim",
             "config.optim is a group: set its fields, b1, b2, base_lr, "
-            "clip, decay, eps, final_lr, final_weight_decay, warmup_epochs, "
-            "weight_decay, one by one",
+            "clip, decay, eps, final_lr, final_weight_decay, layer_decay, name, "
+            "warmup_epochs, weight_decay, one by one; choose the optimiser in the",
         ),
         (
             "objective.masking",

@@ -12,6 +12,7 @@ os.environ["MPLBACKEND"] = "agg"
 import hypothesis  # noqa: E402  (only now)
 import jax  # noqa: E402
 import optax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,6 +38,15 @@ def _locally(self, address):
 
 
 socket.socket.connect = _locally
+
+
+@pytest.fixture(autouse=True)
+def _no_compile_cache():
+    """A run keeps compiled programs, for all that its process compiles from then on:
+    here that would be every later test, and XLA has crashed writing one of them."""
+    yield
+    assert not jax.config.jax_compilation_cache_dir, "set compile_cache = False"
+
 
 # The same settings in every run: a red test is red again, and nothing is written.
 hypothesis.settings.register_profile(

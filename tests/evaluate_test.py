@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mim_jax import config, evaluate, train
+from mim_jax.state import unstack_blocks
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -67,7 +68,7 @@ def test_runs_side_by_side_and_what_is_written_of_them(trained, tmp_path):
     assert (low + high) / 2 == pytest.approx(number["value"])
     run, _ = evaluate.load(trained)
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(run.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(unstack_blocks(run.params)):
         name = "/".join(str(part.key) for part in path)
         digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
         digest.update(np.asarray(leaf).tobytes())
@@ -95,12 +96,13 @@ def test_a_run_is_what_its_own_config_says(trained):
     run, settings = evaluate.load(trained)
     assert run.step == 3 and run.name == "tiny" and settings.seed == 5
     assert settings.objective.encoder.width == 16
-    assert {"block00", "block01"} <= run.params["encoder"].keys()
+    # The blocks stacked, as they were trained.
+    assert jax.tree.leaves(run.params["encoder"]["blocks"])[0].shape[0] == 2
     # The first update has learning rate 0; the next ones move every kernel.
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - b).max()), run.params, run.initial
     )
-    assert all(change > 0 for change in jax.tree.leaves(moved["encoder"]["block01"]))
+    assert all(change > 0 for change in jax.tree.leaves(moved["encoder"]["blocks"]))
 
 
 def test_a_run_that_is_not_there_is_named(trained, tmp_path):

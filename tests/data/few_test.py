@@ -207,6 +207,7 @@ def tree(**fields) -> config.Tree:
     digits = config.choose(Source, "digits")
     c.data.source = config.choose(Source, "few", source=digits, **fields)
     c.steps, c.batch_size, c.dtype, c.remat = 2, 8, "float32", "none"
+    c.compile_cache = False
     c.objective.encoder.update(dict(patch=4, width=16, depth=1, heads=2))
     c.objective.decoder.update(dict(width=16, depth=1, heads=2))
     c.objective.update(dict(mean=(0.5,), std=(0.25,)))
