@@ -294,6 +294,12 @@ class Checkpointer:
         return aside
 
 
+def wait_for_all(name: str, seconds: int) -> None:
+    """Returns once every host is here; an error after so many seconds without one."""
+    everyone = set(range(jax.process_count()))
+    ocp.multihost.sync_global_processes(name, timeout=seconds, processes=everyone)
+
+
 def read_parts(
     run: str | pathlib.Path,
     step: int | None = None,

@@ -13,11 +13,10 @@ if __name__ == "__main__":
 
 import jax
 from absl import app, flags, logging
-from orbax.checkpoint import multihost
 
 from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
-from mim_jax.checkpoint import CheckpointError, MismatchError
+from mim_jax.checkpoint import CheckpointError, MismatchError, wait_for_all
 from mim_jax.commandline import CONFIG, EXIT_CONFIG, leave, parse
 from mim_jax.interrupt import EXIT_INTERRUPTED, Interrupted
 from mim_jax.metrics import MetricsError
@@ -63,8 +62,7 @@ def main(argv: list[str]) -> None:
     time.sleep(0.1)
     if why is None and _DISTRIBUTED.value:
         # The first host may still draw, and JAX's own patience at the end is 5 minutes.
-        everyone = set(range(jax.process_count()))
-        multihost.sync_global_processes("done", timeout=_REPORT, processes=everyone)
+        wait_for_all("done", _REPORT)
     if why is not None:
         if why[1] in (EXIT_NON_FINITE, EXIT_INTERRUPTED):
             # All hosts leave with these: none may go first, and take the others along.
