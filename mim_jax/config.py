@@ -589,7 +589,8 @@ def _fill(tree: Tree, cls: Any, saved: Any, path: str) -> None:
                 raise ConfigError(f"{below}: {_unknown(word, name, table)}")
             with tree.unlocked():
                 tree[field.name] = choose(field.type, name)
-            rest = {key: value[key] for key in value if key != "name"}
+            fields = {} if isinstance(value, str) else value  # a name alone: defaults
+            rest = {key: fields[key] for key in fields if key != "name"}
             _fill(tree[field.name], table[name], rest, below)
         elif _is_group(field.type):
             _fill(tree[field.name], field.type, value, below)
