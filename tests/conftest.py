@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, strict types and ranks: set before anything imports JAX."""
 
+import gc
 import os
 import socket
+import sys
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
@@ -38,6 +40,17 @@ def _locally(self, address):
 
 
 socket.socket.connect = _locally
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Thousands of compiled programs in one process meet Linux's limit of memory maps
+    (vm.max_map_count), and the next compilation crashes."""
+    yield
+    if "tiny" in sys.modules:
+        sys.modules["tiny"].step_of.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
