@@ -551,7 +551,7 @@ def test_adamw_is_its_paper():
         (dict(eps=0.0), "b1=0.9, b2=0.95, eps=0.0: want 0 <= b1, b2 < 1 and eps > 0"),
         (
             dict(warmup_epochs=-1.0),
-            "weight_decay=0.05, warmup_epochs=-1.0: want numbers >= 0",
+            "warmup_epochs=-1.0: want a number >= 0",
         ),
     ],
 )
