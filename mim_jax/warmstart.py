@@ -95,7 +95,7 @@ def begun(
             "ones; want 'learned'"
         )
     merged, account = _merge(fresh, source, _left(saved, settings), begin)
-    layout = states.stack_blocks if settings.scan else _same
+    layout = functools.partial(states.layout, scan=settings.scan)
     placed = jax.tree.map(lambda leaf: leaf.sharding, (like.params, like.teacher))
     params = jax.jit(layout, out_shardings=placed[0])(_nested(merged))
     teacher = jax.jit(
@@ -191,10 +191,6 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 def _nested(leaves: dict[str, Any]) -> Any:
     return traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def _same(tree: Any) -> Any:
-    return tree
 
 
 def _tops(leaves: dict[str, Any]) -> list[str]:

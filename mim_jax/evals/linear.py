@@ -2,6 +2,7 @@
 """Linear probe of features that are extracted once, for many learning rates at once."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -126,7 +127,7 @@ class Linear(Eval):
             logits = x @ head[0] + head[1][None]
             return cross_entropy(logits, jax.nn.one_hot(y, classes)).mean()
 
-        def step(carry, given):
+        def step(images, targets, carry, given):
             head, momentum = carry
             batch, share = given
             grads = jax.vmap(jax.grad(loss), (0, None, None))(
@@ -145,11 +146,13 @@ class Linear(Eval):
             return (head, momentum), None
 
         @jax.jit
-        def epoch(carry, number):
+        def epoch(images, targets, carry, number):
             key = jax.random.fold_in(base, number)
             order = jax.random.permutation(key, len(labels))[: steps * rows]
             shares = _schedule(number * steps + jnp.arange(steps), total)
-            return jax.lax.scan(step, carry, (order.reshape(steps, rows), shares))[0]
+            given = (order.reshape(steps, rows), shares)
+            one = functools.partial(step, images, targets)
+            return jax.lax.scan(one, carry, given)[0]
 
         weights = 0.01 * jax.random.normal(
             jax.random.fold_in(base, self.epochs), (features.shape[1], classes)
@@ -160,7 +163,8 @@ class Linear(Eval):
         )
         carry = head, jax.tree.map(jnp.zeros_like, head)
         for number in range(self.epochs):
-            carry = epoch(carry, number)
+            # Given, not closed over: a constant of gigabytes would be compiled in.
+            carry = epoch(images, targets, carry, number)
         kernels, biases = map(np.asarray, carry[0])
         return list(zip(kernels, biases, strict=True))
 
