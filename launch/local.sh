@@ -36,18 +36,21 @@ for ((i = 0; i < WORDS[0]; i++)); do
     JAX_NUM_PROCESSES="${WORDS[0]}" JAX_PROCESS_ID="$i" setsid "${ARGS[@]}")
   if [[ $DRY ]]; then run "${command[@]}"; else "${command[@]}" & pids+=($!); fi
 done
+# By asking, not by `wait -n`: of two that are killed together it forgets the second.
 while ((${#pids[@]})); do
-  status=0 ended=''
-  wait -n -p ended "${pids[@]}" || status=$?
-  [[ ${ended-} ]] || continue # a signal came
   left=()
-  for pid in "${pids[@]}"; do if [[ $pid != "$ended" ]]; then left+=("$pid"); fi; done
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then left+=("$pid") && continue; fi
+    status=0
+    wait "$pid" || status=$?
+    if ((status && !code)); then
+      code=$status
+      { sleep "${GRACE:-15}" && all -KILL -; } >/dev/null 2>&1 3>&- &
+      reaper=$!
+    fi
+  done
   pids=("${left[@]}")
-  if ((status && !code)); then
-    code=$status
-    { sleep "${GRACE:-15}" && all -KILL -; } >/dev/null 2>&1 3>&- &
-    reaper=$!
-  fi
+  if ((${#pids[@]})); then sleep 0.2 & wait $! || true; fi # a signal ends the wait
 done
 if [[ ${reaper-} ]]; then kill "$reaper" 2>/dev/null || true; fi
 exit "$code"
