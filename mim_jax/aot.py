@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import importlib.util
 import itertools
 import json
+import math
 import pathlib
 import re
 import time
@@ -54,15 +55,16 @@ CHIPS = {
     "v6e": ("v6e", "default", 2),
     "tpu7x": ("tpu7x", "default", 3),
 }
-# Of one device, as published: bf16 FLOP/s, bytes/s of its memory; and cycles/s, which
-# follow from the size of its matrix units. None: two cores share the work, and how the
-# compiler counts their cycles is not known here.
+# Of one device, as published: bf16 FLOP/s, bytes/s of its memory, and to the others one
+# way (half of what is published for both); and cycles/s, which follow from the size of
+# its matrix units. NaN: two cores share the work, and how the compiler counts their
+# cycles is not known here.
 SPEEDS = {
-    "v4": (275e12, 1200e9, None),
-    "v5e": (197e12, 819e9, 1.5e9),
-    "v5p": (459e12, 2765e9, None),
-    "v6e": (918e12, 1638e9, 1.75e9),
-    "tpu7x": (1153.5e12, 3685e9, None),
+    "v4": hlo.Speed(275e12, 1200e9, 150e9, math.nan),
+    "v5e": hlo.Speed(197e12, 819e9, 100e9, 1.5e9),
+    "v5p": hlo.Speed(459e12, 2765e9, 300e9, math.nan),
+    "v6e": hlo.Speed(918e12, 1638e9, 224e9, 1.75e9),
+    "tpu7x": hlo.Speed(1153.5e12, 3685e9, 300e9, math.nan),
 }
 
 EXIT_DOES_NOT_FIT = 1
@@ -201,27 +203,29 @@ def estimate(plan: Plan, topology: str, text: str) -> dict[str, Any]:
         device's full speed; and, where the chip's clock is known, `estimate`: that of
         `hlo.account` with `images_per_second`, `utilisation` (share of the device's
         FLOP/s that the algorithm needs at that rate), each by priced instructions alone
-        and with the bound of the others ("with_unpriced").
+        and with the bound of those that the device waits for ("with_unpriced").
     """
     settings = plan.settings
-    peak, bandwidth, clock = SPEEDS[topology.partition(":")[0]]
+    speed = SPEEDS[topology.partition(":")[0]]
     flops = settings.objective.flops(settings.data.image_shape)
     rows = settings.batch_size / plan.mesh.size
     found: dict[str, Any] = {
         "collectives": hlo.collectives(text),
         "flops_per_image": flops,
-        "roofline_seconds": flops * rows / peak,
+        "roofline_seconds": flops * rows / speed.flops,
     }
-    if clock is None:
+    if math.isnan(speed.clock):
         return found
-    account = hlo.account(text, bandwidth, clock)
+    account = hlo.account(text, speed, plan.mesh.size)
     seconds = {
         "priced": account["priced"],
         "with_unpriced": account["priced"] + account["unpriced"],
     }
     rates = {name: rows / value for name, value in seconds.items() if value}
     account["images_per_second"] = rates
-    account["utilisation"] = {k: rate * flops / peak for k, rate in rates.items()}
+    account["utilisation"] = {
+        k: rate * flops / speed.flops for k, rate in rates.items()
+    }
     return found | {"estimate": account}
 
 
@@ -291,9 +295,14 @@ def _costs(found: dict[str, Any]) -> str:
         return "\n".join([*lines, "estimate    none: this chip's cycles are not known"])
     account = found["estimate"]
     lines.append("estimate    of a step by the compiler, ms; no measurement")
-    for part, one in account["parts"].items():
-        priced, rest = (1e3 * one[name] for name in ("priced", "unpriced"))
-        lines.append(f"  {part:<26} {priced:8.2f} + {rest:.2f} unpriced, a bound")
+    for part, one in [*account["parts"].items(), ("all", account)]:
+        priced, rest, beside = (
+            1e3 * one[name] for name in ("priced", "unpriced", "meanwhile")
+        )
+        lines.append(
+            f"  {part:<26} {priced:8.2f} + at least {rest:.2f} without a price, "
+            f"{beside:.2f} meanwhile"
+        )
     for name, rate in account["images_per_second"].items():
         lines.append(
             f"  {name.replace('_', ' '):<26} {rate:8.0f} images/s per device, "

@@ -18,6 +18,12 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_DIRECTION = re.compile(r"direction=(\w+)")
+# What a kernel's author says of it.
+_KERNEL_BYTES = re.compile(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"')
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_TARGET = re.compile(r'custom_call_target="(\w+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -30,6 +36,14 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
+# Custom calls that only tell the compiler something.
+_NOTES = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+    "Sharding",
+}
 # Neither move nor compute: the compiler lays them out, or counts them elsewhere.
 _FREE = {
     "parameter",
@@ -79,11 +93,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction, how often it runs, and the bytes that it reads and writes."""
+    """An instruction, how often it runs, and the bytes that it must read and write."""
 
     instruction: Instruction
     times: int
-    bytes: float
+    read: float
+    written: float
     inside_fusion: bool
 
 
@@ -116,7 +131,7 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
 def executed(text: str) -> Iterator[Executed]:
     """Every instruction that runs in one call of a module, loops unrolled in number.
 
-    A loop whose number of rounds the compiler does not know counts as one round.
+    A loop whose number of rounds the text does not tell counts as one round.
     Instructions inside a fusion come after it, marked: their cycles and bytes are those
     of the fusion.
     """
@@ -125,12 +140,11 @@ def executed(text: str) -> Iterator[Executed]:
     def visit(name: str, times: int, inside: bool) -> Iterator[Executed]:
         shapes = {one.name: one.shape for one in computations[name]}
         for one in computations[name]:
-            read = sum(size_of(shapes[x]) for x in one.operands if x in shapes)
-            yield Executed(one, times, read + size_of(one.shape), inside)
+            operands = [size_of(shapes[x]) for x in one.operands if x in shapes]
+            yield Executed(one, times, *_moved(one, operands), inside)
             rounds = 1
             if one.opcode == "while":
-                trips = _TRIPS.search(one.rest)
-                rounds = int(trips[1]) if trips else 1
+                rounds = _rounds(one, computations)
             fused = inside or one.opcode == "fusion"
             if one.opcode in ("reduce", "sort", "scatter", "map", "reduce-window"):
                 continue  # what they call is one scalar's share of their own work
@@ -143,6 +157,42 @@ def executed(text: str) -> Iterator[Executed]:
                     yield from visit(below, times * rounds, fused)
 
     yield from visit(entry, 1, False)
+
+
+def _moved(one: Instruction, operands: list[float]) -> tuple[float, float]:
+    """Bytes that it must at least read, and write."""
+    kernel = _KERNEL_BYTES.search(one.rest)
+    if kernel:
+        return float(kernel[1]), 0.0
+    read, result = sum(operands, 0.0), size_of(one.shape)
+    if one.opcode.endswith("-start") and result > read:
+        result -= read  # the tuple holds what was given, too
+    opcode = one.opcode.removesuffix("-start")
+    if opcode in ("slice", "dynamic-slice", "gather"):
+        return result, result  # of the first operand only what is taken
+    if opcode in ("dynamic-update-slice", "scatter"):
+        changed = sum(operands[1:], 0.0)  # the rest stays where it is
+        return changed, changed
+    return read, result
+
+
+def _rounds(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """Of a while instruction: as the compiler notes it, or else by its condition.
+
+    The TPU compiler does not note it. JAX's loops count from 0 and run while the
+    counter is less than a constant.
+    """
+    trips = _TRIPS.search(loop.rest)
+    if trips:
+        return int(trips[1])
+    bounds, directions, names = [], [], _CONDITION.findall(loop.rest)
+    for one in (one for name in names for one in computations.get(name, [])):
+        names += _CALLED.findall(one.rest)  # a condition may be a fusion
+        if one.opcode == "compare":
+            directions += _DIRECTION.findall(one.rest)
+        if one.opcode == "constant" and one.shape.startswith("s32[]"):
+            bounds.append(int(one.rest.split(")")[0]))
+    return bounds[0] if len(bounds) == 1 and directions == ["LT"] else 1
 
 
 def size_of(shape: str) -> float:
@@ -189,19 +239,32 @@ PARTS = {
 }
 
 
-def account(text: str, hbm_bandwidth: float, clock: float) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of one device: bf16 `flops` per second, bytes per second of its memory (`hbm`)
+    and to the others (`wires`, one way), cycles per second (`clock`)."""
+
+    flops: float
+    hbm: float
+    wires: float
+    clock: float
+
+
+def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
     """Estimated seconds of one call, by part.
 
     Args:
-        hbm_bandwidth: bytes per second of one device.
-        clock: cycles per second.
+        devices: how many work together.
     Returns:
-        `parts`: {part: {priced, unpriced}} in seconds: the compiler's cycles, and for
-        instructions that it does not price the time to move their operands and results
-        once, a lower bound; `priced`, `unpriced`: sums; `unpriced_opcodes`: seconds of
-        each kind of those.
+        `parts`: {part: {priced, unpriced, meanwhile}} in seconds: the compiler's
+        cycles, and for instructions that it does not price a lower bound: the time to
+        move what they read and write once, over the wires for collectives (as in a
+        ring), and for kernels also that of their FLOPs, whichever is longer. Those
+        that the compiler begins early and awaits later are `meanwhile`. Then the sums
+        of each, and `unpriced_opcodes`: seconds of each kind without a price.
     """
-    parts = {name: {"priced": 0.0, "unpriced": 0.0} for name in PARTS}
+    columns = ("priced", "unpriced", "meanwhile")
+    parts = {name: dict.fromkeys(columns, 0.0) for name in PARTS}
     opcodes: dict[str, float] = {}
     for one in executed(text):
         instruction = one.instruction
@@ -209,19 +272,29 @@ def account(text: str, hbm_bandwidth: float, clock: float) -> dict[str, Any]:
             continue
         if instruction.opcode.endswith("-done"):
             continue  # its start has been counted
+        called = _TARGET.search(instruction.rest)
+        if called and called[1] in _NOTES:
+            continue
         part = next(
             name for name, rule in PARTS.items() if re.search(rule, instruction.scope)
         )
         if instruction.cycles is not None:
-            parts[part]["priced"] += one.times * instruction.cycles / clock
+            parts[part]["priced"] += one.times * instruction.cycles / speed.clock
             continue
-        seconds = one.times * one.bytes / hbm_bandwidth
-        parts[part]["unpriced"] += seconds
         opcode = instruction.opcode.removesuffix("-start")
-        opcodes[opcode] = opcodes.get(opcode, 0.0) + seconds
+        seconds = (one.read + one.written) / speed.hbm
+        kernel = _KERNEL_FLOPS.search(instruction.rest)
+        if kernel:
+            seconds = max(seconds, int(kernel[1]) / speed.flops)
+        if opcode in COLLECTIVES:
+            # In a ring, each part of the whole passes over each wire but one.
+            whole = max(one.read, one.written) * (2 if opcode == "all-reduce" else 1)
+            seconds = whole * (devices - 1) / devices / speed.wires
+        begun = instruction.opcode.endswith("-start")
+        parts[part]["meanwhile" if begun else "unpriced"] += one.times * seconds
+        opcodes[opcode] = opcodes.get(opcode, 0.0) + one.times * seconds
     return {
         "parts": parts,
-        "priced": sum(part["priced"] for part in parts.values()),
-        "unpriced": sum(part["unpriced"] for part in parts.values()),
+        **{name: sum(part[name] for part in parts.values()) for name in columns},
         "unpriced_opcodes": dict(sorted(opcodes.items(), key=lambda x: -x[1])),
     }

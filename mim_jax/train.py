@@ -174,7 +174,7 @@ class Plan:
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
         outputs = (placed, sharding.replicated(self.mesh))
         jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        with compile_for(self.mesh.devices.flat[0].platform):
+        with compile_for(self.mesh.devices.flat[0].platform, self.mesh):
             return jitted.lower(state, self.abstract_batch())
 
 

@@ -37,24 +37,79 @@ def test_collectives_are_found_in_loops_and_fusions():
     }
 
 
+@pytest.mark.parametrize(
+    "condition, rounds",
+    [
+        ("ROOT %lt.9 = pred[] compare(%i.9, %end.9), direction=LT", 12),
+        ("ROOT %f.9 = pred[] fusion(%i.9, %end.9), kind=kLoop, calls=%less.9", 12),
+        ("ROOT %gt.9 = pred[] compare(%i.9, %end.9), direction=GT", 1),
+    ],
+)
+def test_where_nothing_else_tells_a_loop_is_counted_by_its_condition(condition, rounds):
+    text = TEXT.replace(', backend_config={"known_trip_count":{"n":"12"}}', "")
+    text = text.replace(
+        "condition=%cond.1, body=%outer.1", "condition=%cond.9, body=%outer.1"
+    )
+    text += f"""
+%less.9 (a.9: s32[], b.9: s32[]) -> pred[] {{
+  %a.9 = s32[] parameter(0)
+  %b.9 = s32[] parameter(1)
+  ROOT %lt.8 = pred[] compare(%a.9, %b.9), direction=LT
+}}
+
+%cond.9 (c.9: (s32[], f32[4])) -> pred[] {{
+  %c.9 = (s32[], f32[4]{{0}}) parameter(0)
+  %i.9 = s32[] get-tuple-element(%c.9), index=0
+  %end.9 = s32[]{{:T(128)}} constant(12)
+  {condition}
+}}
+"""
+    times = {one.instruction.name: one.times for one in hlo.executed(text)}
+    assert times["gather.1"] == rounds and times["attn.1"] == 2 * rounds
+
+
+def test_a_kernel_costs_what_it_says():
+    said = '"cost_estimate":{"flops":"3000","transcendentals":"1","bytes_accessed":'
+    call = (
+        '  %kernel.1 = f32[8]{0} custom-call(%Arg_0.1), custom_call_target="tpu_custom_'
+        'call", metadata={op_name="jit(step)/jvp(Decoder)/block00/attn/pallas_call"}, '
+        "backend_config={%s}\n  %cond.2 ="
+    )
+    note = '  %n.1 = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
+    speed = hlo.Speed(flops=1e6, hbm=1e6, wires=1e6, clock=1e6)
+    for moved, seconds in [(2000, 3e-3), (5000, 5e-3)]:
+        kernel = note + call.replace("%s", said + f'"{moved}"}}')
+        text = TEXT.replace("  %cond.2 =", kernel)
+        parts = hlo.account(text, speed, devices=1)["parts"]
+        assert parts["decoder attention"]["unpriced"] == pytest.approx(seconds)
+        assert parts["masks, augmentation, loss"]["unpriced"] == pytest.approx(64e-6)
+
+
 def test_an_account_has_cycles_by_part_and_a_bound_for_the_rest():
-    found = hlo.account(TEXT, hbm_bandwidth=1e9, clock=1e6)
+    speed = hlo.Speed(flops=1e6, hbm=1e9, wires=1e8, clock=1e6)
+    found = hlo.account(TEXT, speed, devices=4)
     parts = found["parts"]
     assert parts["encoder attention"] == {
         "priced": pytest.approx(24 * 1e-4),
         "unpriced": 0,
+        "meanwhile": 0,
     }
     # Not the 7 cycles inside: a fusion's own are those of all of it.
-    assert parts["optimiser"] == {"priced": pytest.approx(1e-3), "unpriced": 0}
-    # Two operands of 16 bytes and 64 written, twelve times.
-    assert parts["decoder, rest"]["unpriced"] == pytest.approx(12 * 96e-9)
+    assert parts["optimiser"]["priced"] == pytest.approx(1e-3)
     assert found["priced"] == pytest.approx(24e-4 + 1e-3 + 1e-5)
-    # all-reduce 32 x 12, all-gather 32 + 160, and both branches' negations 32 each.
-    rest = {"gather": 12 * 96, "all-reduce": 12 * 32, "all-gather": 192, "negate": 64}
+    # In a ring of four, 3/4 of a result pass over each wire, for all-reduce twice.
+    wires = {"all-reduce": 12 * 2 * 16 * 0.75, "all-gather": 128 * 0.75}
+    # Of the gather's operand only what is taken; both branches' negations 32 each.
+    memory = {"gather": 12 * 128, "negate": 64}
+    rest = {name: size * 1e-8 for name, size in wires.items()}
+    rest |= {name: size * 1e-9 for name, size in memory.items()}
     assert found["unpriced_opcodes"] == {
-        name: pytest.approx(size * 1e-9) for name, size in rest.items()
+        name: pytest.approx(value) for name, value in rest.items()
     }
-    assert found["unpriced"] == pytest.approx(sum(rest.values()) * 1e-9)
+    assert parts["decoder, rest"]["unpriced"] == pytest.approx(rest["gather"])
+    assert found["meanwhile"] == pytest.approx(rest["all-gather"])
+    waited = sum(rest.values()) - rest["all-gather"]
+    assert found["unpriced"] == pytest.approx(waited)
 
 
 def test_a_real_program_is_read_to_the_end():
@@ -71,4 +126,4 @@ def test_a_real_program_is_read_to_the_end():
 
 def test_another_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.account("nothing", 1.0, 1.0)
+        hlo.account("nothing", hlo.Speed(1.0, 1.0, 1.0, 1.0), 1)

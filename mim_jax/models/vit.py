@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mim_jax.ops.attention import attend, attend_with_weights
 from mim_jax.ops.backend import accurate, dense_dot
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
@@ -104,6 +105,30 @@ def check_width(name: str, width: int, heads: int) -> None:
         )
 
 
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x Phi(x), exact, in float32 at least, arXiv:1606.08415.
+
+    By erf as PyTorch has it: jax's own takes erfc, which costs more everywhere.
+    """
+    wide = x.astype(accurate(x.dtype))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+def _norm(x, scale, bias):
+    kind = accurate(x.dtype)
+    wide = x.astype(kind)
+    mean = wide.mean(axis=-1, keepdims=True)
+    if x.dtype == kind:
+        variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+    else:
+        # In one pass: what cancels is less than the rounding of such inputs.
+        variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
+        variance = jnp.maximum(variance, 0)
+    wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-6)
+    wide = wide * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
+    return wide.astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with MAE's epsilon, in float32 at least.
 
@@ -116,41 +141,50 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        kind = accurate(self.dtype)
-        x = x.astype(kind)
-        variance = x.var(axis=-1, keepdims=True)
-        x = (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(variance + 1e-6)
-        x = x * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
-        return x.astype(self.dtype)
+        return _norm(x.astype(self.dtype), scale, bias)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; q, k and v come from one fused matrix."""
+class _Apart(nn.Module):
+    """`xavier` that leaves its bias to who uses the product."""
 
-    heads: int
+    features: int
     dtype: str
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b a n n"]]:
+    ) -> tuple[Float[Array, "b n e"], Float[Array, " e"]]:
+        init = nn.initializers.xavier_uniform()
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias = (jnp.asarray(it, self.dtype) for it in (kernel, bias))
+        return dense_dot(x, kernel, (((2,), (0,)), ((), ()))), bias
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v come from one fused matrix.
+
+    Attributes:
+        weights: return the softmax weights too, else None for them.
+    """
+
+    heads: int
+    dtype: str
+    weights: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b a n n"] | None]:
         width = x.shape[-1]
         # Xavier on the fused [d, 3d] matrix: its bound is sqrt(6 / 4d), sqrt(1/2) of
         # what three separate matrices would get.
-        qkv = xavier(3 * width, self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, width // self.heads)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
-        scale = (width // self.heads) ** -0.5
-        # Logits and softmax in float32 at least: bfloat16 has 8 bits of mantissa.
-        logits = jnp.einsum(
-            "banc,bamc->banm",
-            q * scale,
-            k,
-            preferred_element_type=accurate(self.dtype),
-        )
-        weights = jax.nn.softmax(logits, axis=-1)
-        mixed = jnp.einsum("banm,bamc->bnac", weights.astype(q.dtype), v)
-        return xavier(width, self.dtype, name="out")(mixed.reshape(x.shape)), weights
+        qkv, bias = _Apart(3 * width, self.dtype, name="qkv")(x)
+        if self.weights:
+            mixed, weights = attend_with_weights(qkv, bias, self.heads)
+        else:
+            mixed, weights = attend(qkv, bias, self.heads), None
+        return xavier(width, self.dtype, name="out")(mixed), weights
 
 
 class Block(nn.Module):
@@ -171,13 +205,14 @@ class Block(nn.Module):
             return y * kept[number][:, None, None].astype(y.dtype)
 
         width = x.shape[-1]
-        y, weights = Attention(self.heads, self.dtype, name="attn")(
-            LayerNorm(self.dtype, name="ln1")(x)
+        attention = Attention(
+            self.heads, self.dtype, weights="attention" in self.taps, name="attn"
         )
+        y, weights = attention(LayerNorm(self.dtype, name="ln1")(x))
         x = x + branch(y, 0)
         y = LayerNorm(self.dtype, name="ln2")(x)
         y = xavier(int(width * self.mlp_ratio), self.dtype, name="fc1")(y)
-        y = jax.nn.gelu(y, approximate=False)  # jax's default is the tanh form
+        y = gelu(y)
         x = x + branch(xavier(width, self.dtype, name="fc2")(y), 1)
         seen = {"blocks": x, "attention": weights}
         return x, {name: seen[name] for name in self.taps}

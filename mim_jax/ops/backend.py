@@ -13,6 +13,9 @@ from jaxtyping import Array, Shaped
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "target", default=None
 )
+_MESH: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar(
+    "mesh", default=None
+)
 
 
 def target() -> str:
@@ -20,14 +23,24 @@ def target() -> str:
     return _TARGET.get() or jax.default_backend()
 
 
+def target_mesh() -> jax.sharding.Mesh | None:
+    """The devices that code traced now is meant for, batches being split over all."""
+    return _MESH.get()
+
+
 @contextlib.contextmanager
-def compile_for(platform: str) -> Iterator[None]:
-    """Trace for a platform that need not be this machine's."""
-    token = _TARGET.set(platform)
+def compile_for(platform: str, mesh: jax.sharding.Mesh | None = None) -> Iterator[None]:
+    """Trace for a platform, and devices, that need not be this machine's.
+
+    Args:
+        mesh: over whose axes the rows of a batch are split; None: not known here.
+    """
+    tokens = _TARGET.set(platform), _MESH.set(mesh)
     try:
         yield
     finally:
-        _TARGET.reset(token)
+        _TARGET.reset(tokens[0])
+        _MESH.reset(tokens[1])
 
 
 def accurate(dtype: Any) -> jnp.dtype:
