@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Key
 
 _INIT = 2**32 - 1  # folded into the key for parameters; steps fold in their number
 _BLOCK = re.compile(r"block(\d\d+)")
@@ -84,22 +84,6 @@ def example_keys(state: TrainState, rows: int) -> Key[Array, " {rows}"]:
     """A key for each row of this step's batch, the same on any number of devices."""
     key = jax.random.fold_in(state.key, state.step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-
-
-def choose(ok: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
-    """`new` where ok, else `old`, decided on the device; the key never changes."""
-
-    def leaf(new, old):
-        return jnp.where(ok, new, old)
-
-    kept = {
-        field.name: jax.tree.map(
-            leaf, getattr(new, field.name), getattr(old, field.name)
-        )
-        for field in dataclasses.fields(TrainState)
-        if field.name != "key"
-    }
-    return dataclasses.replace(new, **kept)
 
 
 def stack_blocks(tree: Any) -> Any:

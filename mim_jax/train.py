@@ -38,15 +38,19 @@ def train_step(
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
     grad_fn = optim.accumulated(grad_fn, micro_batches)
     (loss, aux), grads = grad_fn(state.params, state, batch, keys)
-    with jax.named_scope("optimiser"):  # as profiles and aot name it
+    ok = jnp.isfinite(loss) & optim.all_finite(grads)
+
+    def updated():
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         teacher = objective.teacher(state.teacher, params, state.step)
         new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
-        ok = jnp.isfinite(loss) & optim.all_finite(grads)
-        # A bad update never replaces a good state.
-        new_state = dataclasses.replace(state, step=state.step + 1, **new)
-        new_state = states.choose(ok, new_state, state)
+        return dataclasses.replace(state, step=state.step + 1, **new)
+
+    with jax.named_scope("optimiser"):  # as profiles and aot name it
+        # A bad update never replaces a good state. Selecting leaf by leaf instead
+        # takes three times as long on a CPU.
+        new_state = jax.lax.cond(ok, updated, lambda: state)
     return new_state, {"loss": loss, "ok": ok, **aux.metrics}
 
 

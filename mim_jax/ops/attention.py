@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax attention over whole short sequences, in each backend's fastest form.
 
-On a TPU it is one kernel that keeps the n x n logits of an image in the chip's vector
-memory. XLA writes them to main memory in float32, and turns the layout of q, k and v
-around them: with heads of 32 numbers, as in MAE's decoder, that is half of a step.
+What costs is moving n x n weights to memory and back. On a TPU one kernel keeps those
+of an image in the chip's vector memory: XLA writes them out in float32, and turns the
+layout of q, k and v around them, which with heads of 32 numbers, as in MAE's decoder,
+is half of a step. On a CPU they are computed again for the gradient, image by image, so
+that those of one fit the cache.
 """
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,8 @@ from mim_jax.ops.backend import accurate, target, target_mesh
 LANES = 128  # of a TPU's vector registers, and a side of its matrix units
 # Of 128 MiB on v5e: what all n x n blocks of one head may take.
 _ROOM = 96 * 2**20
+# On a CPU, weights of an image that are worth a loop; below it all go at once.
+_LOOP = 2**20
 
 
 def attend(
@@ -32,15 +37,23 @@ def attend(
         qkv: queries, keys and values, each with its heads side by side.
         bias: added to `qkv`.
     """
-    mesh = target_mesh()
-    if target() == "tpu" and mesh is not None and _kernel_fits(qkv, heads, mesh):
-        rows = PartitionSpec(mesh.axis_names)
-        # The compiler cannot split a kernel over devices by itself.
+    mesh, form = target_mesh(), None
+    rows = qkv.shape[0]
+    if target() == "cpu":
+        form = recomputing_attention
+    elif target() == "tpu" and mesh is not None and _kernel_fits(qkv, heads):
+        form = short_attention
+    if form is not None and (mesh is None or rows % mesh.size == 0):
+        form = functools.partial(form, heads=heads)
+        if mesh is None or mesh.size == 1 and target() == "cpu":
+            return form(qkv, bias)
+        # The compiler can split neither a kernel nor a loop over rows by itself.
+        split = PartitionSpec(mesh.axis_names)
         return jax.shard_map(
-            lambda *args: short_attention(*args, heads),
+            form,
             mesh=mesh,
-            in_specs=(rows, PartitionSpec()),
-            out_specs=rows,
+            in_specs=(split, PartitionSpec()),
+            out_specs=split,
             check_vma=False,
         )(qkv, bias)
     mixed, _ = attend_with_weights(qkv, bias, heads)
@@ -51,30 +64,77 @@ def attend_with_weights(
     qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
 ) -> tuple[Float[Array, "b n e//3"], Float[Array, "b {heads} n n"]]:
     """`attend`, and the softmax weights, in float32 at least."""
-    qkv = qkv + bias[None, None]
+    q, k, v = _split(qkv, bias, heads)
+    weights = jax.nn.softmax(_logits(q, k), axis=-1)
+    return _joined(jnp.einsum("banm,bamc->banc", weights.astype(v.dtype), v)), weights
+
+
+def _split(qkv, bias, heads: int):
+    """q, already scaled, k and v, each "b a n c"."""
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    parts = qkv.reshape(rows, tokens, 3, heads, width // heads)
+    parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, width // heads)
     q, k, v = jnp.moveaxis(parts, (2, 3), (0, 2))
+    return q * (width // heads) ** -0.5, k, v
+
+
+def _joined(heads):
+    rows, count, tokens, size = heads.shape
+    return jnp.moveaxis(heads, 1, 2).reshape(rows, tokens, count * size)
+
+
+def _logits(q, k):
     # Logits and softmax in float32 at least: bfloat16 has 8 bits of mantissa.
-    logits = jnp.einsum(
-        "banc,bamc->banm",
-        q * (width // heads) ** -0.5,
-        k,
-        preferred_element_type=accurate(qkv.dtype),
-    )
-    weights = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum("banm,bamc->bnac", weights.astype(q.dtype), v)
-    return mixed.reshape(rows, tokens, width), weights
+    kind = accurate(q.dtype)
+    return jnp.einsum("banc,bamc->banm", q, k, preferred_element_type=kind)
 
 
-def _kernel_fits(qkv, heads: int, mesh: jax.sharding.Mesh) -> bool:
-    rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+def _kernel_fits(qkv, heads: int) -> bool:
+    tokens, width = qkv.shape[1], qkv.shape[2] // 3
     return (
         qkv.dtype == jnp.bfloat16
         and width % LANES == 0
-        and rows % mesh.size == 0
         and 6 * 4 * _up(tokens, 8) * _up(tokens, LANES) + 16 * tokens * width <= _ROOM
     )
+
+
+def recomputing_attention(
+    qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
+) -> Float[Array, "b n e//3"]:
+    """`attend` that keeps no weights for the gradient."""
+    return _joined(_recomputing(*_split(qkv, bias, heads)))
+
+
+@jax.custom_vjp
+def _recomputing(q, k, v):
+    weights, scale = _softmax(_logits(q, k))
+    mixed = jnp.einsum("banm,bamc->banc", weights.astype(v.dtype), v)
+    return mixed * scale.astype(v.dtype)
+
+
+def _recomputing_backward(kept, gradient):
+    def one(parts):
+        found = _gradients(*(part[None] for part in parts))
+        return jax.tree.map(operator.itemgetter(0), found)
+
+    q, k, v = kept
+    rows, heads, tokens, _ = gradient.shape
+    if rows == 1 or heads * tokens**2 * 4 < _LOOP:
+        return _gradients(q, k, v, gradient)
+    return jax.lax.map(one, (q, k, v, gradient))
+
+
+def _gradients(q, k, v, gradient):
+    weights, scale = _softmax(_logits(q, k))
+    weights = weights * scale
+    dv = jnp.einsum("banm,banc->bamc", weights.astype(v.dtype), gradient)
+    dw = _logits(gradient, v)
+    ds = weights * (dw - (weights * dw).sum(axis=-1, keepdims=True))
+    ds = ds.astype(q.dtype)
+    dq = jnp.einsum("banm,bamc->banc", ds, k)
+    return dq, jnp.einsum("banm,banc->bamc", ds, q), dv
+
+
+_recomputing.defvjp(lambda *qkv: (_recomputing(*qkv), qkv), _recomputing_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax.ops.attention import attend, attend_with_weights, short_attention
+from mim_jax.ops import attention
+from mim_jax.ops.attention import (
+    attend,
+    attend_with_weights,
+    recomputing_attention,
+    short_attention,
+)
 from mim_jax.ops.backend import compile_for
 
 # (heads, width, tokens): four heads to a tile of 128 lanes, two, one of them over two
@@ -43,21 +49,32 @@ def test_all_forms_are_the_formula(heads, width, tokens):
     expected, weights = by_formula(qkv, bias, heads)
     with jax.default_matmul_precision("highest"):
         found, seen = attend_with_weights(qkv, bias, heads)
-        for mixed in (found, short_attention(qkv, bias, heads, True)):
+        kernel = short_attention(qkv, bias, heads, True)
+        for mixed in (found, kernel, recomputing_attention(qkv, bias, heads)):
             np.testing.assert_allclose(mixed, expected, rtol=0, atol=3e-5)
     np.testing.assert_allclose(attend(qkv, bias, heads), expected, atol=3e-5)
     np.testing.assert_allclose(seen, weights, rtol=0, atol=1e-5)
 
 
+FORMS = {
+    "kernel": lambda *args: short_attention(*args, True),
+    "recomputing": recomputing_attention,
+    "image by image": recomputing_attention,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("heads, width, tokens", SIZES)
-def test_gradients_of_the_kernel_are_differences(heads, width, tokens):
+def test_gradients_are_differences(monkeypatch, heads, width, tokens, form):
     """Along random directions, of the formula in float64."""
+    if form == "image by image":
+        monkeypatch.setattr(attention, "_LOOP", 0)
     qkv, bias = drawn(3, tokens, width)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(3, tokens, width))
 
     def loss(qkv, bias):
-        mixed = short_attention(qkv, bias, heads, True)
+        mixed = FORMS[form](qkv, bias, heads)
         return (mixed * jnp.asarray(weight, jnp.float32)).sum()
 
     with jax.default_matmul_precision("highest"):
