@@ -155,7 +155,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "mesh": dict(plan.mesh.shape),
         "image_shape": list(settings.data.image_shape),
         "batch_size": settings.batch_size,
-        "batch_per_device": settings.batch_size // plan.mesh.size,
+        "batch_per_device": settings.batch_size // sharding.row_parts(plan.mesh),
         "micro_batches": settings.accumulate,
         "coupled": settings.objective.batch_coupled,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

@@ -11,13 +11,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mim_jax.ops.backend import ROWS
+
 # The first pattern found in a leaf's path decides; leaves without one are replicated.
 # Specs are those of a single block: a stacked leaf gets a leading None. Optimiser
 # moments repeat the paths of the parameters, so the same rules hold for them.
+# Along "tensor" blocks are split as in Megatron-LM, arXiv:1909.08053, section 3: the
+# first matrix by columns and the second by rows, so that one sum joins the parts.
 RULES = (
-    (r"/(qkv|fc1)/kernel$", PartitionSpec(None, "fsdp")),
-    (r"/(qkv|fc1)/bias$", PartitionSpec("fsdp")),
-    (r"/(out|fc2)/kernel$", PartitionSpec("fsdp", None)),
+    (r"/(qkv|fc1)/kernel$", PartitionSpec(None, ("tensor", "fsdp"))),
+    (r"/(qkv|fc1)/bias$", PartitionSpec(("tensor", "fsdp"))),
+    (r"/(out|fc2)/kernel$", PartitionSpec(("tensor", "fsdp"), None)),
     (r"/embed/kernel$", PartitionSpec(None, "fsdp")),
     (r"/predict/kernel$", PartitionSpec("fsdp", None)),
 )
@@ -25,44 +29,49 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Shape of the device mesh; batches are split over both axes.
+    """Shape of the device mesh; batches are split over `data` and `fsdp`.
 
     Attributes:
-        data: copies of the parameters; -1 is all devices that `fsdp` leaves.
+        data: copies of the parameters; -1 is all devices that the others leave.
         fsdp: devices that share one copy of parameters and optimiser state.
+        tensor: devices that share the work on one image, each with a part of the heads
+            and of the MLP. For models whose activations of a single image are too much;
+            else `fsdp` sends less.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
 
     def __post_init__(self):
-        if self.fsdp < 1 or (self.data < 1 and self.data != -1):
+        if min(self.fsdp, self.tensor) < 1 or (self.data < 1 and self.data != -1):
             raise ValueError(
-                f"mesh.data={self.data}, mesh.fsdp={self.fsdp}: want at least 1 "
-                "(data=-1: all devices that fsdp leaves)"
+                f"mesh.data={self.data}, mesh.fsdp={self.fsdp}, mesh.tensor="
+                f"{self.tensor}: want at least 1 (data=-1: all devices that the others "
+                "leave)"
             )
 
     def build(self, devices: list | None = None) -> jax.sharding.Mesh:
         """The mesh over all devices.
 
         Raises:
-            ValueError: data * fsdp is not the number of devices.
+            ValueError: data * fsdp * tensor is not the number of devices.
         """
         devices = jax.devices() if devices is None else devices
-        data = len(devices) // self.fsdp if self.data == -1 else self.data
-        if data * self.fsdp != len(devices):
+        shared = self.fsdp * self.tensor
+        data = len(devices) // shared if self.data == -1 else self.data
+        if data * shared != len(devices):
             raise ValueError(
-                f"mesh data={self.data} x fsdp={self.fsdp} on {len(devices)} device(s):"
-                " want data * fsdp = devices (data=-1 takes what fsdp leaves)"
+                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} on "
+                f"{len(devices)} device(s): want data * fsdp * tensor = devices "
+                "(data=-1 takes what the others leave)"
             )
+        shape, names = (data, self.fsdp, self.tensor), (*ROWS, "tensor")
+        kinds = (AxisType.Auto,) * len(names)
         if len(devices) == len(jax.devices()) and devices == jax.devices():
-            return jax.make_mesh(
-                (data, self.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
-            )
-        grid = np.array(devices).reshape(data, self.fsdp)
-        return jax.sharding.Mesh(
-            grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
-        )
+            return jax.make_mesh(shape, names, axis_types=kinds)
+        grid = np.array(devices).reshape(shape)
+        return jax.sharding.Mesh(grid, names, axis_types=kinds)
 
 
 def path_name(path: tuple) -> str:
@@ -83,8 +92,13 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows of a batch spread over all devices."""
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    """Rows of a batch spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def rows_here(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
@@ -131,13 +145,17 @@ def _spec(name: str, leaf, mesh: jax.sharding.Mesh) -> PartitionSpec:
             spec = PartitionSpec(None, *spec) if stacked else spec
             if len(spec) != len(leaf.shape):
                 break
-            sizes = [1 if axis is None else mesh.shape[axis] for axis in spec]
+            sizes = [math.prod(mesh.shape[a] for a in _axes(part)) for part in spec]
             if all(
                 side % size == 0 for side, size in zip(leaf.shape, sizes, strict=True)
             ):
                 return spec
             break
     return PartitionSpec()
+
+
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:

@@ -114,11 +114,12 @@ class Plan:
                     "--config.accumulate_coupled=true to work per micro-batch"
                 )
         rows = settings.batch_size // settings.accumulate
-        if rows % mesh.size:
+        parts = sharding.row_parts(mesh)
+        if rows % parts:
             raise configs.ConfigError(
                 f"config.batch_size={settings.batch_size} in "
-                f"{settings.accumulate} micro-batch(es) on {mesh.size} devices: want a "
-                f"multiple of {settings.accumulate * mesh.size}"
+                f"{settings.accumulate} micro-batch(es) on {parts} parts of the mesh: "
+                f"want a multiple of {settings.accumulate * parts}"
             )
         total = settings.steps
         if total is None:

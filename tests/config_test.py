@@ -359,8 +359,8 @@ REFUSED = [
     (
         "mesh.fsdp",
         0,
-        "config.mesh: mesh.data=-1, mesh.fsdp=0: want at least 1 (data=-1: all "
-        "devices that fsdp leaves)",
+        "config.mesh: mesh.data=-1, mesh.fsdp=0, mesh.tensor=1: want at least 1 "
+        "(data=-1: all devices that the others leave)",
     ),
     ("job", "trian", "job 'trian' is unknown (did you mean 'train'?)"),
     (

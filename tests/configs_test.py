@@ -176,8 +176,8 @@ def test_plans_refuse_what_does_not_fit_before_anything_compiles(imagenet):
 
     refused("unit=6 pixels with a ViT patch of 4", objective__masking__unit=6)
     refused("image 33x32 with patch=4: want both", data__image_size=(33, 32))
-    refused("mesh data=3 x fsdp=1 on 8 device(s)", mesh__data=3)
-    refused("on 8 devices: want a multiple of 8", batch_size=12)
+    refused("mesh data=3 x fsdp=1 x tensor=1 on 8 device(s)", mesh__data=3)
+    refused("on 8 parts of the mesh: want a multiple of 8", batch_size=12)
     refused("encoder.width=62, encoder.heads=2", objective__encoder__width=62)
     refused("want one number per channel", objective__mean=(0.5,))
 

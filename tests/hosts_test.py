@@ -214,8 +214,9 @@ jax.distributed.initialize(
 )
 from mim_jax import sharding
 # As a TPU may have it: the devices of a host do not lie side by side.
-order = np.array(jax.devices())[[0, 4, 1, 5, 6, 2, 7, 3]].reshape(4, 2)
-mesh = jax.sharding.Mesh(order, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+order = np.array(jax.devices())[[0, 4, 1, 5, 6, 2, 7, 3]].reshape(4, 2, 1)
+names = ("data", "fsdp", "tensor")
+mesh = jax.sharding.Mesh(order, names, axis_types=(AxisType.Auto,) * 3)
 rows = sharding.rows_here(mesh, 16)
 assert rows != list(range(16)) and len(rows) == 8, rows
 batch = sharding.to_devices({"row": np.array(rows, np.int32)}, mesh)["row"]

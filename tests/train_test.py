@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from mim_jax import config, optim, sharding, train
+from mim_jax import config, hlo, optim, sharding, train
 from mim_jax import state as states
 from mim_jax.evals.base import Eval
 from mim_jax.objectives.base import Aux, Objective
@@ -127,11 +128,13 @@ def bits(tree) -> list[bytes]:
 
 # Meshes.
 
-MESHES = [(1, 1, 1), (8, 8, 1), (8, 4, 2), (8, 2, 4)]  # devices, data, fsdp
+# Devices, data, fsdp, tensor.
+MESHES = [(1, 1, 1, 1), (8, 8, 1, 1), (8, 2, 4, 1), (8, 4, 1, 2), (8, 2, 2, 2)]
 
 
-def on_mesh(count: int, data: int, fsdp: int) -> train.Plan:
-    return plan_of(count, scan=False, mesh__data=data, mesh__fsdp=fsdp)
+def on_mesh(count: int, data: int, fsdp: int, tensor: int = 1) -> train.Plan:
+    shape = dict(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+    return plan_of(count, scan=False, **shape)
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
@@ -191,6 +194,24 @@ def test_every_device_holds_its_share_of_the_state():
                 assert f"{tree}/{part}/{leaf}/kernel" in cut
 
 
+def test_tensor_devices_share_the_work_on_an_image():
+    """Each of two makes about half of what the matrices of blocks make."""
+
+    def made(*mesh):
+        dots = [
+            one
+            for one in hlo.executed(on_mesh(*mesh).lowered().compile().as_text())
+            if one.instruction.opcode in ("dot", "fusion", "custom-call")
+            and re.search(r"/(qkv|fc1|fc2|out)/", one.instruction.scope)
+        ]
+        return sum(one.times * hlo.size_of(one.instruction.shape) for one in dots)
+
+    whole = made(1, 1, 1, 1)
+    assert whole > 0
+    assert made(2, 1, 1, 2) < 0.75 * whole
+    assert made(2, 2, 1, 1) < 0.75 * whole  # as rows do
+
+
 def test_the_step_keeps_the_shardings():
     plan = on_mesh(8, 2, 4)
     before = jax.tree.map(lambda leaf: leaf.sharding, place(plan))
@@ -202,7 +223,7 @@ def test_stacked_rules_are_the_rules_of_single_blocks():
     plain = plan_of(8, scan=False, mesh__data=2, mesh__fsdp=4).abstract_state()
     stacked = plan_of(8, scan=True, mesh__data=2, mesh__fsdp=4).abstract_state()
     kernel = plain.params["encoder"]["block00"]["fc1"]["kernel"].sharding.spec
-    assert tuple(kernel) == (None, "fsdp")
+    assert tuple(kernel) == (None, ("tensor", "fsdp"))
     for name, leaf in (("fc1", "kernel"), ("fc1", "bias"), ("fc2", "kernel")):
         one = plain.params["encoder"]["block00"][name][leaf].sharding.spec
         many = stacked.params["encoder"]["blocks"][name][leaf].sharding.spec

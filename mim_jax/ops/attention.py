@@ -10,7 +10,6 @@ that those of one fit the cache.
 
 import functools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from mim_jax.ops.backend import accurate, target, target_mesh
+from mim_jax.ops.backend import ROWS, accurate, target, target_mesh
 
 LANES = 128  # of a TPU's vector registers, and a side of its matrix units
 # Of 128 MiB on v5e: what all n x n blocks of one head may take.
@@ -37,44 +36,66 @@ def attend(
         qkv: queries, keys and values, each with its heads side by side.
         bias: added to `qkv`.
     """
-    mesh, form = target_mesh(), None
-    rows = qkv.shape[0]
-    if target() == "cpu":
-        form = recomputing_attention
-    elif target() == "tpu" and mesh is not None and _kernel_fits(qkv, heads):
-        form = short_attention
-    if form is not None and (mesh is None or rows % mesh.size == 0):
-        form = functools.partial(form, heads=heads)
-        if mesh is None or mesh.size == 1 and target() == "cpu":
-            return form(qkv, bias)
-        # The compiler can split neither a kernel nor a loop over rows by itself.
-        split = PartitionSpec(mesh.axis_names)
-        return jax.shard_map(
-            form,
-            mesh=mesh,
-            in_specs=(split, PartitionSpec()),
-            out_specs=split,
-            check_vma=False,
-        )(qkv, bias)
+    mesh = target_mesh()
+    if mesh is None:
+        if target() == "cpu":
+            return recomputing_attention(qkv, bias, heads)
+    elif _splits(qkv, heads, mesh):
+        if target() == "cpu":
+            return _spread(recomputing_attention, qkv, bias, heads, mesh)
+        if target() == "tpu" and _kernel_fits(qkv, mesh):
+            return _spread(short_attention, qkv, bias, heads, mesh)
     mixed, _ = attend_with_weights(qkv, bias, heads)
     return mixed
+
+
+def _splits(qkv, heads: int, mesh: jax.sharding.Mesh) -> bool:
+    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    return qkv.shape[0] % rows == 0 and heads % mesh.shape["tensor"] == 0
+
+
+def _spread(form, qkv, bias, heads: int, mesh: jax.sharding.Mesh):
+    """`form` on each device's own rows and heads: the compiler can split neither a
+    kernel nor a loop over rows by itself."""
+    rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    mine = heads // mesh.shape["tensor"]
+    if mesh.size == 1:
+        return form(qkv, bias, heads)
+
+    def local(qkv, bias):
+        return form(qkv.reshape(*qkv.shape[:2], -1), bias.reshape(-1), mine)
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(
+            PartitionSpec(ROWS, None, None, "tensor"),
+            PartitionSpec(None, "tensor"),
+        ),
+        out_specs=PartitionSpec(ROWS, None, "tensor"),
+        check_vma=False,
+    )(qkv.reshape(rows, tokens, 3, width), bias.reshape(3, width))
 
 
 def attend_with_weights(
     qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
 ) -> tuple[Float[Array, "b n e//3"], Float[Array, "b {heads} n n"]]:
     """`attend`, and the softmax weights, in float32 at least."""
-    q, k, v = _split(qkv, bias, heads)
+    q, k, v = _scaled(_apart(qkv, bias, heads))
     weights = jax.nn.softmax(_logits(q, k), axis=-1)
     return _joined(jnp.einsum("banm,bamc->banc", weights.astype(v.dtype), v)), weights
 
 
-def _split(qkv, bias, heads: int):
-    """q, already scaled, k and v, each "b a n c"."""
+def _apart(qkv, bias, heads: int) -> Float[Array, "b 3 a n c"]:
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, width // heads)
-    q, k, v = jnp.moveaxis(parts, (2, 3), (0, 2))
-    return q * (width // heads) ** -0.5, k, v
+    return jnp.transpose(parts, (0, 2, 3, 1, 4))
+
+
+def _scaled(parts):
+    """q, divided by the root of the size of a head, k and v: each "... a n c"."""
+    q, k, v = jnp.moveaxis(parts, -4, 0)
+    return q * parts.shape[-1] ** -0.5, k, v
 
 
 def _joined(heads):
@@ -85,11 +106,11 @@ def _joined(heads):
 def _logits(q, k):
     # Logits and softmax in float32 at least: bfloat16 has 8 bits of mantissa.
     kind = accurate(q.dtype)
-    return jnp.einsum("banc,bamc->banm", q, k, preferred_element_type=kind)
+    return jnp.einsum("...nc,...mc->...nm", q, k, preferred_element_type=kind)
 
 
-def _kernel_fits(qkv, heads: int) -> bool:
-    tokens, width = qkv.shape[1], qkv.shape[2] // 3
+def _kernel_fits(qkv, mesh: jax.sharding.Mesh) -> bool:
+    tokens, width = qkv.shape[1], qkv.shape[2] // 3 // mesh.shape["tensor"]
     return (
         qkv.dtype == jnp.bfloat16
         and width % LANES == 0
@@ -101,40 +122,40 @@ def recomputing_attention(
     qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
 ) -> Float[Array, "b n e//3"]:
     """`attend` that keeps no weights for the gradient."""
-    return _joined(_recomputing(*_split(qkv, bias, heads)))
+    return _joined(_recomputing(_apart(qkv, bias, heads)))
 
 
+# Of one array: gradients of three slices of it would be padded and added.
 @jax.custom_vjp
-def _recomputing(q, k, v):
+def _recomputing(parts: Float[Array, "b 3 a n c"]) -> Float[Array, "b a n c"]:
+    q, k, v = _scaled(parts)
     weights, scale = _softmax(_logits(q, k))
-    mixed = jnp.einsum("banm,bamc->banc", weights.astype(v.dtype), v)
+    mixed = jnp.einsum("...nm,...mc->...nc", weights.astype(v.dtype), v)
     return mixed * scale.astype(v.dtype)
 
 
-def _recomputing_backward(kept, gradient):
-    def one(parts):
-        found = _gradients(*(part[None] for part in parts))
-        return jax.tree.map(operator.itemgetter(0), found)
-
-    q, k, v = kept
-    rows, heads, tokens, _ = gradient.shape
-    if rows == 1 or heads * tokens**2 * 4 < _LOOP:
-        return _gradients(q, k, v, gradient)
-    return jax.lax.map(one, (q, k, v, gradient))
+def _recomputing_backward(parts, gradient):
+    _, heads, tokens, _ = gradient.shape
+    if heads * tokens**2 * 4 < _LOOP:
+        return (jax.vmap(_gradients)(parts, gradient),)
+    return (jax.lax.map(lambda image: _gradients(*image), (parts, gradient)),)
 
 
-def _gradients(q, k, v, gradient):
+def _gradients(
+    parts: Float[Array, "3 a n c"], gradient: Float[Array, "a n c"]
+) -> Float[Array, "3 a n c"]:
+    q, k, v = _scaled(parts)
     weights, scale = _softmax(_logits(q, k))
     weights = weights * scale
-    dv = jnp.einsum("banm,banc->bamc", weights.astype(v.dtype), gradient)
+    dv = jnp.einsum("anm,anc->amc", weights.astype(v.dtype), gradient)
     dw = _logits(gradient, v)
     ds = weights * (dw - (weights * dw).sum(axis=-1, keepdims=True))
     ds = ds.astype(q.dtype)
-    dq = jnp.einsum("banm,bamc->banc", ds, k)
-    return dq, jnp.einsum("banm,banc->bamc", ds, q), dv
+    dq = jnp.einsum("anm,amc->anc", ds, k) * parts.shape[-1] ** -0.5
+    return jnp.stack([dq, jnp.einsum("anm,anc->amc", ds, q), dv])
 
 
-_recomputing.defvjp(lambda *qkv: (_recomputing(*qkv), qkv), _recomputing_backward)
+_recomputing.defvjp(lambda parts: (_recomputing(parts), parts), _recomputing_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

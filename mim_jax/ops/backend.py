@@ -17,6 +17,9 @@ _MESH: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar
     "mesh", default=None
 )
 
+# Axes of a mesh over which the rows of a batch are split.
+ROWS = ("data", "fsdp")
+
 
 def target() -> str:
     """The platform that code traced now is meant for: "cpu", "gpu" or "tpu"."""
@@ -24,7 +27,7 @@ def target() -> str:
 
 
 def target_mesh() -> jax.sharding.Mesh | None:
-    """The devices that code traced now is meant for, batches being split over all."""
+    """The devices that code traced now is meant for: axes ROWS and "tensor"."""
     return _MESH.get()
 
 
@@ -33,7 +36,7 @@ def compile_for(platform: str, mesh: jax.sharding.Mesh | None = None) -> Iterato
     """Trace for a platform, and devices, that need not be this machine's.
 
     Args:
-        mesh: over whose axes the rows of a batch are split; None: not known here.
+        mesh: of those devices; None: not known here.
     """
     tokens = _TARGET.set(platform), _MESH.set(mesh)
     try:

@@ -14,9 +14,11 @@ from mim_jax.ops.attention import (
     short_attention,
 )
 from mim_jax.ops.backend import compile_for
+from mim_jax.sharding import Mesh
 
 # (heads, width, tokens): four heads to a tile of 128 lanes, two, one of them over two
 # tiles each (80 lanes), and a head of a tile's size.
+MESH = Mesh()
 SIZES = [(8, 256, 21), (4, 256, 8), (8, 640, 17), (1, 128, 9)]
 
 
@@ -111,10 +113,10 @@ def test_the_kernel_wants_whole_tiles():
         short_attention(qkv, bias, 3, True)
 
 
-def kernels(rows=8, tokens=5, width=128, heads=4, dtype="bfloat16", mesh=True):
+def kernels(rows=8, tokens=5, width=128, heads=4, dtype="bfloat16", mesh=MESH):
     """How many kernels `attend` traced for a TPU has, forward and back."""
     qkv, bias = drawn(rows, tokens, width, dtype)
-    devices = jax.sharding.Mesh(np.array(jax.devices()), ("data",)) if mesh else None
+    devices = mesh.build() if mesh else None
 
     def step(qkv, bias):
         return jax.vjp(lambda *args: attend(*args, heads), qkv, bias)[1](
@@ -130,10 +132,12 @@ def test_the_kernel_runs_where_it_can():
     assert kernels(width=96, heads=3) == 0  # lanes
     assert kernels(dtype="float32") == 0
     assert kernels(rows=12) == 0  # on 8 devices
-    assert kernels(mesh=False) == 0  # nobody told over what rows are split
+    assert kernels(mesh=None) == 0  # nobody told over what rows are split
+    assert kernels(width=256, mesh=Mesh(tensor=2)) == 2
+    assert kernels(mesh=Mesh(tensor=2)) == 0  # lanes of a device's own heads
+    assert kernels(width=384, heads=3, mesh=Mesh(tensor=2)) == 0  # half a head
     assert kernels(rows=8, tokens=2500) == 0  # its logits have no room
     qkv, bias = drawn(8, 5, 128, "bfloat16")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    with compile_for("cpu", mesh):
+    with compile_for("cpu", Mesh().build()):
         text = str(jax.make_jaxpr(lambda *args: attend(*args, 4))(qkv, bias))
     assert "pallas_call" not in text
