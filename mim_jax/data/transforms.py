@@ -215,10 +215,9 @@ def least_box(
     rows, cols = shape
     area = rows * cols * scale[0]
     # Beside the boxes that fit, the central one that replaces them.
-    return (
-        min(math.sqrt(area / ratio[1]), rows, cols / ratio[0]),
-        min(math.sqrt(area * ratio[0]), cols, rows * ratio[1]),
-    )
+    height = min(math.sqrt(area / ratio[1]), rows, cols / ratio[0])
+    width = min(math.sqrt(area * ratio[0]), cols, rows * ratio[1])
+    return float(height), float(width)
 
 
 def resize(
