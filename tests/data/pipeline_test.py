@@ -226,8 +226,9 @@ def test_crops_of_jpegs_are_the_recipes(tmp_path):
 
 def test_a_large_jpeg_keeps_enough_for_every_crop():
     # Sides of the least box: sqrt(area x scale x 3/4).
-    data = make(image_size=(100, 100), crop_scale=(0.25, 1.0))
-    assert data.suffices((231, 231)) and not data.suffices((230, 231))
+    for size in ((100, 60), (60, 100)):
+        data = make(image_size=size, crop_scale=(0.25, 1.0))
+        assert data.suffices((231, 231)) and not data.suffices((230, 231))
     data = make(
         image_size=(100, 100),
         crop_scale=(0.25, 1.0),
