@@ -88,9 +88,10 @@ def _decode_jpeg(
 ) -> np.ndarray | None:
     """Pixels of a JPEG; None if this is something else, or for Pillow to judge."""
     try:
-        *shape, colours, _ = simplejpeg.decode_jpeg_header(image)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError:
         return None
+    shape = int(height), int(width)
     most = Image.MAX_IMAGE_PIXELS or math.inf  # of more, Pillow warns
     if colours not in _DIRECT[channels] or math.prod(shape) > most:
         return None
@@ -100,7 +101,7 @@ def _decode_jpeg(
             orientation = _orientation(Image.open(io.BytesIO(image)))
         except Exception:  # to be raised again, in one place
             return None
-    size, factor = tuple(shape), 1
+    size, factor = shape, 1
     while suffices is not None and factor < 8:
         half = -(-shape[0] // (2 * factor)), -(-shape[1] // (2 * factor))
         if not suffices(half if orientation < 5 else half[::-1]):
