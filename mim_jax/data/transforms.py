@@ -104,7 +104,7 @@ def _decode_jpeg(
     size, factor = shape, 1
     while suffices is not None and factor < 8:
         half = -(-shape[0] // (2 * factor)), -(-shape[1] // (2 * factor))
-        if not suffices(half if orientation < 5 else half[::-1]):
+        if not suffices(half if orientation < 5 else (half[1], half[0])):
             break
         size, factor = half, 2 * factor
     try:
