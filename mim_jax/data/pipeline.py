@@ -108,6 +108,18 @@ class Input:
             shapes["local"] = (local, np.uint8)
         return shapes
 
+    def suffices(self, shape: tuple[int, int]) -> bool:
+        """Whether every crop of an image of so many rows and columns has at least as
+        many as the result: training decodes a large JPEG to no more than that."""
+        crops = [(self.image_size, self.crop_scale)]
+        if self.local_crops:
+            crops.append((self.local_size, self.local_scale))
+        for size, scale in crops:
+            rows, cols = transforms.least_box(shape, scale, self.crop_ratio)
+            if rows < size[0] or cols < size[1]:
+                return False
+        return True
+
 
 def train_batches(
     data: Input,
@@ -352,14 +364,30 @@ def _load(
     threads: int,
     step: int,
 ) -> Batch:
-    """One batch. Threads read its rows side by side: Pillow releases the GIL."""
+    """One batch. Threads read its rows side by side: decoders release the GIL."""
+    positions = rows(step)
+    batch: Batch = {}
+    lock, left = threading.Lock(), iter(range(len(positions)))
+
+    def fill(_) -> None:
+        for row in left:
+            example = read(positions[row])
+            with lock:
+                if not batch:
+                    for key, value in example.items():
+                        shape = (len(positions), *np.shape(value))
+                        batch[key] = np.empty(shape, value.dtype)
+            for key, value in example.items():
+                batch[key][row] = value
+
+    # Not a task for each row, nor a stack of all at last: that is a tenth of the time.
     with futures.ThreadPoolExecutor(threads) as pool:
-        loaded = list(pool.map(read, rows(step)))
-    return {key: np.stack([row[key] for row in loaded]) for key in loaded[0]}
+        list(pool.map(fill, range(threads)))  # a list, so that errors are heard
+    return batch
 
 
 def _train_example(data: Input, index: int, rng: np.random.Generator) -> Example:
-    image, label, replaced = _decoded(data.source, index)
+    image, label, replaced = _decoded(data.source, index, data.suffices)
 
     def crop(size, scale):
         ratio, retry = data.crop_ratio, data.crop_retry
@@ -434,13 +462,15 @@ def _example(image: np.ndarray, label: int, index: int, replaced: bool) -> Examp
     return {"image": image, **numbers, "replaced": np.bool_(replaced)}
 
 
-def _decoded(source: Source, index: int) -> tuple[np.ndarray, int, bool]:
+def _decoded(
+    source: Source, index: int, suffices: Callable[[tuple[int, int]], bool]
+) -> tuple[np.ndarray, int, bool]:
     """Record `index`, or the first sound one of its substitutes."""
     tried = []
     for candidate in _candidates(index, source):
         record = source[candidate]
         try:
-            image = transforms.decode(record["image"], source.channels)
+            image = transforms.decode(record["image"], source.channels, suffices)
         except transforms.Undecodable as error:
             tried.append(f"{candidate} ({error})")
             continue

@@ -2,6 +2,7 @@
 """Batches are a pure function of seed, step and row, and each record comes once."""
 
 import dataclasses
+import io
 import itertools
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from mim_jax.data import pipeline, transforms
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.folder import Folder
+from mim_jax.data.sources.photos import Photos
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -186,6 +188,55 @@ def test_augmentation_is_the_transforms_with_the_fields():
 
 
 # Two crops, and local ones.
+
+
+def test_crops_of_jpegs_are_the_recipes(tmp_path):
+    """Decoded whole and by Pillow, cut out, made smaller by Pillow: a few levels off at
+    most where the image is large enough to be decoded to a part of its size."""
+    (tmp_path / "train").mkdir()
+    factors = {1: (375, 500), 2: (760, 900), 4: (1500, 1700)}
+    for factor, (rows, cols) in factors.items():
+        photograph = Image.fromarray(Photos()[11]["image"]).resize((cols, rows))
+        photograph.save(tmp_path / "train" / f"{factor}.jpg", quality=90)
+    source = Folder(path=str(tmp_path), held_out_folder="train")
+    data = make(source, image_size=(112, 112), flip=False)
+    for index, (factor, (rows, cols)) in enumerate(factors.items()):
+        encoded = source[index]["image"]
+        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+        shape = transforms.decode(encoded, 3, data.suffices).shape[:2]
+        assert shape == (rows // factor, cols // factor)
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            got = pipeline._train_example(data, index, rng)["image"]
+            rng = np.random.default_rng(seed)
+            box = transforms.sample_box(
+                (rows, cols), data.crop_scale, data.crop_ratio, rng
+            )
+            rng = np.random.default_rng(seed)
+            small = transforms.sample_box(shape, data.crop_scale, data.crop_ratio, rng)
+            # The same box, to a pixel of the smaller image.
+            np.testing.assert_allclose(small, np.array(box) / factor, atol=1)
+            assert min(small[2:]) >= 112
+            top, left, height, width = factor * np.array(small)
+            cut = picture.crop((left, top, left + width, top + height))
+            want = np.asarray(cut.resize((112, 112), Image.Resampling.BICUBIC), int)
+            limit = 0.3 if factor == 1 else 3
+            assert np.abs(got - want).mean() < limit, (factor, seed)
+
+
+def test_a_large_jpeg_keeps_enough_for_every_crop():
+    # Sides of the least box: sqrt(area x scale x 3/4).
+    for size in ((100, 60), (60, 100)):
+        data = make(image_size=size, crop_scale=(0.25, 1.0))
+        assert data.suffices((231, 231)) and not data.suffices((230, 231))
+    data = make(
+        image_size=(100, 100),
+        crop_scale=(0.25, 1.0),
+        local_crops=2,
+        local_size=(60, 60),
+        local_scale=(0.04, 0.25),
+    )
+    assert data.suffices((347, 347)) and not data.suffices((346, 346))
 
 
 def test_a_second_crop_leaves_the_first_as_it_was(straight):

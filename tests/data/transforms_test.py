@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mim_jax.data import transforms
+from mim_jax.data.sources.photos import Photos
 
 
 def pattern(rows, cols, channels, seed=0):
@@ -32,6 +33,26 @@ def smooth(rows, cols):
     y, x = np.mgrid[:rows, :cols]
     planes = [255 * y / rows, 255 * x / cols, 255 * (x + y) / (rows + cols)]
     return np.stack(planes, axis=-1).astype(np.uint8)
+
+
+def bicubic(image, size):
+    """What a resize should give, in 64-bit floats, from the formula of the kernel."""
+
+    def kernel(x):
+        x = np.abs(x)
+        near = 1.5 * x**3 - 2.5 * x**2 + 1
+        far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+    def weights(old, new):
+        centres = (np.arange(new)[:, None] + 0.5) * old / new
+        weight = kernel((np.arange(old) + 0.5 - centres) / max(old / new, 1))
+        return weight / weight.sum(axis=1, keepdims=True)
+
+    rows, cols = (
+        weights(old, new) for old, new in zip(image.shape, size, strict=False)
+    )
+    return np.tensordot(cols, np.tensordot(rows, image, 1), (1, 1)).swapaxes(0, 1)
 
 
 # What the EXIF standard calls row 0 and column 0 of the stored picture, as the place
@@ -210,6 +231,106 @@ def test_damage_gives_an_image_or_undecodable(form, hits, end):
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
 
 
+def by_pillow(data, channels):
+    """What Pillow alone makes of a JPEG; None if it refuses."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+    except Exception:
+        return None
+    picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+    pixels = np.asarray(picture)
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"subsampling": chroma} for chroma in ("4:4:4", "4:2:2", "4:2:0", "4:1:1")),
+        {"progressive": True},
+        {"quality": 20, "restart_marker_rows": 1},
+        {"keep_rgb": True},
+    ],
+)
+def test_jpegs_are_decoded_to_pillows_pixels(options, grey, channels):
+    photograph = Photos()[0]["image"][:101, :167]  # no multiple of a block
+    picture = Image.fromarray(photograph[..., 1] if grey else photograph)
+    data = encoded(picture, "JPEG", **options)
+    got = transforms.decode(data, channels)
+    np.testing.assert_array_equal(got, by_pillow(data, channels))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_jpegs_are_turned_upright(orientation):
+    picture, exif = Image.fromarray(smooth(40, 56)), Image.Exif()
+    exif[0x0112] = orientation
+    packet = f"""<x:xmpmeta xmlns:x="adobe:ns:meta/">
+        <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+        <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/">
+        <tiff:Orientation>{orientation}</tiff:Orientation>
+        </rdf:Description></rdf:RDF></x:xmpmeta>""".encode()
+    # What stands in front of the tag and looks like the first scan.
+    comment = b"\xff\xfe\0\6\xff\xda\xff\xda"
+    for options in ({"exif": exif.tobytes()}, {"xmp": packet}):
+        data = encoded(picture, "JPEG", **options)
+        data = data[:2] + comment + data[2:]
+        got = transforms.decode(data, 3)
+        np.testing.assert_array_equal(got, by_pillow(data, 3))
+        assert got.shape == ((40, 56, 3) if orientation < 5 else (56, 40, 3))
+
+        def wide(shape, turned=orientation > 4):
+            return shape == ((28, 20) if turned else (20, 28))
+
+        assert wide(transforms.decode(data, 3, wide).shape[:2])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_are_judged_by_pillow(progressive):
+    photograph = Image.fromarray(Photos()[11]["image"]).resize((60, 45))
+    sound = encoded(photograph, "JPEG", progressive=progressive, quality=85)
+    rng, verdicts = np.random.default_rng(0), []
+    for trial in range(600):
+        data = bytearray(sound)
+        for place in rng.integers(len(data), size=1 + trial % 3):
+            data[place] = rng.integers(256)
+        data = bytes(data[: rng.integers(len(data))] if trial % 4 == 3 else data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of some damage
+            want = by_pillow(data, 3)
+            try:
+                got = transforms.decode(data, 3)
+            except transforms.Undecodable:
+                got = None
+        assert (got is None) == (want is None)
+        if want is not None:
+            np.testing.assert_array_equal(got, want)
+        verdicts.append(got is None)
+    assert 0.1 < np.mean(verdicts) < 0.9
+
+
+def test_a_jpeg_of_absurd_size_is_left_to_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30 // 3)
+    with pytest.raises(transforms.Undecodable, match="Bomb"):
+        transforms.decode(SOUND["JPEG"], 3)
+
+
+@pytest.mark.parametrize(
+    ("least", "want"),
+    [((94, 126), (94, 126)), ((95, 126), (187, 251)), ((1, 1), (24, 32))],
+)
+def test_jpegs_are_decoded_no_smaller_than_suffices(least, want):
+    data = encoded(Image.fromarray(smooth(187, 251)), "JPEG")
+
+    def suffices(shape):
+        return shape[0] >= least[0] and shape[1] >= least[1]
+
+    assert transforms.decode(data, 3, suffices).shape[:2] == want
+    png = encoded(Image.fromarray(smooth(187, 251)))
+    assert transforms.decode(png, 3, suffices).shape[:2] == (187, 251)
+
+
 def test_crop_boxes_follow_their_distribution():
     rows, cols, scale, ratio = 300, 450, (0.2, 1.0), (3 / 4, 4 / 3)
     rng = np.random.default_rng(1)
@@ -265,29 +386,55 @@ def test_crop_box_is_the_whole_image_when_nothing_fits_but_the_ratio_is_right():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("size", [(7, 9), (40, 30), (20, 24)])
+@pytest.mark.parametrize("size", [(7, 9), (40, 30), (20, 24), (40, 6)])
 def test_resize_is_bicubic_antialiased(channels, size):
-    image = pattern(20, 24, channels)
-    planes = [
-        Image.fromarray(image[..., c]).resize(size[::-1], Image.Resampling.BICUBIC)
-        for c in range(channels)
-    ]
-    want = np.stack([np.asarray(plane) for plane in planes], axis=-1)
-    np.testing.assert_array_equal(transforms.resize(image, size), want)
+    # Of middling levels, so that neither pass goes beyond 0..255 and is cut there.
+    image = 80 + pattern(20, 24, channels) // 3
+    got = transforms.resize(image, size)
+    np.testing.assert_allclose(got, bicubic(image, size), atol=1.25)
+
+
+def test_resize_of_photographs_is_pillows_to_a_fraction_of_a_level():
+    for record in Photos():
+        image = record["image"][:375, :500]
+        want = Image.fromarray(image).resize((224, 210), Image.Resampling.BICUBIC)
+        difference = np.abs(
+            transforms.resize(image, (210, 224)) - np.asarray(want, int)
+        )
+        assert difference.mean() < 0.3 and difference.max() <= 16
 
 
 def test_random_resized_crop_is_the_resized_box_and_sees_nothing_else():
-    image, size = pattern(40, 50, 3), (16, 12)
+    image, size = 80 + pattern(40, 50, 3) // 3, (16, 12)
     for seed in range(10):
         top, left, rows, cols = transforms.sample_box(
             (40, 50), (0.2, 1.0), (0.5, 2.0), np.random.default_rng(seed)
         )
-        box = Image.fromarray(image).crop((left, top, left + cols, top + rows))
-        want = np.asarray(box.resize(size[::-1], Image.Resampling.BICUBIC))
+        box = image[top : top + rows, left : left + cols]
         crop = transforms.random_resized_crop(
             image, size, (0.2, 1.0), (0.5, 2.0), np.random.default_rng(seed)
         )
-        np.testing.assert_array_equal(crop, want)
+        np.testing.assert_allclose(crop, bicubic(box, size), atol=1.25)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 600), st.integers(1, 600)),
+    scale=st.lists(st.floats(0.01, 1), min_size=2, max_size=2).map(
+        lambda pair: tuple(sorted(pair))
+    ),
+    ratio=st.lists(st.floats(0.2, 5), min_size=2, max_size=2).map(
+        lambda pair: tuple(sorted(pair))
+    ),
+    retry=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_box_is_smaller_than_the_least(shape, scale, ratio, retry, seed):
+    least = transforms.least_box(shape, scale, ratio)
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        box = transforms.sample_box(shape, scale, ratio, rng, retry)
+        assert box[2] >= math.floor(least[0]) and box[3] >= math.floor(least[1])
 
 
 def test_flip_mirrors_half_of_them():
@@ -313,11 +460,11 @@ def test_flip_mirrors_half_of_them():
     ],
 )
 def test_centre_crop(shape, size, fraction, whole, corner):
-    image = pattern(*shape, 3)
-    resized = Image.fromarray(image).resize(whole[::-1], Image.Resampling.BICUBIC)
+    image = 80 + pattern(*shape, 3) // 3
     (top, left), (rows, cols) = corner, size
-    want = np.asarray(resized)[top : top + rows, left : left + cols]
-    np.testing.assert_array_equal(transforms.centre_crop(image, size, fraction), want)
+    want = bicubic(image, whole)[top : top + rows, left : left + cols]
+    got = transforms.centre_crop(image, size, fraction)
+    np.testing.assert_allclose(got, want, atol=1.25)
 
 
 def test_centre_crop_always_has_its_size():
