@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "data.prepare": ("data.sources",),
     # Beside, used by jobs: pytrees in, pytrees out.
     "state": (),
-    "sharding": (),
+    "sharding": ("ops.backend",),
     "optim": ("objectives.base", "ops.lars", "sharding"),
     "checkpoint": ("interrupt", "sharding", "state"),
     "metrics": (),

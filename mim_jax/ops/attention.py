@@ -54,7 +54,7 @@ def _splits(qkv, heads: int, mesh: jax.sharding.Mesh) -> bool:
     return qkv.shape[0] % rows == 0 and heads % mesh.shape["tensor"] == 0
 
 
-def _spread(form, qkv, bias, heads: int, mesh: jax.sharding.Mesh):
+def _spread(form, qkv, bias, heads: int, mesh: jax.sharding.Mesh) -> jax.Array:
     """`form` on each device's own rows and heads: the compiler can split neither a
     kernel nor a loop over rows by itself."""
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
