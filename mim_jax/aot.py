@@ -230,14 +230,23 @@ def estimate(plan: Plan, topology: str, text: str) -> dict[str, Any]:
 
 
 def variants(config: configs.Tree, devices: int) -> list[dict[str, Any]]:
-    """Leaves to try: what the backward pass keeps, the mesh, the batch."""
+    """Leaves to try: the form of the blocks and what the backward pass keeps of them,
+    the mesh, the batch."""
     batch = config.batch_size
     sizes = [(batch, 1), (2 * batch, 1), (batch // 2, 1), (batch, 2)]
     meshes = [1, *([devices] if devices > 1 else [])]
+    # Scanned blocks that keep all have more to keep than fits; fastest guess first.
+    forms = [(False, "none"), (True, "dots"), (True, "full")]
     return [
-        {"remat": remat, "batch_size": rows, "accumulate": parts, "mesh.fsdp": fsdp}
-        for (rows, parts), fsdp, remat in itertools.product(
-            sizes, meshes, ("dots", "none", "full")
+        {
+            "scan": scan,
+            "remat": remat,
+            "batch_size": rows,
+            "accumulate": parts,
+            "mesh.fsdp": fsdp,
+        }
+        for (rows, parts), fsdp, (scan, remat) in itertools.product(
+            sizes, meshes, forms
         )
     ]
 

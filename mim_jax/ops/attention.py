@@ -57,24 +57,28 @@ def _splits(qkv, heads: int, mesh: jax.sharding.Mesh) -> bool:
 def _spread(form, qkv, bias, heads: int, mesh: jax.sharding.Mesh) -> jax.Array:
     """`form` on each device's own rows and heads: the compiler can split neither a
     kernel nor a loop over rows by itself."""
-    rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    mine = heads // mesh.shape["tensor"]
+    spread = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    parts, rows = mesh.shape["tensor"], PartitionSpec(ROWS)
     if mesh.size == 1:
         return form(qkv, bias, heads)
+    if parts == 1:
+        each = functools.partial(form, heads=heads)
+        both = rows, PartitionSpec()
+        return spread(each, in_specs=both, out_specs=rows)(qkv, bias)
 
     def local(qkv, bias):
-        return form(qkv.reshape(*qkv.shape[:2], -1), bias.reshape(-1), mine)
+        return form(qkv.reshape(*qkv.shape[:2], -1), bias.reshape(-1), heads // parts)
 
-    return jax.shard_map(
+    # Of queries, keys and values some heads each. (A TPU pads that axis of three.)
+    whole = *qkv.shape[:2], 3, qkv.shape[2] // 3
+    return spread(
         local,
-        mesh=mesh,
         in_specs=(
             PartitionSpec(ROWS, None, None, "tensor"),
             PartitionSpec(None, "tensor"),
         ),
         out_specs=PartitionSpec(ROWS, None, "tensor"),
-        check_vma=False,
-    )(qkv.reshape(rows, tokens, 3, width), bias.reshape(3, width))
+    )(qkv.reshape(whole), bias.reshape(whole[2:]))
 
 
 def attend_with_weights(
