@@ -3,12 +3,12 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "target", default=None
@@ -49,6 +49,21 @@ def compile_for(platform: str, mesh: jax.sharding.Mesh | None = None) -> Iterato
 def accurate(dtype: Any) -> jnp.dtype:
     """`dtype`, or float32 if that is wider: for sums and exponentials."""
     return max(jnp.dtype("float32"), jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+
+
+def made_if(ok: Bool[Array, ""], make: Callable[[], Any], old: Any) -> Any:
+    """The tree that `make` returns where ok, else `old`, leaf by leaf.
+
+    On the CPU a branch, not taken if not ok: selecting takes three times as long there.
+    On a TPU selecting is part of what makes the leaf, and a branch cuts it off.
+    """
+    if target() == "cpu":
+        return jax.lax.cond(ok, make, lambda: old)
+
+    def leaf(new, old):
+        return old if new is old else jnp.where(ok, new, old)
+
+    return jax.tree.map(leaf, make(), old)
 
 
 def dense_dot(

@@ -141,3 +141,11 @@ def test_the_kernel_runs_where_it_can():
     with compile_for("cpu", Mesh().build()):
         text = str(jax.make_jaxpr(lambda *args: attend(*args, 4))(qkv, bias))
     assert "pallas_call" not in text
+
+
+def test_a_head_is_worked_on_in_the_tiles_that_it_lies_in():
+    """Its first lane and its lanes: more would be matrix work for nothing."""
+    found = [
+        attention._window(head, size) for head, size in [(5, 32), (1, 80), (2, 80)]
+    ]
+    assert found == [(128, 128), (0, 256), (128, 128)]

@@ -2,10 +2,11 @@
 """Every form of a computation gives the same numbers."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax.ops.backend import compile_for, dense_dot, target
+from mim_jax.ops.backend import compile_for, dense_dot, made_if, target
 
 DOT = (((2,), (0,)), ((), ()))
 
@@ -36,3 +37,19 @@ def test_the_target_is_this_machine_unless_said():
     with compile_for("tpu"):
         assert target() == "tpu"
     assert target() == jax.default_backend()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_tree_is_made_or_stays(platform):
+    old = {"x": jnp.asarray([1.0, 2.0]), "key": jax.random.key(3)}
+
+    def step(ok):
+        with compile_for(platform):
+            return made_if(ok, lambda: old | {"x": old["x"] / 0}, old)
+
+    for ok, expected in [(True, [np.inf, np.inf]), (False, [1, 2])]:
+        found = jax.jit(step)(jnp.asarray(ok))
+        np.testing.assert_array_equal(found["x"], expected)
+        assert jax.random.key_data(found["key"]).tolist() == [0, 3]
+    text = str(jax.make_jaxpr(step)(jnp.asarray(True)))
+    assert ("cond[" in text) == (platform == "cpu")
