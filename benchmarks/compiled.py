@@ -4,11 +4,11 @@
 pip install -e '.[tpu]'
 python benchmarks/compiled.py --suite=methods --out=compiled.jsonl
 
-Compiles each case of a suite (methods, sizes, chips; one to three minutes each) as
-`python -m mim_jax.aot` would, appends what it finds to the file, and goes on from there
-when started again. Prints the table of all that the file holds of the suite; with the
-suite `chips` also draws bytes and memory over the number of chips, beside the file.
-Rates are estimates of the compiler, no measurements.
+Compiles each case of a suite (methods, sizes, topologies, chips), one to three minutes
+each, as `python -m mim_jax.aot` would, appends what it finds to the file, and goes on
+from there when started again. Prints the table of all that the file holds of the suite;
+with the suite `chips` also draws bytes and memory over the number of chips, beside the
+file. Rates are estimates of the compiler, no measurements.
 """
 
 import argparse
@@ -47,14 +47,16 @@ SUITES: dict[str, dict[str, tuple[str, str, dict]]] = {
         "MAE B/8": ("mae", "v5e:2x4", encoder(patch=8) | {"batch_size": 256}),
         "R-MAE B/16": ("rmae", "v5e:2x4", {}),
         "C-MAE B/16": ("cmae", "v5e:2x4", {}),
-        "MAE B/16 on v6e": ("mae", "v6e:2x4", {}),
-        "MAE B/16 on v4": ("mae", "v4:2x2x2", {}),
-        "MAE B/16 on v5p": ("mae", "v5p:2x2x2", {}),
-        "MAE B/16 on tpu7x": ("mae", "tpu7x:2x2x1", {}),
     },
     "sizes": {
         "MAE H/14, fsdp 16": ("mae", "v5e:4x4", encoder(**SIZES["H"])),
         "MAE 1B/14, fsdp 16": ("mae", "v5e:4x4", BILLION),
+    },
+    "topologies": {
+        "MAE B/16 on v6e": ("mae", "v6e:2x4", {}),
+        "MAE B/16 on v4": ("mae", "v4:2x2x2", {}),
+        "MAE B/16 on v5p": ("mae", "v5p:2x2x2", {}),
+        "MAE B/16 on tpu7x": ("mae", "tpu7x:2x2x1", {}),
     },
     "chips": {
         f"MAE B/16 on {rows * cols}": (
