@@ -212,6 +212,15 @@ def test_tensor_devices_share_the_work_on_an_image():
     assert made(2, 2, 1, 1) < 0.75 * whole  # as rows do
 
 
+def test_fsdp_sends_weights_and_not_activations():
+    plan = plan_of(8, scan=True, mesh__data=1, mesh__fsdp=8)
+    sent = hlo.collectives(plan.lowered().compile().as_text() or "")
+    params = jax.tree.leaves(plan.abstract_state().params)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
+    assert 0 < sent["all-gather"]["bytes"] < 1.05 * held
+    assert "all-to-all" not in sent
+
+
 def test_the_step_keeps_the_shardings():
     plan = on_mesh(8, 2, 4)
     before = jax.tree.map(lambda leaf: leaf.sharding, place(plan))

@@ -6,6 +6,7 @@ Parameter names are public, since checkpoints depend on them. They are per block
 `mim_jax.state.stack_blocks`) runs the same network as one scanned loop.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -158,7 +159,8 @@ class _Apart(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         kernel, bias = (jnp.asarray(it, self.dtype) for it in (kernel, bias))
-        return dense_dot(x, kernel, (((2,), (0,)), ((), ()))), bias
+        axes = (((2,), (0,)), ((), ()))
+        return dense_dot(x, kernel, axes, split=1), bias
 
 
 class Attention(nn.Module):
@@ -184,7 +186,7 @@ class Attention(nn.Module):
             mixed, weights = attend_with_weights(qkv, bias, self.heads)
         else:
             mixed, weights = attend(qkv, bias, self.heads), None
-        return xavier(width, self.dtype, name="out")(mixed), weights
+        return xavier(width, self.dtype, name="out", split=0)(mixed), weights
 
 
 class Block(nn.Module):
@@ -211,9 +213,9 @@ class Block(nn.Module):
         y, weights = attention(LayerNorm(self.dtype, name="ln1")(x))
         x = x + branch(y, 0)
         y = LayerNorm(self.dtype, name="ln2")(x)
-        y = xavier(int(width * self.mlp_ratio), self.dtype, name="fc1")(y)
+        y = xavier(int(width * self.mlp_ratio), self.dtype, "fc1", split=1)(y)
         y = gelu(y)
-        x = x + branch(xavier(width, self.dtype, name="fc2")(y), 1)
+        x = x + branch(xavier(width, self.dtype, "fc2", split=0)(y), 1)
         seen = {"blocks": x, "attention": weights}
         return x, {name: seen[name] for name in self.taps}
 
@@ -346,14 +348,20 @@ class Encoder(nn.Module):
         return embed + self.depth * layer
 
 
-def xavier(features: int, dtype: str, name: str, **inits) -> nn.Dense:
-    """Dense layer with Xavier-uniform kernel and, unless told otherwise, zero bias."""
+def xavier(
+    features: int, dtype: str, name: str, split: int | None = None, **inits
+) -> nn.Dense:
+    """Dense layer with Xavier-uniform kernel and, unless told otherwise, zero bias.
+
+    Args:
+        split: the axis of the kernel that devices share, see `mim_jax.sharding.RULES`.
+    """
     init = nn.initializers.xavier_uniform()
     return nn.Dense(
         features,
         dtype=dtype,
         kernel_init=init,
-        dot_general=dense_dot,
+        dot_general=functools.partial(dense_dot, split=split),
         name=name,
         **inits,
     )

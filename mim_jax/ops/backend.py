@@ -3,6 +3,8 @@
 
 import contextlib
 import contextvars
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +53,41 @@ def accurate(dtype: Any) -> jnp.dtype:
     return max(jnp.dtype("float32"), jnp.dtype(dtype), key=lambda kind: kind.itemsize)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(
+    kernel: Shaped[Array, "d f"], split: int | None = None
+) -> Shaped[Array, "d f"]:
+    """A kernel that `fsdp` devices share, whole on each of them: in a block, just
+    before it is used, while its gradient is left in parts.
+
+    Left to itself the compiler may send the activations instead, which are far larger.
+
+    Args:
+        split: the axis of which `tensor` devices keep a part each, if any.
+    """
+    return _laid_out(kernel, split, ("tensor",))
+
+
+def _laid_out(kernel, split: int | None, axes: tuple[str, ...]):
+    mesh = _MESH.get()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return kernel
+    spec: list[Any] = [None, None]
+    if split is not None:
+        spec[split] = axes
+    rule = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    size = math.prod(mesh.shape[axis] for axis in axes)
+    if split is not None and kernel.shape[split] % size:
+        return kernel  # as it is stored: whole
+    return jax.lax.with_sharding_constraint(kernel, rule)
+
+
+gathered.defvjp(
+    lambda kernel, split: (gathered(kernel, split), None),
+    lambda split, _, gradient: (_laid_out(gradient, split, ("tensor", "fsdp")),),
+)
+
+
 def made_if(ok: Bool[Array, ""], make: Callable[[], Any], old: Any) -> Any:
     """The tree that `make` returns where ok, else `old`, leaf by leaf.
 
@@ -72,13 +109,18 @@ def dense_dot(
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
+    split: int | None = None,
 ) -> Shaped[Array, "*batch f"]:
     """`jax.lax.dot_general` of a dense layer, to be handed to `nn.Dense`.
 
     On the CPU leading axes are merged first: the gradient of the kernel then contracts
     one axis instead of several, which XLA runs several times faster
     (benchmarks/dense.py). On a TPU merging would copy, since rows are padded to tiles.
+
+    Args:
+        split: of `gathered`.
     """
+    kernel = gathered(kernel, split)
     options = dict(precision=precision, preferred_element_type=preferred_element_type)
     if target() != "cpu":
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
