@@ -134,7 +134,7 @@ def draw(found: dict[str, dict], path: pathlib.Path) -> None:
         right.plot(chips, memory, "o-", label={"held": "laid out"}.get(name, name))
     right.set(xscale="log", xlabel="chips", ylabel="GiB per chip")
     right.set_ylim(0)
-    right.legend()
+    right.legend(loc="lower right")
     for axes in (left, right):
         axes.set_xticks(chips, [str(chip) for chip in chips])
         axes.minorticks_off()
