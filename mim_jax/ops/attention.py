@@ -21,8 +21,10 @@ from jaxtyping import Array, Float
 from mim_jax.ops.backend import ROWS, accurate, target, target_mesh
 
 LANES = 128  # of a TPU's vector registers, and a side of its matrix units
-# Of 128 MiB on v5e: what all n x n blocks of one head may take.
-_ROOM = 96 * 2**20
+# Vector memory of a device that a kernel may take, MiB of 128 or 64; of others, 16.
+_ROOM = {"TPU v5 lite": 120, "TPU v6 lite": 120, "TPU v5": 60, "TPU v5p": 60}
+_ROOM |= {"TPU7x": 60}
+_LEAST_ROOM = 12
 # On a CPU, weights of an image that are worth a loop; below it all go at once.
 _LOOP = 2**20
 
@@ -115,10 +117,14 @@ def _logits(q, k):
 
 def _kernel_fits(qkv, mesh: jax.sharding.Mesh) -> bool:
     tokens, width = qkv.shape[1], qkv.shape[2] // 3 // mesh.shape["tensor"]
+    room = _ROOM.get(mesh.devices.flat[0].device_kind, _LEAST_ROOM) * 2**20
+    # As the compiler was seen to need it, for 197 to 1025 tokens: up to 12 blocks of
+    # weights at once, and what is read and written twice, once being on its way.
+    weights = 4 * _up(tokens, 8) * _up(tokens, LANES)
     return (
         qkv.dtype == jnp.bfloat16
         and width % LANES == 0
-        and 6 * 4 * _up(tokens, 8) * _up(tokens, LANES) + 16 * tokens * width <= _ROOM
+        and 12 * weights + 16 * tokens * width <= room
     )
 
 
@@ -214,7 +220,8 @@ def _call(kernel, arrays, out, heads: int, interpret: bool):
         out_specs=[one_image(array) for array in out],
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in out],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=_ROOM
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=max(_ROOM.values()) * 2**20,
         ),
         cost_estimate=_cost(kernel, rows, tokens, three // 3, heads),
         interpret=interpret,

@@ -136,7 +136,7 @@ def test_the_kernel_runs_where_it_can():
     assert kernels(width=256, mesh=Mesh(tensor=2)) == 2
     assert kernels(mesh=Mesh(tensor=2)) == 0  # lanes of a device's own heads
     assert kernels(width=384, heads=3, mesh=Mesh(tensor=2)) == 0  # half a head
-    assert kernels(rows=8, tokens=2500) == 0  # its logits have no room
+    assert kernels(tokens=700) == 0  # its weights have no room, as far as is known
     qkv, bias = drawn(8, 5, 128, "bfloat16")
     with compile_for("cpu", Mesh().build()):
         text = str(jax.make_jaxpr(lambda *args: attend(*args, 4))(qkv, bias))
