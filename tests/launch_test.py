@@ -473,8 +473,12 @@ def test_watch_outlives_a_line_that_drops(fakes):
 
 
 def local(fakes, count, program, *words, **env) -> subprocess.Popen:
+    script = [LAUNCH / "local.sh", str(count), "--", sys.executable, "-c", program]
+    # Where tests run in the background Ctrl-C is ignored, which no script can undo.
+    heard = "import os, sys, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    heard += "os.execv(sys.argv[1], sys.argv[1:])"
     return subprocess.Popen(
-        [LAUNCH / "local.sh", str(count), "--", sys.executable, "-c", program, *words],
+        [sys.executable, "-c", heard, *map(str, script), *words],
         env=fakes.env | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
