@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mim_jax.models.vit import LayerNorm, xavier
+from mim_jax.models.vit import LayerNorm, gelu, xavier
 from mim_jax.ops.backend import accurate
 from mim_jax.ops.contrastive import unit
 
@@ -73,7 +73,7 @@ class Head(nn.Module):
             elif self.norm == "layer":
                 x = LayerNorm(self.dtype, name=f"norm{i}")(x)
             if self.activation == "gelu":
-                x = jax.nn.gelu(x, approximate=False)
+                x = gelu(x)
             else:
                 x = jax.nn.relu(x)
         bias = not self.last_norm

@@ -69,7 +69,7 @@ def gathered(
 
 
 def _laid_out(kernel, split: int | None, axes: tuple[str, ...]):
-    mesh = _MESH.get()
+    mesh = target_mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
         return kernel
     spec: list[Any] = [None, None]
