@@ -114,7 +114,7 @@ def dense_dot(
     """`jax.lax.dot_general` of a dense layer, to be handed to `nn.Dense`.
 
     On the CPU leading axes are merged first: the gradient of the kernel then contracts
-    one axis instead of several, which XLA runs several times faster
+    one axis instead of several, which XLA runs faster
     (benchmarks/dense.py). On a TPU merging would copy, since rows are padded to tiles.
 
     Args:
