@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TPUs' compiler says of our training steps, without a TPU: a table and a plot.
+"""What the compilers of TPUs and GPUs say of our training steps, without any of these:
+a table and a plot.
 
-pip install -e '.[tpu]'
+pip install -e '.[tpu]'     # or '.[cuda]', for the suite gpus
 python benchmarks/compiled.py --suite=methods --out=compiled.jsonl
 
-Compiles each case of a suite (methods, sizes, topologies, chips), one to three minutes
-each, as `python -m mim_jax.aot` would, appends what it finds to the file, and goes on
-from there when started again. Prints the table of all that the file holds of the suite;
+Compiles each case of a suite (see SUITES), one to three minutes each, as `python -m
+mim_jax.aot` would, appends what it finds to the file, and goes on from there when
+started again. Prints the table of all that the file holds of the suite;
 with the suite `chips` also draws bytes and memory over the number of chips, beside the
-file. Rates are estimates of the compiler, no measurements.
+file. Rates are estimates of the compiler, of GPUs upper bounds; no measurements.
 """
 
 import argparse
@@ -58,6 +59,16 @@ SUITES: dict[str, dict[str, tuple[str, str, dict]]] = {
         "MAE B/16 on v5p": ("mae", "v5p:2x2x2", {}),
         "MAE B/16 on tpu7x": ("mae", "tpu7x:2x2x1", {}),
     },
+    "gpus": {
+        f"{case} on {gpu}": (name, f"{gpu}:8", leaves)
+        for case, name, leaves in [
+            ("MAE B/16", "mae", {}),
+            ("MAE B/16, unrolled", "mae", UNROLLED),
+            ("R-MAE B/16", "rmae", {}),
+            ("C-MAE B/16", "cmae", {}),
+        ]
+        for gpu in ("a100-40", "h100")
+    },
     "chips": {
         f"MAE B/16 on {rows * cols}": (
             "mae",
@@ -99,8 +110,8 @@ def row(case: str, found: dict) -> str:
         times = (1e3 * account[name] for name in ("priced", "unpriced", "meanwhile"))
         cells.append(" + ".join(f"{value:.1f}" for value in times))
         for name in ("priced", "with_unpriced"):
-            rate, share = account["images_per_second"][name], account["utilisation"]
-            cells.append(f"{rate:.0f} ({share[name]:.0%})")
+            rate, share = account["images_per_second"].get(name), account["utilisation"]
+            cells.append(f"{rate:.0f} ({share[name]:.0%})" if rate else "")
     else:
         cells += ["", "", ""]
     return "| " + " | ".join([*cells, f"{found['compile_seconds']:.0f}"]) + " |"

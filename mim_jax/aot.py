@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the training step of any config for a TPU without having one.
+"""Compile the training step of any config for a TPU or GPU without having one.
 
 python -m mim_jax.aot --config=configs/mae.py --topology=v5e:2x4
 
-Says whether the step fits in the memory of that TPU and what takes how much of it, what
-the devices tell each other, and what the compiler estimates it to cost, part by part.
-An estimate is no measurement (`mim_jax.hlo`). With --search --minutes=M it compiles
-variants of the config, of remat, mesh and batch, and says which fit and which of them
-is fastest by that estimate.
+Says whether the step fits in the memory of those and what takes how much of it, what
+the devices tell each other, and what the compiler estimates it to cost, part by part;
+of a GPU, only what it would cost at least. Neither is a measurement (`mim_jax.hlo`).
+With --search --minutes=M it compiles variants of the config, of remat, mesh and batch,
+and says which fit and which of them is fastest by that estimate.
 
 Exit codes: 0 it fits, 1 it does or may not, 2 the command cannot work.
 """
@@ -24,106 +24,51 @@ if __name__ == "__main__":
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened: none is locked
 
-import importlib.util
 import itertools
 import json
 import math
 import pathlib
-import re
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 
 import mim_jax
 from mim_jax import config as configs
 from mim_jax import hlo, sharding
 from mim_jax.commandline import CONFIG, EXIT_CONFIG, leave, parse
 from mim_jax.data.sources.base import Source
+from mim_jax.targets import (
+    CHIPS,
+    compiler_options,
+    devices_of,
+    over_memory,
+    speed_of,
+    usable_memory,
+)
 from mim_jax.train import Plan
 from mim_jax.warmstart import adopt
-
-# What libtpu calls a chip, how its cores are used (as a megacore, two are one device),
-# and how many sides a layout of such chips has.
-CHIPS = {
-    "v4": ("v4", "megacore", 3),
-    "v5e": ("v5e", "default", 2),
-    "v5p": ("v5", "megacore", 3),
-    "v6e": ("v6e", "default", 2),
-    "tpu7x": ("tpu7x", "default", 3),
-}
-# Of one device, as published: bf16 FLOP/s, bytes/s of its memory, and to the others one
-# way (half of what is published for both); and cycles/s, which follow from the size of
-# its matrix units. NaN: two cores share the work, and how the compiler counts their
-# cycles is not known here.
-SPEEDS = {
-    "v4": hlo.Speed(275e12, 1200e9, 150e9, math.nan),
-    "v5e": hlo.Speed(197e12, 819e9, 100e9, 1.5e9),
-    "v5p": hlo.Speed(459e12, 2765e9, 300e9, math.nan),
-    "v6e": hlo.Speed(918e12, 1638e9, 224e9, 1.75e9),
-    "tpu7x": hlo.Speed(1153.5e12, 3685e9, 300e9, math.nan),
-}
 
 EXIT_DOES_NOT_FIT = 1
 
 # Not required by absl: that would hold for `main` too, where both are imported.
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "", f"CHIP:LAYOUT, e.g. v5e:2x4; chips: {', '.join(CHIPS)}"
+    "topology", "", f"CHIP:LAYOUT, e.g. v5e:2x4 or h100:8; chips: {CHIPS}"
 )
 _SEARCH = flags.DEFINE_bool("search", False, "Compile variants and rank them.")
 _MINUTES = flags.DEFINE_float("minutes", 30.0, "Begin no variant after so many.")
 _OUT = flags.DEFINE_string("out", "", "JSON file to write the result to, if any.")
 
 
-def devices_of(topology: str) -> list:
-    """Devices that can be compiled for, of "v5e:2x4" or "v4:2x2x2".
-
-    Raises:
-        ConfigError: there is no such TPU, or no compiler for it.
-    """
-    chip, _, layout = topology.partition(":")
-    if chip not in CHIPS:
-        raise configs.ConfigError(
-            f"topology={topology!r}: want CHIP:LAYOUT, e.g. --topology=v5e:2x4 or "
-            f"v4:2x2x2; chips: {', '.join(CHIPS)}"
-        )
-    name, cores, sides = CHIPS[chip]
-    if not re.fullmatch("x".join([r"[1-9]\d*"] * sides), layout):
-        example = "x".join("224"[-sides:])
-        raise configs.ConfigError(
-            f"topology={topology!r}: want {sides} sides, e.g. {chip}:{example}"
-        )
-    installed = importlib.util.find_spec("libtpu") is not None
-    if not installed and "TPU_LIBRARY_PATH" not in os.environ:
-        raise configs.ConfigError(
-            "the compiler for TPUs is not installed: want pip install -e '.[tpu]'"
-        )
-    rows, cols = map(int, layout.split("x")[:2])
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{name}:{layout}",
-            chip_config_name=cores,
-            chips_per_host_bounds=(min(rows, 2), min(cols, 2), 1),
-            num_slices=1,
-        )
-    except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        raise configs.ConfigError(f"topology={topology!r}: {line}") from error
-    return list(found.devices)
-
-
 def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
-    """The plan of a run on a TPU that is not here, and where its images come from.
+    """The plan of a run on devices that are not here, and where its images come from.
 
     Where the data are not here either, photographs of the same size stand in: what is
     compiled depends on the shape of a batch alone.
 
     Raises:
-        ConfigError: the config cannot work on that TPU, or is of no training.
+        ConfigError: the config cannot work on those, or is of no training.
     """
     if config.job != "train":
         raise configs.ConfigError(
@@ -160,7 +105,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "coupled": settings.objective.batch_coupled,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "state_bytes": sharding.bytes_per_device(state, placed),
-        "hbm_bytes": usable_hbm(plan.mesh),
+        "hbm_bytes": usable_memory(plan.mesh),
     }
 
 
@@ -176,10 +121,10 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
     lowered = plan.lowered()
     started, text = time.monotonic(), ""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options(plan.mesh))
         memory: Any = compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        peak, _ = _over_hbm(error)
+        peak, _ = over_memory(error)
         found = {"compiles": False, "peak_bytes": peak}
     else:
         text = compiled.as_text() or ""
@@ -203,10 +148,11 @@ def estimate(plan: Plan, topology: str, text: str) -> dict[str, Any]:
         device's full speed; and, where the chip's clock is known, `estimate`: that of
         `hlo.account` with `images_per_second`, `utilisation` (share of the device's
         FLOP/s that the algorithm needs at that rate), each by priced instructions alone
-        and with the bound of those that the device waits for ("with_unpriced").
+        and with the bound of those that the device waits for ("with_unpriced"). Of a
+        GPU nothing is priced: these rates are upper bounds.
     """
     settings = plan.settings
-    speed = SPEEDS[topology.partition(":")[0]]
+    speed = speed_of(topology)
     flops = settings.objective.flops(settings.data.image_shape)
     rows = settings.batch_size / plan.mesh.size
     found: dict[str, Any] = {
@@ -269,7 +215,7 @@ def search(config: configs.Tree, topology: str, minutes: float) -> list[dict[str
         except configs.ConfigError:
             continue  # a batch that the mesh does not divide, a loss of whole batches
         found, text = compile_step(plan)
-        found |= {"leaves": leaves, "hbm_bytes": usable_hbm(plan.mesh)}
+        found |= {"leaves": leaves, "hbm_bytes": usable_memory(plan.mesh)}
         found |= verdict(found)
         if text:
             found |= estimate(plan, topology, text)
@@ -303,18 +249,20 @@ def _costs(found: dict[str, Any]) -> str:
     if "estimate" not in found:
         return "\n".join([*lines, "estimate    none: this chip's cycles are not known"])
     account = found["estimate"]
-    lines.append("estimate    of a step by the compiler, ms; no measurement")
+    if account["priced"]:
+        lines.append("estimate    of a step by the compiler, ms; no measurement")
+        shape = "{priced:8.2f} + at least {unpriced:.2f} without a price"
+    else:
+        lines.append("at least    of a step, ms, at full speed; nothing is estimated")
+        shape = "{unpriced:8.2f}"
     for part, one in [*account["parts"].items(), ("all", account)]:
-        priced, rest, beside = (
-            1e3 * one[name] for name in ("priced", "unpriced", "meanwhile")
-        )
-        lines.append(
-            f"  {part:<26} {priced:8.2f} + at least {rest:.2f} without a price, "
-            f"{beside:.2f} meanwhile"
-        )
+        times = {name: 1e3 * one[name] for name in ("priced", "unpriced", "meanwhile")}
+        shown = (shape + ", {meanwhile:.2f} meanwhile").format(**times)
+        lines.append(f"  {part:<26} {shown}")
     for name, rate in account["images_per_second"].items():
         lines.append(
-            f"  {name.replace('_', ' '):<26} {rate:8.0f} images/s per device, "
+            f"  {name.replace('_', ' '):<26} {rate:8.0f} images/s per device"
+            f"{'' if account['priced'] else ' at most'}, "
             f"{account['utilisation'][name]:.1%} of its FLOP/s"
         )
     return "\n".join(lines)
@@ -332,32 +280,6 @@ def verdict(found: dict[str, Any]) -> dict[str, Any]:
         held = found["argument_bytes"] + found["output_bytes"] + found["temp_bytes"]
         held = max(held - found["alias_bytes"], found["peak_bytes"])
     return {"held_bytes": held, "fits": held <= found["hbm_bytes"]}
-
-
-def usable_hbm(mesh: jax.sharding.Mesh) -> int:
-    """Bytes that a program may use on a device of a TPU's mesh."""
-    # The compiler alone knows, and says so when it refuses: so ask for too much.
-    shape, rows = (mesh.size, 2**40), sharding.by_row(mesh)
-    too_much = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
-    try:
-        jax.jit(jnp.invert).lower(too_much).compile()
-    except jax.errors.JaxRuntimeError as error:
-        return _over_hbm(error)[1]
-    raise AssertionError("a program of a tebibyte fits")
-
-
-def _over_hbm(error: Exception) -> tuple[int, int]:
-    """(wanted, usable) bytes of a refusal, or the error itself if it is another."""
-    message = str(error)
-    sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)
-    exhausted = message.startswith("RESOURCE_EXHAUSTED") and "hbm" in message.lower()
-    if not exhausted or len(sizes) < 2:  # other memories of the chip run out, too
-        raise error
-    wanted, usable = (
-        round(float(number) * 1024 ** (" KMGT".index(unit)))
-        for number, unit in sizes[:2]
-    )
-    return wanted, usable
 
 
 def _before(found: dict[str, Any]) -> str:

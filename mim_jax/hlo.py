@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what the TPU compiler says of a program in its text: estimated cycles and
-collectives, loops being counted as often as they run.
+"""Reads what a compiler says of a program in its text: collectives and, of a TPU,
+estimated cycles, loops being counted as often as they run.
 
 Estimates are a model of single instructions: without overlap, and without what gathers,
-sorts, collectives and custom kernels cost. They rank variants of one program; they are
-no measurement.
+sorts, collectives and custom kernels cost; of a GPU there are none, and all that can be
+said is what each instruction takes at least. They rank variants of one program; they
+are no measurement.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _DIRECTION = re.compile(r"direction=(\w+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # What a kernel's author says of it.
 _KERNEL_BYTES = re.compile(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"')
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
@@ -59,6 +61,8 @@ _FREE = {
     "call",
     "opt-barrier",
 }
+# Read of their first operand only what they give.
+_CUTS = ("slice", "dynamic-slice", "gather")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s4": 0.5, "u4": 0.5}
 
 
@@ -93,12 +97,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction, how often it runs, and the bytes that it must read and write."""
+    """An instruction, how often it runs, the bytes that it must read and write, and the
+    FLOPs of the matrix products in it."""
 
     instruction: Instruction
     times: int
     read: float
     written: float
+    flops: float
     inside_fusion: bool
 
 
@@ -141,7 +147,11 @@ def executed(text: str) -> Iterator[Executed]:
         shapes = {one.name: one.shape for one in computations[name]}
         for one in computations[name]:
             operands = [size_of(shapes[x]) for x in one.operands if x in shapes]
-            yield Executed(one, times, *_moved(one, operands), inside)
+            moved, flops = _moved(one, operands), _products(one, shapes, computations)
+            if one.opcode == "fusion":
+                body = computations.get(_CALLED.findall(one.rest)[0], [])
+                moved = _moved_by_fusion(one, body) if body else moved
+            yield Executed(one, times, *moved, flops, inside)
             rounds = 1
             if one.opcode == "while":
                 rounds = _rounds(one, computations)
@@ -168,12 +178,73 @@ def _moved(one: Instruction, operands: list[float]) -> tuple[float, float]:
     if one.opcode.endswith("-start") and result > read:
         result -= read  # the tuple holds what was given, too
     opcode = one.opcode.removesuffix("-start")
-    if opcode in ("slice", "dynamic-slice", "gather"):
+    if opcode in _CUTS:
         return result, result  # of the first operand only what is taken
     if opcode in ("dynamic-update-slice", "scatter"):
         changed = sum(operands[1:], 0.0)  # the rest stays where it is
         return changed, changed
     return read, result
+
+
+def _moved_by_fusion(one: Instruction, body: list[Instruction]) -> tuple[float, float]:
+    """Likewise: of an array that is cut or changed in a part, that part alone."""
+    within = {inner.name: inner for inner in body}
+
+    def source(name: str) -> Instruction:
+        inner = within[name]
+        return source(inner.operands[0]) if inner.opcode == "bitcast" else inner
+
+    read: dict[str, float] = {}
+    for inner in body:
+        if inner.opcode == "bitcast":
+            continue
+        for number, name in enumerate(inner.operands):
+            if name not in within or source(name).opcode != "parameter":
+                continue
+            taken = size_of(within[name].shape)
+            if inner.opcode in _CUTS and number == 0:
+                taken = size_of(inner.shape)
+            elif inner.opcode == "dynamic-update-slice" and number == 0:
+                taken = 0.0
+            whole, key = size_of(source(name).shape), source(name).name
+            read[key] = min(whole, read.get(key, 0.0) + taken)
+    last = body[-1]
+    results = last.operands if last.opcode == "tuple" else [last.name]
+    written = 0.0
+    for result in map(source, results):
+        part = result.opcode == "dynamic-update-slice"
+        shape = within[result.operands[1]].shape if part else result.shape
+        written += size_of(shape)
+    return sum(read.values()), min(written, size_of(one.shape))
+
+
+def _products(
+    one: Instruction,
+    shapes: dict[str, str],
+    computations: dict[str, list[Instruction]],
+) -> float:
+    """FLOPs of matrix products in an instruction, a multiply-add counted as two."""
+    kernel = _KERNEL_FLOPS.search(one.rest)
+    if kernel:
+        return float(kernel[1])
+    if one.opcode == "fusion":
+        return sum(
+            _products(inner, {it.name: it.shape for it in inside}, computations)
+            for name in _CALLED.findall(one.rest)
+            for inside in [computations.get(name, [])]
+            for inner in inside
+        )
+    contracted = _CONTRACTED.search(one.rest)
+    if one.opcode != "dot" or not contracted:
+        return 0.0
+    sides = _sides(shapes[one.operands[0]])
+    axes = [int(axis) for axis in contracted[1].split(",") if axis]
+    return 2.0 * math.prod(_sides(one.shape)) * math.prod(sides[axis] for axis in axes)
+
+
+def _sides(shape: str) -> list[int]:
+    """Of the first array of a shape."""
+    return [int(side) for side in _SHAPE.findall(shape)[0][1].split(",") if side]
 
 
 def _rounds(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
@@ -242,7 +313,8 @@ PARTS = {
 @dataclasses.dataclass(frozen=True)
 class Speed:
     """Of one device: bf16 `flops` per second, bytes per second of its memory (`hbm`)
-    and to the others (`wires`, one way), cycles per second (`clock`)."""
+    and to the others (`wires`, one way), cycles per second (`clock`), NaN where it is
+    not known what the compiler counts."""
 
     flops: float
     hbm: float
@@ -259,7 +331,7 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
         `parts`: {part: {priced, unpriced, meanwhile}} in seconds: the compiler's
         cycles, and for instructions that it does not price a lower bound: the time to
         move what they read and write once, over the wires for collectives (as in a
-        ring), and for kernels also that of their FLOPs, whichever is longer. Those
+        ring), or that of their matrix products' FLOPs, whichever is longer. Those
         that the compiler begins early and awaits later are `meanwhile`. Then the sums
         of each, and `unpriced_opcodes`: seconds of each kind without a price.
     """
@@ -283,9 +355,7 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
             continue
         opcode = instruction.opcode.removesuffix("-start")
         seconds = (one.read + one.written) / speed.hbm
-        kernel = _KERNEL_FLOPS.search(instruction.rest)
-        if kernel:
-            seconds = max(seconds, int(kernel[1]) / speed.flops)
+        seconds = max(seconds, one.flops / speed.flops)
         if opcode in COLLECTIVES:
             # In a ring, each part of the whole passes over each wire but one.
             whole = max(one.read, one.written) * (2 if opcode == "all-reduce" else 1)

@@ -112,16 +112,53 @@ def test_an_account_has_cycles_by_part_and_a_bound_for_the_rest():
     assert found["unpriced"] == pytest.approx(waited)
 
 
-def test_a_real_program_is_read_to_the_end():
-    """As this machine's compiler writes it: every matmul of a loop is found."""
+def test_a_fusion_moves_of_an_array_the_part_that_it_cuts_or_changes():
+    text = """
+%part.1 (p.0: f32[12,8], p.1: f32[3,8], p.2: s32[]) -> (f32[12,8], f32[1,8]) {
+  %p.0 = f32[12,8]{1,0} parameter(0)
+  %p.1 = f32[3,8]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %cut.1 = f32[1,8]{1,0} dynamic-slice(%p.1, %p.2, %p.2), dynamic_slice_sizes={1,8}
+  %same.1 = f32[12,8]{1,0} bitcast(%p.0)
+  %set.1 = f32[12,8]{1,0} dynamic-update-slice(%same.1, %cut.1, %p.2, %p.2)
+  ROOT %both.1 = (f32[12,8]{1,0}, f32[1,8]{1,0}) tuple(%set.1, %cut.1)
+}
 
-    def loop(x):
-        return jax.lax.fori_loop(0, 5, lambda _, y: jnp.tanh(y @ y), x).sum()
+ENTRY %main.1 (a.0: f32[12,8], a.1: f32[3,8], a.2: s32[]) -> (f32[12,8], f32[1,8]) {
+  %a.0 = f32[12,8]{1,0} parameter(0)
+  %a.1 = f32[3,8]{1,0} parameter(1)
+  %a.2 = s32[] parameter(2)
+  ROOT %f.1 = (f32[12,8]{1,0}, f32[1,8]{1,0}) fusion(%a.0, %a.1, %a.2), kind=kLoop, \
+calls=%part.1
+}
+"""
+    (fusion,) = (it for it in hlo.executed(text) if it.instruction.name == "f.1")
+    row, index = 8 * 4, 4
+    # The index is read whole however often it is used; of the rest, a row each.
+    assert (fusion.read, fusion.written) == (row + index, 2 * row)
+    # Read whole elsewhere, it is read whole once.
+    whole = text.replace("tuple(%set.1, %cut.1)", "tuple(%p.1, %cut.1)")
+    (fusion,) = (it for it in hlo.executed(whole) if it.instruction.name == "f.1")
+    assert fusion.read == 3 * row + index
 
-    text = jax.jit(loop).lower(jnp.ones((16, 16))).compile().as_text()
-    dots = [one for one in hlo.executed(text) if one.instruction.opcode == "dot"]
-    calls = [one for one in hlo.executed(text) if "dot" in one.instruction.scope]
-    assert sum(one.times for one in dots or calls) >= 5
+
+def test_products_of_a_real_program_are_all_counted():
+    """As this machine's compiler writes it, in fusions or not."""
+
+    def loop(x, y):
+        def once(_, y):
+            return jnp.tanh(x @ y) + jnp.einsum("nm,nk->mk", x, y)
+
+        return jax.lax.fori_loop(0, 5, once, y).sum()
+
+    x, y = jnp.ones((16, 16)), jnp.ones((16, 24))
+    text = jax.jit(loop).lower(x, y).compile().as_text()
+    found = [one for one in hlo.executed(text) if not one.inside_fusion]
+    assert sum(one.times * one.flops for one in found) == 5 * 2 * 2 * 16 * 16 * 24
+    speed = hlo.Speed(flops=1.0, hbm=1e9, wires=1.0, clock=1.0)
+    account = hlo.account(text, speed, devices=1)
+    assert account["priced"] == 0
+    assert account["unpriced"] == pytest.approx(5 * 2 * 2 * 16 * 16 * 24, rel=1e-3)
 
 
 def test_another_text_is_refused():

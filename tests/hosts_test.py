@@ -49,13 +49,15 @@ atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 class Hosts:
     """`count` processes of a tiny run, `devices` CPU devices each."""
 
-    def __init__(self, workdir, count, leaves=None, *, devices=1, config=None, **env):
+    def __init__(
+        self, workdir, count, leaves=None, *, devices=1, config=None, within=(), **env
+    ):
         self.workdir = workdir
         # One machine's programs for all tests: a run compiles what is not there.
         share(COMPILED, workdir / "compiled")
         self.out = workdir.parent / f"{workdir.name}.out"
         leaves = TINY | (leaves or {}) if config is None else leaves or {}
-        command = [sys.executable, "tests/one_host.py", "--distributed"]
+        command = [*within, sys.executable, "tests/one_host.py", "--distributed"]
         command += [f"--config={config or 'configs/mae.py:digits'}"]
         command += [f"--workdir={workdir}"]
         command += [f"--config.{name}={value}" for name, value in leaves.items()]
@@ -245,6 +247,70 @@ def test_rows_are_found_however_devices_are_ordered():
         timeout=120,
     )
     assert (done.returncode, done.stdout.count("fine")) == (0, 2), done.stderr
+
+
+@pytest.fixture
+def namespaces():
+    """Network namespaces of four hosts, joined by a bridge; the start of their names.
+
+    They share no loopback: what is said to `localhost`, or to the address of another
+    host's own network, is not heard.
+    """
+    name = f"mim{os.getpid()}h"
+    bridge = [["link", "add", name, "type", "bridge"], ["link", "set", name, "up"]]
+    commands = []
+    for i in range(4):
+        host, card = f"{name}{i}", f"{name}{i}"
+        inside = ["netns", "exec", host, "ip"]
+        commands += [
+            ["netns", "add", host],
+            [
+                "link",
+                "add",
+                card,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                host,
+            ],
+            ["link", "set", card, "master", name, "up"],
+            [*inside, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0"],
+            [*inside, "link", "set", "eth0", "up"],
+            [*inside, "link", "set", "lo", "up"],
+        ]
+    try:
+        for command in bridge:
+            subprocess.run(["ip", *command], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no networks can be made here: {error}")
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command], check=True)
+        yield name
+    finally:
+        for i in range(4):
+            subprocess.run(["ip", "netns", "del", f"{name}{i}"])
+        subprocess.run(["ip", "link", "del", name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_in_networks_of_their_own_train_as_one_does(tmp_path, namespaces, count):
+    leaves = {"mesh.fsdp": 2}
+    run(tmp_path / "one", 1, leaves, devices=count)
+    within = ["tests/namespace.sh"]
+    told = run(tmp_path / "hosts", count, leaves, within=within, NAMESPACES=namespaces)
+    assert f"{count} host(s)" in told
+    assert_same_run(tmp_path / "hosts", tmp_path / "one")
+    # Each sent at least the gradients of its part, by its own card.
+    sizes = jax.tree.leaves(read_parts(tmp_path / "one")[1]["params"])
+    part = sum(leaf.nbytes for leaf in sizes) // 2
+    for i in range(count):
+        card = pathlib.Path(f"/sys/class/net/{namespaces}{i}")
+        assert int((card / "statistics/rx_bytes").read_text()) > STEPS * part
 
 
 @pytest.mark.slow

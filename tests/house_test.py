@@ -126,9 +126,11 @@ MAY_IMPORT = {
         "data.sources.base",
         "hlo",
         "sharding",
+        "targets",
         "train",
         "warmstart",
     ),
+    "targets": ("config", "hlo", "sharding"),
     "hlo": (),
 }
 TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
