@@ -27,6 +27,7 @@ from mim_jax import aot, config  # noqa: E402
 from mim_jax.models.vit import SIZES  # noqa: E402
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+SCANNED = {"scan": True, "remat": "dots"}
 UNROLLED = {"scan": False, "remat": "none"}
 GIB = 2**30
 
@@ -85,7 +86,7 @@ for _leaves in (leaves for _, _, leaves in SUITES["sizes"].values()):
 def compiled(name: str, topology: str, leaves: dict) -> dict:
     """What `aot` finds of a config."""
     tree = config.read(str(CONFIGS / f"{name}.py"))
-    tree.update_from_flattened_dict(leaves)
+    tree.update_from_flattened_dict(SCANNED | leaves)
     plan, _ = aot.plan_for(tree, topology)
     found = aot.facts(plan)
     sizes, text = aot.compile_step(plan)

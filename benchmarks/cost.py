@@ -2,22 +2,33 @@
 """How the cost of a training step grows: with batch, mask ratio, resolution and depth.
 
 python benchmarks/cost.py
+python benchmarks/cost.py --topology=v5e:1x1     # by the TPU compiler: '.[tpu]'
 
-Steps of a small MAE on this machine, one leaf changed at a time, all taking turns.
-Beside each time stand the FLOPs of the algorithm; below each table the power p of a fit
-time ~ x^p over what is changed (of the ratio, over the patches that are seen), and that
-of the FLOPs, which it would be if time were FLOPs and nothing else.
+Steps of a small MAE on this machine, one leaf changed at a time, all taking turns; or
+those of configs/mae.py as the compiler of a TPU that is not here accounts for them (see
+docs/performance.md), an estimate. Beside each time stand the FLOPs of the algorithm;
+below each table the power p of a fit time ~ x^p over what is changed (of the ratio,
+over the patches that are seen), and that of the FLOPs, which it would be if time were
+FLOPs and nothing else.
 """
 
 import argparse
+import os
 import pathlib
 import statistics
+import sys
 import time
 
-import jax
-import numpy as np
+if any("--topology" in word for word in sys.argv):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 
-from mim_jax import config, train
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mim_jax import aot, config, train  # noqa: E402
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "mae.py"
 BASE = {
@@ -36,15 +47,28 @@ BASE = {
 }
 # What is changed: (leaf, values, what the power is taken over).
 STUDIES = {
-    "batch": ("batch_size", [4, 8, 16, 32], lambda x: x),
-    "ratio": ("objective.masking.ratio", [0.25, 0.5, 0.75, 0.9], lambda x: 1 - x),
-    "resolution": ("data.image_size", [64, 96, 128, 192], lambda x: x),
-    "depth": ("objective.encoder.depth", [3, 6, 12, 24], lambda x: x),
+    "batch": ("batch_size", lambda x: x),
+    "ratio": ("objective.masking.ratio", lambda x: 1 - x),
+    "resolution": ("data.image_size", lambda x: x),
+    "depth": ("objective.encoder.depth", lambda x: x),
+}
+HERE = {
+    "batch": [4, 8, 16, 32],
+    "ratio": [0.25, 0.5, 0.75, 0.9],
+    "resolution": [64, 96, 128, 192],
+    "depth": [3, 6, 12, 24],
+}
+# Of configs/mae.py; the batch is that of one device.
+THERE = {
+    "batch": [32, 64, 128, 256],
+    "ratio": [0.25, 0.5, 0.75, 0.9],
+    "resolution": [128, 192, 224, 320],
+    "depth": [6, 12, 24, 48],
 }
 
 
-class Case:
-    """A compiled step with its state."""
+class Measured:
+    """A compiled step with its state, on this machine."""
 
     def __init__(self, leaves: dict):
         tree = config.read(f"{CONFIG}:photos")
@@ -67,6 +91,24 @@ class Case:
         self.times.append(1e3 * (time.perf_counter() - before))
 
 
+class Estimated:
+    """A step compiled for one device of a TPU: milliseconds by its account, and bytes
+    on it at the peak."""
+
+    def __init__(self, topology: str, leaves: dict):
+        tree = config.read(str(CONFIG))
+        # Scanned: a deep model compiles as fast as another.
+        leaves = {"batch_size": 128, "scan": True, "remat": "dots"} | leaves
+        tree.update_from_flattened_dict(leaves)
+        plan, _ = aot.plan_for(tree, topology)
+        sizes, text = aot.compile_step(plan)
+        found = aot.estimate(plan, topology, text)
+        account = found["estimate"]
+        self.flops = plan.settings.batch_size * found["flops_per_image"]
+        self.times = [1e3 * (account["priced"] + account["unpriced"])]
+        self.bytes = sizes["peak_bytes"]
+
+
 def power(x: list[float], y: list[float]) -> float:
     """p of the fit y ~ x^p."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
@@ -75,14 +117,20 @@ def power(x: list[float], y: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--topology", default="", help="of one device: v5e:1x1")
     args = parser.parse_args()
-    for study, (leaf, values, over) in STUDIES.items():
+    for study, (leaf, over) in STUDIES.items():
+        values = (THERE if args.topology else HERE)[study]
         square = leaf == "data.image_size"
-        cases = [Case({leaf: (x, x) if square else x}) for x in values]
-        for _ in range(args.rounds + 1):  # the first is left out
-            for case in cases:
-                case.run()
-        times = [statistics.median(case.times[1:]) for case in cases]
+        changes = [{leaf: (x, x) if square else x} for x in values]
+        if args.topology:
+            cases = [Estimated(args.topology, change) for change in changes]
+        else:
+            cases = [Measured(change) for change in changes]
+            for _ in range(args.rounds + 1):  # the first is left out
+                for case in cases:
+                    case.run()
+        times = [statistics.median(case.times[-args.rounds :]) for case in cases]
         flops = [case.flops / 1e9 for case in cases]
         print(f"\n| {study} | ms | GFLOP | GFLOP/s |\n|---|---|---|---|")
         for value, ms, work in zip(values, times, flops, strict=True):
@@ -90,9 +138,13 @@ def main() -> None:
         x = [over(value) for value in values]
         print(
             f"\npower of the time {power(x, times):.2f}, of the FLOPs "
-            f"{power(x, flops):.2f}",
-            flush=True,
+            f"{power(x, flops):.2f}"
         )
+        sizes = [it.bytes / 2**30 for it in cases if isinstance(it, Estimated)]
+        if sizes:
+            shown = ", ".join(f"{size:.2f}" for size in sizes)
+            print(f"GiB {shown}; their power {power(x, sizes):.2f}")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

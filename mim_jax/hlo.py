@@ -215,7 +215,7 @@ def _moved_by_fusion(one: Instruction, body: list[Instruction]) -> tuple[float, 
         part = result.opcode == "dynamic-update-slice"
         shape = within[result.operands[1]].shape if part else result.shape
         written += size_of(shape)
-    return sum(read.values()), min(written, size_of(one.shape))
+    return sum(read.values(), 0.0), min(written, size_of(one.shape))
 
 
 def _products(

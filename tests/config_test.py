@@ -284,7 +284,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("call, expected", MISTAKES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("call, expected", MISTAKES, ids=[it[1] for it in MISTAKES])
 def test_an_unknown_name_gets_the_known_ones(call, expected):
     assert message(call).startswith(expected)
 
