@@ -48,7 +48,9 @@ SUITES: dict[str, dict[str, tuple[str, str, dict]]] = {
         "MAE L/16, unrolled": ("mae", "v5e:2x4", encoder(**SIZES["L"]) | UNROLLED),
         "MAE B/8": ("mae", "v5e:2x4", encoder(patch=8) | {"batch_size": 256}),
         "R-MAE B/16": ("rmae", "v5e:2x4", {}),
+        "R-MAE B/16, unrolled": ("rmae", "v5e:2x4", UNROLLED),
         "C-MAE B/16": ("cmae", "v5e:2x4", {}),
+        "C-MAE B/16, unrolled": ("cmae", "v5e:2x4", UNROLLED),
     },
     "sizes": {
         "MAE H/14, fsdp 16": ("mae", "v5e:4x4", encoder(**SIZES["H"])),
@@ -71,11 +73,17 @@ SUITES: dict[str, dict[str, tuple[str, str, dict]]] = {
         for gpu in ("a100-40", "h100")
     },
     "chips": {
-        f"MAE B/16 on {rows * cols}": (
+        f"{case} on {rows * cols}": (
             "mae",
             f"v5e:{rows}x{cols}",
-            {"batch_size": 128 * rows * cols},
+            leaves
+            | {"batch_size": per_chip * rows * cols}
+            | ({"mesh.fsdp": rows * cols} if shared else {}),
         )
+        for case, leaves, per_chip, shared in [
+            ("MAE B/16", {}, 128, False),
+            ("MAE H/14, fsdp", encoder(**SIZES["H"]), 64, True),
+        ]
         for rows, cols in [(2, 2), (4, 4), (8, 8), (16, 16)]
     },
 }
@@ -132,23 +140,26 @@ def draw(found: dict[str, dict], path: pathlib.Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
-    chips = [one["devices"] for one in found.values()]
-    sent = [
-        sum(kind["bytes"] for kind in one["collectives"].values()) / 2**20
-        for one in found.values()
-    ]
-    left.plot(chips, sent, "o-")
-    left.set(xscale="log", xlabel="chips", ylabel="MiB sent per chip and step")
-    left.set_ylim(0)
-    for name in ("peak", "held"):
-        memory = [one[f"{name}_bytes"] / GIB for one in found.values()]
-        right.plot(chips, memory, "o-", label={"held": "laid out"}.get(name, name))
-    right.set(xscale="log", xlabel="chips", ylabel="GiB per chip")
-    right.set_ylim(0)
-    right.legend(loc="lower right")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    groups: dict[str, list[dict]] = {}
+    for case, one in found.items():
+        groups.setdefault(case.rpartition(" on ")[0], []).append(one)
+    for name, cases in groups.items():
+        chips = [one["devices"] for one in cases]
+        sent = [
+            sum(kind["bytes"] for kind in one["collectives"].values()) / GIB
+            for one in cases
+        ]
+        held = [one["held_bytes"] / GIB for one in cases]
+        left.plot(chips, sent, "o-", label=name)
+        right.plot(chips, held, "o-", label=name)
+    left.set(ylabel="GiB sent per chip and step")
+    right.set(ylabel="GiB per chip, laid out")
+    left.legend()
+    ticks = sorted({one["devices"] for one in found.values()})
     for axes in (left, right):
-        axes.set_xticks(chips, [str(chip) for chip in chips])
+        axes.set(xscale="log", yscale="log", xlabel="chips")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -30,8 +30,8 @@ def get_config(variant: str = "") -> config.Tree:
     c.batch_size = 1024
     c.optim.base_lr = 1.5e-4
     c.optim.warmup_epochs = 20.0
-    # A third faster by the TPU compiler's account than one loop over the blocks, and
-    # twice as long to compile. Larger models may need --config.remat=dots.
+    # A third faster than loops over the blocks, by the TPU compiler's account, and
+    # twice as long to compile.
     c.scan, c.remat = False, "none"
     if preset == "photos":
         embedded.photos(c)

@@ -21,6 +21,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _DIRECTION = re.compile(r"direction=(\w+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # What a kernel's author says of it.
 _KERNEL_BYTES = re.compile(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"')
@@ -98,7 +99,7 @@ class Instruction:
 @dataclasses.dataclass(frozen=True)
 class Executed:
     """An instruction, how often it runs, the bytes that it must read and write, and the
-    FLOPs of the matrix products in it."""
+    FLOPs of the matrix products in it; of a fusion, the collective in it, if any."""
 
     instruction: Instruction
     times: int
@@ -106,6 +107,7 @@ class Executed:
     written: float
     flops: float
     inside_fusion: bool
+    carried: Instruction | None = None
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
@@ -148,10 +150,12 @@ def executed(text: str) -> Iterator[Executed]:
         for one in computations[name]:
             operands = [size_of(shapes[x]) for x in one.operands if x in shapes]
             moved, flops = _moved(one, operands), _products(one, shapes, computations)
+            carried = None
             if one.opcode == "fusion":
                 body = computations.get(_CALLED.findall(one.rest)[0], [])
                 moved = _moved_by_fusion(one, body) if body else moved
-            yield Executed(one, times, *moved, flops, inside)
+                carried = next((it for it in body if it.opcode in COLLECTIVES), None)
+            yield Executed(one, times, *moved, flops, inside, carried)
             rounds = 1
             if one.opcode == "while":
                 rounds = _rounds(one, computations)
@@ -278,12 +282,29 @@ def size_of(shape: str) -> float:
     return total
 
 
+def _begun_before(one: Instruction, seen: set[str]) -> bool:
+    """Whether a collective in a fusion goes on with one that was seen.
+
+    The TPU compiler writes one that it hides behind other work three times: in a fusion
+    that begins it, in what it is hidden behind, and in a fusion that ends it.
+    """
+    channel = _CHANNEL.search(one.rest)
+    if not channel:
+        return False
+    known = channel[1] in seen
+    seen.add(channel[1])
+    return known
+
+
 def collectives(text: str) -> dict[str, dict[str, int | float]]:
     """{kind: {count, bytes}} of one call; bytes are those of results, on one device."""
     found: dict[str, dict[str, int | float]] = {}
+    seen: set[str] = set()
     for one in executed(text):
         kind = one.instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
+            continue
+        if one.inside_fusion and _begun_before(one.instruction, seen):
             continue
         parts = _SHAPE.findall(one.instruction.shape)
         size = size_of(one.instruction.shape)
@@ -336,10 +357,24 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
         of each, and `unpriced_opcodes`: seconds of each kind without a price.
     """
     columns = ("priced", "unpriced", "meanwhile")
-    parts = {name: dict.fromkeys(columns, 0.0) for name in PARTS}
+    parts: dict[str, dict[str, float]] = {}
+    for name in PARTS:
+        parts[name] = dict.fromkeys(columns, 0.0)
     opcodes: dict[str, float] = {}
+    seen: set[str] = set()
+
+    def part_of(scope: str) -> dict[str, float]:
+        return next(
+            parts[name] for name, rule in PARTS.items() if re.search(rule, scope)
+        )
+
+    def on_wires(opcode: str, size: float) -> float:
+        # In a ring, each part of the whole passes over each wire but one.
+        passes = 2 if opcode == "all-reduce" else 1
+        return passes * size * (devices - 1) / devices / speed.wires
+
     for one in executed(text):
-        instruction = one.instruction
+        instruction, carried = one.instruction, one.carried
         if one.inside_fusion or instruction.opcode in _FREE:
             continue
         if instruction.opcode.endswith("-done"):
@@ -347,21 +382,24 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
         called = _TARGET.search(instruction.rest)
         if called and called[1] in _NOTES:
             continue
-        part = next(
-            name for name, rule in PARTS.items() if re.search(rule, instruction.scope)
-        )
+        goes_on = carried is not None and _begun_before(carried, seen)
         if instruction.cycles is not None:
-            parts[part]["priced"] += one.times * instruction.cycles / speed.clock
+            seconds = one.times * instruction.cycles / speed.clock
+            part_of(instruction.scope)["priced"] += seconds
+            continue
+        if goes_on:
             continue
         opcode = instruction.opcode.removesuffix("-start")
-        seconds = (one.read + one.written) / speed.hbm
-        seconds = max(seconds, one.flops / speed.flops)
-        if opcode in COLLECTIVES:
-            # In a ring, each part of the whole passes over each wire but one.
-            whole = max(one.read, one.written) * (2 if opcode == "all-reduce" else 1)
-            seconds = whole * (devices - 1) / devices / speed.wires
-        begun = instruction.opcode.endswith("-start")
-        parts[part]["meanwhile" if begun else "unpriced"] += one.times * seconds
+        begun, scope = instruction.opcode.endswith("-start"), instruction.scope
+        if carried is not None:
+            opcode, begun, scope = carried.opcode, True, carried.scope
+            seconds = on_wires(opcode, size_of(carried.shape))
+        elif opcode in COLLECTIVES:
+            seconds = on_wires(opcode, max(one.read, one.written))
+        else:
+            seconds = (one.read + one.written) / speed.hbm
+            seconds = max(seconds, one.flops / speed.flops)
+        part_of(scope)["meanwhile" if begun else "unpriced"] += one.times * seconds
         opcodes[opcode] = opcodes.get(opcode, 0.0) + one.times * seconds
     return {
         "parts": parts,

@@ -37,6 +37,46 @@ def test_collectives_are_found_in_loops_and_fusions():
     }
 
 
+def test_a_collective_hidden_behind_other_work_counts_once():
+    """As the TPU compiler writes it: fusions begin it, hide it and end it."""
+
+    def body(name):
+        return f"""
+%{name}.7 (p.{name}: bf16[4]) -> bf16[16] {{
+  %p.{name} = bf16[4]{{0}} parameter(0)
+  ROOT %ag.{name} = bf16[16]{{0}} all-gather(%p.{name}), channel_id=5, \
+metadata={{op_name="jit(step)/jvp(Encoder)/block00/fc1/convert"}}
+}}
+"""
+
+    def call(name, more=""):
+        return (
+            f"  %{name}.8 = bf16[16]{{0}} fusion(%Arg_0.1), kind=kCustom, "
+            f"calls=%{name}.7{more}\n"
+        )
+
+    priced = (
+        ', metadata={op_name="jit(step)/jvp(Encoder)/block00/attn/out/dot"}, '
+        'backend_config={"estimated_cycles":"500"}'
+    )
+    calls = call("start") + call("hiding", priced) + call("done")
+    text = TEXT.replace("  %cond.2 =", calls + "  %cond.2 =")
+    text += body("start") + body("hiding") + body("done")
+    before, found = hlo.collectives(TEXT)["all-gather"], hlo.collectives(text)
+    assert found["all-gather"]["count"] == before["count"] + 1
+    assert found["all-gather"]["bytes"] == before["bytes"] + 32
+    speed = hlo.Speed(flops=1e6, hbm=1e6, wires=1e6, clock=1e6)
+    parts = hlo.account(text, speed, devices=4)["parts"]
+    # On its way while the other one works.
+    assert parts["encoder MLP"] == {
+        "priced": 0,
+        "unpriced": 0,
+        "meanwhile": pytest.approx(32 * 0.75e-6),
+    }
+    old = hlo.account(TEXT, speed, devices=4)["parts"]["encoder attention"]["priced"]
+    assert parts["encoder attention"]["priced"] == pytest.approx(old + 5e-4)
+
+
 @pytest.mark.parametrize(
     "condition, rounds",
     [
