@@ -19,7 +19,8 @@ from mim_jax.hlo import Speed
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """
+    """A chip, as libtpu knows it.
+
     Attributes:
         name: what libtpu calls the chip.
         cores: how they are used; as a megacore, two are one device.
@@ -37,7 +38,8 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """
+    """A device, as XLA's compiler wants it described.
+
     Attributes:
         name: as the driver has it.
         capability: of CUDA.
