@@ -158,7 +158,7 @@ def draw(found: dict[str, dict], path: pathlib.Path) -> None:
     left.legend()
     ticks = sorted({one["devices"] for one in found.values()})
     for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="chips")
+        axes.set(xscale="log", xlabel="chips", ylim=(0, 1.1 * axes.get_ylim()[1]))
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
