@@ -257,38 +257,27 @@ def namespaces():
     host's own network, is not heard.
     """
     name = f"mim{os.getpid()}h"
-    bridge = [["link", "add", name, "type", "bridge"], ["link", "set", name, "up"]]
+    bridge = [f"link add {name} type bridge", f"link set {name} up"]
     commands = []
     for i in range(4):
-        host, card = f"{name}{i}", f"{name}{i}"
-        inside = ["netns", "exec", host, "ip"]
+        host = f"{name}{i}"  # the namespace, and its card on the bridge
+        inside = f"netns exec {host} ip"
         commands += [
-            ["netns", "add", host],
-            [
-                "link",
-                "add",
-                card,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                host,
-            ],
-            ["link", "set", card, "master", name, "up"],
-            [*inside, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0"],
-            [*inside, "link", "set", "eth0", "up"],
-            [*inside, "link", "set", "lo", "up"],
+            f"netns add {host}",
+            f"link add {host} type veth peer name eth0 netns {host}",
+            f"link set {host} master {name} up",
+            f"{inside} addr add 10.77.0.{i + 1}/24 dev eth0",
+            f"{inside} link set eth0 up",
+            f"{inside} link set lo up",
         ]
     try:
         for command in bridge:
-            subprocess.run(["ip", *command], check=True, capture_output=True)
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no networks can be made here: {error}")
     try:
         for command in commands:
-            subprocess.run(["ip", *command], check=True)
+            subprocess.run(["ip", *command.split()], check=True)
         yield name
     finally:
         for i in range(4):
