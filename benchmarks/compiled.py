@@ -23,7 +23,8 @@ os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
-from mim_jax import aot, config  # noqa: E402
+from mim_jax import config  # noqa: E402
+from mim_jax.aot import step as aot  # noqa: E402
 from mim_jax.models.vit import SIZES  # noqa: E402
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax import sharding
+from mim_jax.aot.devices import devices_of
 from mim_jax.ops.contrastive import info_nce
-from mim_jax.targets import devices_of
 
 POSITIONS, WIDTH = 196, 768
 

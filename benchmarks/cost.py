@@ -31,7 +31,8 @@ if any("--topology" in word for word in sys.argv):
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mim_jax import aot, config, train  # noqa: E402
+from mim_jax import config, train  # noqa: E402
+from mim_jax.aot import step as aot  # noqa: E402
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "mae.py"
 BASE = {

@@ -21,7 +21,7 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores, 1.5 mi
 python -m mim_jax.main --config=configs/beit.py:digits --workdir=runs/beit-digits
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.evals.base import Eval
 
 
@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.optim.clip = 3.0
     c.data.crop_scale = (0.08, 1.0)
     if preset == "digits":
-        embedded.digits(c)
+        presets.digits(c)
         if "least" in c.objective.masking:
             c.objective.masking.least = 4  # of the 7 patches that are hidden
     return c

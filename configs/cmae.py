@@ -18,7 +18,7 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores.
 python -m mim_jax.main --config=configs/cmae.py:digits --workdir=runs/cmae-digits
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.evals.base import Eval
 
 
@@ -34,5 +34,5 @@ def get_config(variant: str = "") -> config.Tree:
     # Nearly half as fast again as loops over the blocks, by the TPU compiler's account.
     c.scan, c.remat = False, "none"
     if preset == "digits":
-        embedded.digits(c)
+        presets.digits(c)
     return c

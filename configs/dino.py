@@ -16,7 +16,7 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores.
 python -m mim_jax.main --config=configs/dino.py:digits --workdir=runs/dino-digits
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.evals.base import Eval
 
 
@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.data.local_crops = 10
     c.data.crop_scale = (0.25, 1.0)
     if preset == "digits":
-        embedded.digits(c)
+        presets.digits(c)
         c.data.local_crops = 4
         c.data.local_size = (4, 4)
         c.data.local_scale = (0.2, 0.5)

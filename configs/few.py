@@ -27,7 +27,7 @@ photographs: 16.0 dB, where twelve photographs give 16.7 and the visible mean 15
 python -m mim_jax.main --config=configs/few.py:photos --workdir=runs/few-photos
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.data.sources.base import Source
 from mim_jax.evals.base import Eval
 
@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> config.Tree:
     if "jitter" in c.objective:
         c.objective.jitter.blur_p = 0.5
     if preset == "photos":
-        embedded.photos(c)
+        presets.photos(c)
         c.stop_after = None
         c.data.source.seed = 5  # chooses the astronaut
     return c

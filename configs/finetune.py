@@ -34,7 +34,7 @@ configs/shape_bias.py.
 python -m mim_jax.main --config=configs/finetune.py:cues --workdir=runs/cues
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.data.sources.base import Source
 from mim_jax.evals.base import Eval
 
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> config.Tree:
         variant, presets=("digits", "cues", "10pct", "1pct", "digits-10pct")
     )
     small = preset.removesuffix("-10pct")
-    source = small if small in embedded.CLASSES else "tfds"
+    source = small if small in presets.CLASSES else "tfds"
     chosen = {"objective": "supervised", "source": source} | chosen
     c = config.experiment("train", **chosen)
     c.report = config.choose(Eval, "robustness")
@@ -64,11 +64,11 @@ def get_config(variant: str = "") -> config.Tree:
     c.data.randaugment.ops = 2
     c.data.crop_scale = (0.08, 1.0)
     if small == "digits":
-        embedded.digits(c)
-        embedded.labels(c)
+        presets.digits(c)
+        presets.labels(c)
     if small == "cues":
-        embedded.cues(c)
-        embedded.labels(c, "cues")
+        presets.cues(c)
+        presets.labels(c, "cues")
     if preset in SHARES:
         if chosen["source"] == "tfds":
             c.data.source.dataset = f"imagenet2012_subset/{preset}"

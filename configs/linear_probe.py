@@ -23,7 +23,7 @@ The run ends with its accuracy on held-out images, for digits under five shifts 
 configs/shape_bias.py.
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.evals.base import Eval
 
 
@@ -39,13 +39,13 @@ def get_config(variant: str = "") -> config.Tree:
     c.data.crop_scale = (0.08, 1.0)
     c.data.crop_retry = False
     if preset == "digits":
-        embedded.digits(c)
-        embedded.labels(c)
+        presets.digits(c)
+        presets.labels(c)
         c.batch_size = 256
         c.optim.base_lr = 32.0
     if preset == "cues":
-        embedded.cues(c)
-        embedded.labels(c, "cues")
+        presets.cues(c)
+        presets.labels(c, "cues")
         c.batch_size = 256
         c.optim.base_lr = 32.0
     return c

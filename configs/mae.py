@@ -18,7 +18,7 @@ Variant `:digits`: likewise on scikit-learn's scanned digits. `:cues`: on drawn 
 filled with textures, for configs/shape_bias.py.
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 
 
 def get_config(variant: str = "") -> config.Tree:
@@ -34,9 +34,9 @@ def get_config(variant: str = "") -> config.Tree:
     # twice as long to compile.
     c.scan, c.remat = False, "none"
     if preset == "photos":
-        embedded.photos(c)
+        presets.photos(c)
     if preset == "digits":
-        embedded.digits(c)
+        presets.digits(c)
     if preset == "cues":
-        embedded.cues(c)
+        presets.cues(c)
     return c

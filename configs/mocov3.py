@@ -14,7 +14,7 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores.
 python -m mim_jax.main --config=configs/mocov3.py:digits --workdir=runs/mocov3-digits
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.evals.base import Eval
 
 
@@ -32,5 +32,5 @@ def get_config(variant: str = "") -> config.Tree:
     c.data.crops = 2
     c.data.crop_scale = (0.08, 1.0)
     if preset == "digits":
-        embedded.digits(c)
+        presets.digits(c)
     return c

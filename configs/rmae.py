@@ -17,7 +17,7 @@ Variant `:photos`: the same program on embedded photographs, for two CPU cores;
 python -m mim_jax.main --config=configs/rmae.py:photos --workdir=runs/rmae-photos
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 
 
 def get_config(variant: str = "") -> config.Tree:
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> config.Tree:
     # Half as fast again as loops over the blocks, by the TPU compiler's account.
     c.scan, c.remat = False, "none"
     if preset == "photos":
-        embedded.photos(c)
+        presets.photos(c)
     if preset == "digits":
-        embedded.digits(c)
+        presets.digits(c)
     return c

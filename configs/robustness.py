@@ -18,12 +18,12 @@ python -m mim_jax.main --config=configs/robustness.py:digits \
 Several runs side by side: --config.also='("runs/A","runs/B")'.
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 
 
 def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(variant, presets=("digits",))
     c = config.experiment("eval", **({"eval": "robustness"} | chosen))
     if preset:
-        c.eval.sets = embedded.SHIFTS[preset]
+        c.eval.sets = presets.SHIFTS[preset]
     return c

@@ -13,7 +13,7 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores.
 python -m mim_jax.main --config=configs/supervised.py:digits --workdir=runs/sup-digits
 """
 
-from mim_jax import config, embedded
+from mim_jax import config, presets
 from mim_jax.evals.base import Eval
 
 
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.data.randaugment.ops = 2
     c.data.crop_scale = (0.08, 1.0)
     if preset == "digits":
-        embedded.digits(c)
-        embedded.labels(c)
+        presets.digits(c)
+        presets.labels(c)
         c.steps = 600
     return c

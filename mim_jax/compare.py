@@ -11,9 +11,10 @@ import pathlib
 from matplotlib.figure import Figure
 
 from mim_jax import config as configs
-from mim_jax import evaluate, rundir
+from mim_jax import evaluate
 from mim_jax.data.pipeline import EvalPasses
 from mim_jax.evals.base import Eval, Report, Run, caption
+from mim_jax.run import rundir
 
 _PAGE = pathlib.Path(__file__).parent / "compare.html"
 
@@ -105,7 +106,7 @@ def _measure(
     found, left_out = {}, {}
     for title, model in models.items():
         try:
-            evaluation.check(model.objective)
+            evaluation.check_objective(model.objective)
             found[title] = evaluation.measure(model, passes)
         except ValueError as error:
             left_out[title] = str(error)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from ml_collections import config_dict
 
-from mim_jax.checkpoint import Checkpoints
 from mim_jax.data.pipeline import Input
 from mim_jax.data.sources import SOURCES
 from mim_jax.data.sources.base import Source
@@ -32,13 +31,14 @@ from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings import MASKINGS
 from mim_jax.maskings.base import Masking
-from mim_jax.metrics import Log
 from mim_jax.models.vit import REMAT
 from mim_jax.objectives import OBJECTIVES
 from mim_jax.objectives.base import Objective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import OPTIMISERS, AdamW, Optimiser
-from mim_jax.profiler import traced_steps
+from mim_jax.run.checkpoint import Checkpoints
+from mim_jax.run.log import Log
+from mim_jax.run.profiler import traced_steps
 from mim_jax.sharding import Mesh
 from mim_jax.tokenizers import TOKENIZERS
 from mim_jax.tokenizers.base import Tokenizer

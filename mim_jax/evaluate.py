@@ -13,10 +13,11 @@ import numpy as np
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax import rundir, state
-from mim_jax.checkpoint import read_parts
+from mim_jax import state
 from mim_jax.data.pipeline import EvalPasses
 from mim_jax.evals.base import Run, caption, save
+from mim_jax.run import rundir
+from mim_jax.run.checkpoint import read_parts
 from mim_jax.sharding import path_name
 
 
@@ -36,7 +37,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         teacher = settings.weights == "teacher"
         trained, training = load(folder, settings.step, teacher)
         try:
-            settings.eval.check(trained.objective)
+            settings.eval.check_objective(trained.objective)
             settings.eval.check_data(trained.objective, EvalPasses(training.data))
         except ValueError as error:
             raise configs.ConfigError(f"config.eval: {error}") from error

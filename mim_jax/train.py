@@ -18,15 +18,17 @@ from clu import parameter_overview
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax import metrics, optim, rundir, sharding, warmstart
+from mim_jax import optim, sharding
 from mim_jax import state as states
-from mim_jax.checkpoint import Checkpointer
 from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
 from mim_jax.evals.base import Eval, Run, caption, save
-from mim_jax.interrupt import Interrupted, Interrupts
 from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.ops.backend import compile_for, made_if
-from mim_jax.profiler import Tracer, traced_steps
+from mim_jax.run import log as metrics
+from mim_jax.run import rundir, warmstart
+from mim_jax.run.checkpoint import Checkpointer
+from mim_jax.run.interrupt import Interrupted, Interrupts
+from mim_jax.run.profiler import Tracer, traced_steps
 from mim_jax.state import TrainState
 
 
@@ -96,7 +98,7 @@ class Plan:
         try:
             mesh = settings.mesh.build(devices)
             _check_reads(objective, data)
-            settings.report.check(objective)
+            settings.report.check_objective(objective)
             if not stand_in:
                 _check_labels(objective, data)
                 settings.report.check_data(objective, EvalPasses(data))
@@ -275,7 +277,7 @@ def _loop(
             state, values = step_fn(state, sharding.to_devices(needed, plan.mesh))
             tracer.after(step, values)
             book.dispatched(step, values, batch)
-            checkpointer.check()
+            checkpointer.poll()
             leaving = interrupts.asked(step)
             if step % settings.checkpoint.every == 0 or step == plan.stop or leaving:
                 book.settle()
@@ -476,7 +478,7 @@ def _check_reads(objective: Objective, data: Input) -> None:
         shape, _ = shapes[name]
         if len(shape) >= 3:
             rows, cols, channels = shape[-3:]
-            objective.check((rows, cols, channels))
+            objective.check_shape((rows, cols, channels))
 
 
 def _check_labels(objective: Objective, data: Input) -> None:

@@ -10,7 +10,8 @@ import sys
 import jax
 import pytest
 
-from mim_jax import aot, config
+from mim_jax import config
+from mim_jax.aot import step as aot
 from mim_jax.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -144,7 +145,7 @@ def program(config_file, topology, *arguments, **leaves):
 @needs_libtpu
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_the_step_fits_and_its_state_is_donated(tmp_path, fsdp):
-    out = tmp_path / "aot.json"
+    out = tmp_path / "json"
     absent = {"data.source.data_dir": tmp_path, "mesh.fsdp": fsdp}
     done = program("configs/mae.py", "v5e:2x4", f"--out={out}", **TINY, **absent)
     assert done.returncode == 0, done.stderr
@@ -168,7 +169,7 @@ def test_the_step_fits_and_its_state_is_donated(tmp_path, fsdp):
 @pytest.mark.tpu
 @needs_libtpu
 def test_an_impossible_batch_does_not_fit(tmp_path):
-    out = tmp_path / "aot.json"
+    out = tmp_path / "json"
     leaves = TINY | {"batch_size": 2**21}
     done = program("configs/mae.py:photos", "v5e:2x2", f"--out={out}", **leaves)
     assert done.returncode == 1, done.stderr
@@ -191,7 +192,7 @@ def test_what_libtpu_refuses_is_one_line(tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("topology, devices", [("h100:4", 4), ("a100-40:2x2", 4)])
 def test_a_step_is_compiled_for_gpus(tmp_path, topology, devices):
-    out = tmp_path / "aot.json"
+    out = tmp_path / "json"
     done = program("configs/mae.py:photos", topology, f"--out={out}", **TINY)
     assert done.returncode == 0, done.stderr
     assert "nothing is estimated" in done.stdout and " at most, " in done.stdout

@@ -15,15 +15,16 @@ import numpy as np
 import optax
 import pytest
 
-from mim_jax import checkpoint, sharding, state
-from mim_jax.checkpoint import (
+from mim_jax import sharding, state
+from mim_jax.run import checkpoint
+from mim_jax.run.checkpoint import (
     Checkpointer,
     CheckpointError,
     Checkpoints,
     MismatchError,
     read_parts,
 )
-from mim_jax.interrupt import Interrupted
+from mim_jax.run.interrupt import Interrupted
 from mim_jax.state import TrainState, stack_blocks, unstack_blocks
 
 # Orbax drops coroutines of reads and writes that fail; who collects them is chance.
@@ -315,7 +316,7 @@ def test_a_failed_save_is_told_soon_and_the_next_one_works(fill, tmp_path, capfd
             checkpointer.save(4, placed(make(4)), EXTRA)
             if checkpointer._saving:
                 checkpointer._saving[1].exception(timeout=30)  # what a step's time is
-        checkpointer.check()
+        checkpointer.poll()
         error = capfd.readouterr().err
         assert "WARNING: the checkpoint of step 4 could not be saved" in error
         assert "Newest one on the disk: step 2" in error

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mim_jax import hlo
+from mim_jax.aot import hlo
 
 # A loop of twelve rounds with a loop of two in it, a branch, and collectives of three
 # kinds: one in a fusion, one begun and awaited.

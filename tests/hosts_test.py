@@ -18,9 +18,9 @@ import pytest
 
 from mim_jax import config as configs
 from mim_jax import sharding
-from mim_jax.checkpoint import read_parts
 from mim_jax.data.pipeline import train_batches
-from mim_jax.interrupt import Interrupts
+from mim_jax.run.checkpoint import read_parts
+from mim_jax.run.interrupt import Interrupts
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH = 6, 16
@@ -195,7 +195,7 @@ def test_hosts_count_their_steps_from_this_start(monkeypatch):
     told = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        "mim_jax.interrupt.multihost_utils.reached_preemption_sync_point",
+        "mim_jax.run.interrupt.multihost_utils.reached_preemption_sync_point",
         lambda step: told.append(step) or step == 3,
     )
     before = signal.getsignal(signal.SIGTERM)

@@ -213,7 +213,7 @@ def test_other_packages_stay_in_their_rooms(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
 def test_a_config_file_imports_config_and_kinds_only(path):
     for found in imports(path):
-        allowed = found in ("mim_jax.config", "mim_jax.embedded")
+        allowed = found in ("mim_jax.config", "mim_jax.presets")
         allowed = allowed or found.endswith(".SIZES")
         assert allowed or re.fullmatch(r"mim_jax\.[\w.]+\.base\.\w+", found), found
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mim_jax.interrupt import Interrupted, Interrupts
+from mim_jax.run.interrupt import Interrupted, Interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -49,7 +49,7 @@ def test_patience_ends_soon_after_a_signal(capfd):
 
 TWICE = """
 import os, signal, time
-from mim_jax.interrupt import Interrupts
+from mim_jax.run.interrupt import Interrupts
 with Interrupts():
     os.kill(os.getpid(), signal.{first})
     os.kill(os.getpid(), signal.{second})

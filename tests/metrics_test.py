@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from mim_jax.metrics import Log, MetricsError, Progress, Window, Writer
+from mim_jax.run.log import Log, MetricsError, Progress, Window, Writer
 
 
 def write(workdir, steps, start=0, **log):

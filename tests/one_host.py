@@ -13,9 +13,10 @@ import time
 
 from absl import app
 
-from mim_jax import checkpoint, main, train
-from mim_jax.commandline import parse
+from mim_jax import main, train
 from mim_jax.data.sources.digits import Digits
+from mim_jax.run import checkpoint
+from mim_jax.run.commandline import parse
 
 HOST = os.environ.get("JAX_PROCESS_ID", "0")
 read_record, restored, report = Digits.__getitem__, checkpoint._restored, train._report

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mim_jax.profiler import Tracer, traced_steps
+from mim_jax.run.profiler import Tracer, traced_steps
 
 
 def test_steps_by_first_and_count():

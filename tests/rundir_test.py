@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from mim_jax import config as configs
-from mim_jax import rundir
+from mim_jax.run import rundir
 
 
 def hold(workdir, held):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mim_jax import config, embedded, evaluate, train
+from mim_jax import config, evaluate, presets, train
 from mim_jax.data.pipeline import EvalPasses
 from mim_jax.data.sources.digits import Digits
 from mim_jax.evals.base import Eval
@@ -55,8 +55,8 @@ def results(folder):
 
 def test_a_run_with_labels_ends_with_its_robustness(digits):
     found = json.loads((digits / "report" / "robustness.json").read_text())
-    want = {f"accuracy_{name}" for name in ("held_out", *embedded.SHIFTS["digits"])}
-    want |= {f"top5_{name}" for name in ("held_out", *embedded.SHIFTS["digits"])}
+    want = {f"accuracy_{name}" for name in ("held_out", *presets.SHIFTS["digits"])}
+    want |= {f"top5_{name}" for name in ("held_out", *presets.SHIFTS["digits"])}
     assert found.keys() == want
     assert (digits / "report" / "robustness.png").exists()
 

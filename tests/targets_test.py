@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mim_jax import targets
+from mim_jax.aot import devices as targets
 from mim_jax.config import ConfigError
 
 
@@ -76,7 +76,7 @@ def test_every_chip_is_known_to_the_compiler():
     assert {name.partition(":")[0] for name in expected} == set(targets.TPUS)
     text = """
 import json, sys
-from mim_jax import targets
+from mim_jax.aot import devices as targets
 from mim_jax.sharding import Mesh
 found = {}
 for name in sys.argv[1:]:
@@ -108,7 +108,7 @@ def test_every_gpu_is_known_to_the_compiler():
     assert {name.partition(":")[0] for name in expected} == set(targets.GPUS)
     text = """
 import json, sys
-from mim_jax import targets
+from mim_jax.aot import devices as targets
 from mim_jax.sharding import Mesh
 found = {}
 for name in sys.argv[1:]:

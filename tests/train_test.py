@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from mim_jax import config, hlo, optim, sharding, train
+from mim_jax import config, optim, sharding, train
 from mim_jax import state as states
+from mim_jax.aot import hlo
 from mim_jax.evals.base import Eval
 from mim_jax.objectives.base import Aux, Objective
 from mim_jax.objectives.mae import MAE
@@ -262,7 +263,7 @@ class Toy(Objective):
     poison: int = -1
     edge: bool = False
 
-    def check(self, image_shape):
+    def check_shape(self, image_shape):
         pass
 
     def init(self, key, batch):

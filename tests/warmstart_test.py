@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from tiny import FAST, TINY, leaves, tree_of
 
-from mim_jax import config, evaluate, rundir, train, warmstart
+from mim_jax import config, evaluate, train
 from mim_jax import state as states
-from mim_jax.checkpoint import Checkpointer, Checkpoints, read_parts
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import resized, sincos_2d
+from mim_jax.run import rundir, warmstart
+from mim_jax.run.checkpoint import Checkpointer, Checkpoints, read_parts
 
 QKV = "encoder/block00/attn/qkv/kernel"
 # An encoder of another size than that of `tree_of`.

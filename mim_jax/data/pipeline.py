@@ -71,7 +71,7 @@ class Input:
                 f"crops={self.crops}, local_crops={self.local_crops}: want 1 or 2 "
                 "crops and at least 0 local ones"
             )
-        self.randaugment.check(self.source.channels)
+        self.randaugment.check_channels(self.source.channels)
         tops = {"crop_scale": 1.0, "local_scale": 1.0, "crop_ratio": float("inf")}
         for name, top in tops.items():
             pair = getattr(self, name)

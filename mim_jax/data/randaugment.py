@@ -48,7 +48,7 @@ class RandAugment:
         if not self.fill or not 0 <= min(self.fill) <= max(self.fill) <= 255:
             raise ValueError(f"fill={self.fill}: want numbers from 0 to 255")
 
-    def check(self, channels: int) -> None:
+    def check_channels(self, channels: int) -> None:
         """ValueError if images of so many channels cannot be augmented."""
         if self.ops and channels not in (1, 3):
             raise ValueError(

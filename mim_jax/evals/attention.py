@@ -49,7 +49,7 @@ class Attention(Eval):
                 f"token={self.token}: want row and column as shares 0..1 of the image"
             )
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         pass  # every objective has an encoder with attention
 
     def measure(self, run: Run, data: Passes) -> Report:

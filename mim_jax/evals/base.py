@@ -154,7 +154,7 @@ class Eval(abc.ABC):
     """A measurement: a frozen dataclass, whose fields are its config."""
 
     @abc.abstractmethod
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         """ValueError if this cannot be measured on runs of that objective."""
 
     def check_data(self, objective: Objective, data: Passes) -> None:

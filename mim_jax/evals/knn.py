@@ -47,7 +47,7 @@ class KNN(Eval):
                 f"rows={self.rows}, neighbours={self.neighbours}: want at least 1"
             )
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:

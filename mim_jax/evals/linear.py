@@ -60,7 +60,7 @@ class Linear(Eval):
         if not self.trust > 0:
             raise ValueError(f"trust={self.trust}: want a number > 0")
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:

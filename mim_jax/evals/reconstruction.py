@@ -24,7 +24,7 @@ from mim_jax.evals.base import (
 )
 from mim_jax.objectives.base import Objective, PixelObjective
 from mim_jax.ops import similarity
-from mim_jax.ops.masking import Mask, everything
+from mim_jax.ops.masking import Mask, no_mask
 from mim_jax.ops.patches import Grid, patchify, unpatchify
 
 
@@ -64,7 +64,7 @@ class Reconstruction(Eval):
         if self.inpainted < 0:
             raise ValueError(f"inpainted={self.inpainted}: want at least 0")
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         if not isinstance(objective, PixelObjective):
             raise ValueError(
                 f"reconstruction of a {type(objective).__name__} run: want an "
@@ -99,7 +99,7 @@ class Reconstruction(Eval):
             images = jnp.asarray(batch["image"])
             grid = objective.grid(images.shape[1:])
             pixels = images.astype(jnp.float32) / 255
-            whole = fill(run.params, images, everything(len(images), grid))
+            whole = fill(run.params, images, no_mask(len(images), grid))
             for name, score in compare(whole, pixels).items():
                 note(f"full_{name}", score, wanted)
             for number in range(self.draws):

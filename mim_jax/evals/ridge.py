@@ -43,7 +43,7 @@ class Ridge(Eval):
         if not self.penalties or min(self.penalties) <= 0:
             raise ValueError(f"penalties={self.penalties}: want numbers > 0")
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:

@@ -55,7 +55,7 @@ class Robustness(Eval):
         if self.mistakes < 0:
             raise ValueError(f"mistakes={self.mistakes}: want at least 0")
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         labelled(objective)
 
     def check_data(self, objective: Objective, data: Passes) -> None:

@@ -43,7 +43,7 @@ class ShapeBias(Eval):
         if self.examples < 0:
             raise ValueError(f"examples={self.examples}: want at least 0")
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         labelled(objective)
 
     def check_data(self, objective: Objective, data: Passes) -> None:

@@ -40,7 +40,7 @@ class TSNE(Eval):
                 "perplexity > 0"
             )
 
-    def check(self, objective: Objective) -> None:
+    def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:

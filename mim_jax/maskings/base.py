@@ -18,7 +18,7 @@ class Masking(abc.ABC):
     """
 
     @abc.abstractmethod
-    def kept(self, grid: Grid) -> int:
+    def visible_count(self, grid: Grid) -> int:
         """Number of visible patches of every image.
 
         Raises:

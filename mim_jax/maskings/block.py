@@ -42,7 +42,7 @@ class Block(Masking):
                 f"aspect={self.aspect}: want at least 1, at least 1, and in (0, 1]"
             )
 
-    def kept(self, grid: Grid) -> int:
+    def visible_count(self, grid: Grid) -> int:
         kept = int(grid.size * (1 - self.ratio) + 1e-6)
         if not 0 < kept < grid.size:
             raise ValueError(
@@ -57,7 +57,7 @@ class Block(Masking):
         return kept
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
-        kept = self.kept(grid)
+        kept = self.visible_count(grid)
         return cut(jax.vmap(lambda key: self._order(key, grid, kept))(keys), kept)
 
     def _order(self, key: Key[Array, ""], grid: Grid, kept: int) -> Int[Array, " n"]:

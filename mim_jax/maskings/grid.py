@@ -26,7 +26,7 @@ class GridMasking(Masking):
         if self.cell < 2:
             raise ValueError(f"cell={self.cell}: want at least 2 patches")
 
-    def kept(self, grid: Grid) -> int:
+    def visible_count(self, grid: Grid) -> int:
         if grid.rows % self.cell or grid.cols % self.cell:
             raise ValueError(
                 f"cell={self.cell} does not tile a grid of {grid.rows}x{grid.cols} "
@@ -43,4 +43,4 @@ class GridMasking(Masking):
         )(keys)
         inner = jnp.arange(count, dtype=jnp.int32).reshape(1, 1, side, 1, side)
         hidden = (inner != choice).reshape(keys.shape[0], grid.size)
-        return from_scores(hidden.astype(jnp.int32), self.kept(grid))
+        return from_scores(hidden.astype(jnp.int32), self.visible_count(grid))

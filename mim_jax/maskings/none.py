@@ -6,7 +6,7 @@ import dataclasses
 from jaxtyping import Array, Key
 
 from mim_jax.maskings.base import Masking
-from mim_jax.ops.masking import Mask, everything
+from mim_jax.ops.masking import Mask, no_mask
 from mim_jax.ops.patches import Grid
 
 
@@ -14,8 +14,8 @@ from mim_jax.ops.patches import Grid
 class Nothing(Masking):
     """Hides nothing: for the rows without masking of arXiv:2208.04164, table 5."""
 
-    def kept(self, grid: Grid) -> int:
+    def visible_count(self, grid: Grid) -> int:
         return grid.size
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
-        return everything(keys.shape[0], grid)
+        return no_mask(keys.shape[0], grid)

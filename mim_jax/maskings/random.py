@@ -39,7 +39,7 @@ class Random(Masking):
         if self.unit is not None and self.unit < 1:
             raise ValueError(f"unit={self.unit}: want a side in pixels, at least 1")
 
-    def kept(self, grid: Grid) -> int:
+    def visible_count(self, grid: Grid) -> int:
         side = self._side(grid)
         per_unit, word = 1, "patches"
         total = grid.size
@@ -72,7 +72,7 @@ class Random(Masking):
         units = -(-grid.rows // side) * -(-grid.cols // side)
         # 32 random bits: float32 noise has 2**23 values and ties favour low positions.
         scores = jax.vmap(lambda key: jax.random.bits(key, (units,), "uint32"))(keys)
-        return cut(order_units(scores, grid, side), self.kept(grid))
+        return cut(order_units(scores, grid, side), self.visible_count(grid))
 
     def _side(self, grid: Grid) -> int:
         unit = grid.patch if self.unit is None else self.unit

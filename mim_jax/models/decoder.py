@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         x = LayerNorm(self.dtype, name="norm")(x[:, first:last])
         return xavier(outputs, self.dtype, name="predict")(x)
 
-    def check(self) -> None:
+    def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""
         check_width("decoder", self.width, self.heads)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from mim_jax.models.vit import LayerNorm, gelu, xavier
 from mim_jax.ops.backend import accurate
-from mim_jax.ops.contrastive import unit
+from mim_jax.ops.contrastive import l2_normalise
 
 
 class BatchNorm(nn.Module):
@@ -82,7 +82,7 @@ class Head(nn.Module):
             x = BatchNorm(self.dtype, affine=False, name="last_norm")(x)
         return x
 
-    def check(self, name: str) -> None:
+    def check_sizes(self, name: str) -> None:
         """ValueError if a size is out of range."""
         if min(self.layers, self.hidden, self.out) < 1:
             raise ValueError(
@@ -124,14 +124,14 @@ class Prototypes(nn.Module):
             name="mlp",
         )
         kind = accurate(self.dtype)
-        x = unit(mlp(x).astype(kind))
+        x = l2_normalise(mlp(x).astype(kind))
         shape = (self.bottleneck, self.out)
         # Weight norm with all lengths fixed to 1: only directions are learned.
         kernel = self.param("prototypes", nn.initializers.normal(0.02), shape)
-        kernel = unit(kernel.astype(kind), axis=0).astype(self.dtype)
+        kernel = l2_normalise(kernel.astype(kind), axis=0).astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=kind)
 
-    def check(self, name: str) -> None:
+    def check_sizes(self, name: str) -> None:
         """ValueError if a size is out of range."""
         for field in ("layers", "hidden", "bottleneck", "out"):
             if getattr(self, field) < 1:
@@ -166,8 +166,8 @@ class Classifier(nn.Module):
 
 def check_heads(projector: Head, predictor: Head) -> None:
     """ValueError if two heads whose outputs are compared do not fit."""
-    projector.check("projector")
-    predictor.check("predictor")
+    projector.check_sizes("projector")
+    predictor.check_sizes("predictor")
     if predictor.out != projector.out:
         raise ValueError(
             f"predictor.out={predictor.out}, projector.out={projector.out}: want the "

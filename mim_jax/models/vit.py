@@ -333,7 +333,7 @@ class Encoder(nn.Module):
         whole = jnp.asarray(self.param("pos_embed", start, (1 + grid.size, self.width)))
         return whole[None, :1], whole[1:]
 
-    def check(self) -> None:
+    def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""
         check_width("encoder", self.width, self.heads)
         if not 0 <= self.drop_path < 1:

@@ -118,7 +118,7 @@ class Objective(abc.ABC):
         return "cls"
 
     @abc.abstractmethod
-    def check(self, image_shape: tuple[int, int, int]) -> None:
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         """Host-side validation for images of (rows, columns, channels); called for each
         kind of image that the objective reads.
 
@@ -197,10 +197,10 @@ class Objective(abc.ABC):
             return tokens[:, 0]
         return seen["pooled"] if "pooled" in seen else tokens[:, 1:].mean(axis=1)
 
-    def check_images(self, image_shape: tuple[int, int, int]) -> None:
+    def check_encoder(self, image_shape: tuple[int, int, int]) -> None:
         """ValueError if encoder and standardisation do not fit such images."""
         channels = image_shape[2]
-        self.encoder.check()
+        self.encoder.check_sizes()
         labels, pooled = isinstance(self, LabelObjective), self.encoder.norm == "pooled"
         if pooled and not (labels and self.feature == "avg"):
             raise ValueError(
@@ -293,11 +293,11 @@ class PixelObjective(Objective):
         decoder = self.decoder.init(decoder_key, tokens, mask, grid, patches.shape[-1])
         return {"encoder": encoder["params"], "decoder": decoder["params"]}
 
-    def check_pixels(self, image_shape: tuple[int, int, int]) -> None:
+    def check_networks(self, image_shape: tuple[int, int, int]) -> None:
         """ValueError if networks, masking and standardisation do not fit."""
-        self.check_images(image_shape)
-        self.decoder.check()
-        self.masking.kept(self.grid(image_shape))
+        self.check_encoder(image_shape)
+        self.decoder.check_sizes()
+        self.masking.visible_count(self.grid(image_shape))
 
     def decoder_flops(
         self,

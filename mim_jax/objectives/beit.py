@@ -62,13 +62,13 @@ class BEiT(Objective):
         # The loss reads patch tokens alone; the paper's classifier their mean.
         return "avg"
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_images(image_shape)
-        self.tokenizer.check(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_encoder(image_shape)
+        self.tokenizer.check_shape(image_shape)
         if self.color_jitter != "none":
-            self.jitter.check(image_shape[2])
+            self.jitter.check_channels(image_shape[2])
         grid = self.grid(image_shape)
-        if self.masking.kept(grid) == grid.size:
+        if self.masking.visible_count(grid) == grid.size:
             raise ValueError(
                 "masking hides nothing, so there is no token to predict; want one that "
                 "hides patches, such as 'block'"
@@ -121,6 +121,6 @@ class BEiT(Objective):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         # Without the tokenizer, which is no part of the model.
         grid = self.grid(image_shape)
-        hidden = grid.size - self.masking.kept(grid)
+        hidden = grid.size - self.masking.visible_count(grid)
         head = 2 * hidden * self.encoder.width * self.tokenizer.vocabulary
         return 3 * (self.encoder.flops(grid.size, image_shape[2]) + head)

@@ -26,7 +26,7 @@ from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.contrastive import Negatives, cosine_distance, info_nce
 from mim_jax.ops.ema import EMA
-from mim_jax.ops.masking import Mask, complement, everything, unshuffle
+from mim_jax.ops.masking import Mask, complement, no_mask, unshuffle
 from mim_jax.ops.patches import Grid, patchify
 
 
@@ -170,13 +170,13 @@ class CMAE(Objective):
         # Where only patch tokens are compared, nothing teaches the class token.
         return "cls" if self.tokens == "cls" else "avg"
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_images(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_encoder(image_shape)
         grid = self.grid(image_shape)
         check_heads(self.projector, self.predictor)
         if self.color_jitter != "none":
-            self.jitter.check(image_shape[2])
-        kept = [self.masking.kept(grid), self._second_kept(grid)]
+            self.jitter.check_channels(image_shape[2])
+        kept = [self.masking.visible_count(grid), self._second_visible_count(grid)]
         if (
             self.positions == "online_masked"
             and grid.size in kept[: 1 + self.symmetric]
@@ -236,19 +236,19 @@ class CMAE(Objective):
 
     def _second_mask(self, mask1: Mask, keys: Key[Array, " b"], grid: Grid) -> Mask:
         if self.t2 == "identity" or not mask1.drop.shape[1]:
-            return everything(keys.shape[0], grid)
+            return no_mask(keys.shape[0], grid)
         if self.t2 == "complement":
             return complement(mask1)
         return self.t2_masking(purpose(keys, 3), grid)
 
-    def _second_kept(self, grid: Grid) -> int:
+    def _second_visible_count(self, grid: Grid) -> int:
         """Number of patches that T2 shows."""
-        visible = self.masking.kept(grid)
+        visible = self.masking.visible_count(grid)
         if self.t2 == "identity" or visible == grid.size:
             return grid.size
         if self.t2 == "complement":
             return grid.size - visible
-        return self.t2_masking.kept(grid)
+        return self.t2_masking.visible_count(grid)
 
     def _direction(
         self, params: Params, teacher: Params, online: View, target: View
@@ -306,7 +306,10 @@ class CMAE(Objective):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         channels, grid = image_shape[2], self.grid(image_shape)
         total = 0.0
-        visible, other = self.masking.kept(grid), self._second_kept(grid)
+        visible, other = (
+            self.masking.visible_count(grid),
+            self._second_visible_count(grid),
+        )
         sizes = (visible, other) if not self.mask_token else (grid.size, grid.size)
         heads = self.projector.flops(self.encoder.width)
         after = self.predictor.flops(self.projector.out)

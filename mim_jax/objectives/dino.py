@@ -77,11 +77,11 @@ class DINO(Objective):
     def batch_coupled(self) -> bool:
         return True  # by the centre, which is a mean over the batch
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_images(image_shape)
-        self.head.check("head")
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_encoder(image_shape)
+        self.head.check_sizes("head")
         for view in (self.view1, self.view2, self.local):
-            view.check(image_shape[2])
+            view.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         patches, grid = self.patches(augment.to_float(batch["image"][:1]))

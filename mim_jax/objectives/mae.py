@@ -58,10 +58,10 @@ class MAE(PixelObjective):
     def batch_coupled(self) -> bool:
         return self.cutmix
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_pixels(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_networks(image_shape)
         if self.color_jitter != "none":
-            self.jitter.check(image_shape[2])
+            self.jitter.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         return self.init_networks(key, batch), {}
@@ -108,7 +108,7 @@ class MAE(PixelObjective):
 
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         grid = self.grid(image_shape)
-        visible = self.masking.kept(grid)
+        visible = self.masking.visible_count(grid)
         encoder = self.encoder.flops(visible, image_shape[2])
         predicted = grid.size - visible or grid.size
         return 3 * (encoder + self.decoder_flops(visible, image_shape, predicted))

@@ -73,11 +73,11 @@ class MoCoV3(Objective):
     def frozen(self) -> tuple[str, ...]:
         return ("encoder/embed",)
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_images(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_encoder(image_shape)
         check_heads(self.projector, self.predictor)
         for view in (self.view1, self.view2):
-            view.check(image_shape[2])
+            view.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         patches, grid = self.patches(augment.to_float(batch["image"][:1]))

@@ -77,8 +77,8 @@ class Probe(LabelObjective):
     def feature(self) -> Literal["cls", "avg"]:
         return self.pool
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_images(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_encoder(image_shape)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         patches, grid = self.patches(augment.to_float(batch["image"][:1]))

@@ -22,7 +22,7 @@ from mim_jax.objectives.base import (
     purpose,
 )
 from mim_jax.ops import augment, losses
-from mim_jax.ops.masking import Mask, complement, everything, take, unshuffle
+from mim_jax.ops.masking import Mask, complement, no_mask, take, unshuffle
 from mim_jax.ops.patches import Grid, normalise_patches
 
 
@@ -93,13 +93,13 @@ class RMAE(PixelObjective):
                 "t2"
             )
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_pixels(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_networks(image_shape)
         grid = self.grid(image_shape)
-        if self.masking.kept(grid) == grid.size:
+        if self.masking.visible_count(grid) == grid.size:
             raise ValueError("masking='none' hides nothing, and R-MAE learns from that")
         if self.t2 == "independent":
-            self.t2_masking.kept(grid)
+            self.t2_masking.visible_count(grid)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         params = self.init_networks(key, batch)
@@ -179,7 +179,7 @@ class RMAE(PixelObjective):
         if self.t2 == "complement":
             return complement(mask1)
         if self.t2 == "identity":
-            return everything(keys.shape[0], grid)
+            return no_mask(keys.shape[0], grid)
         return self.t2_masking(purpose(keys, 3), grid)
 
     def teacher(self, old: Params | None, params: Params, step: Array) -> None:
@@ -187,13 +187,13 @@ class RMAE(PixelObjective):
 
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         grid = self.grid(image_shape)
-        visible = self.masking.kept(grid)
+        visible = self.masking.visible_count(grid)
         if self.t2 == "complement":
             other = grid.size - visible
         elif self.t2 == "identity":
             other = grid.size
         else:
-            other = self.t2_masking.kept(grid)
+            other = self.t2_masking.visible_count(grid)
         channels = image_shape[2]
         encoders = self.encoder.flops(visible, channels)
         encoders += self.encoder.flops(other, channels)

@@ -72,10 +72,10 @@ class Supervised(LabelObjective):
     def feature(self) -> Literal["cls", "avg"]:
         return self.pool
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
-        self.check_images(image_shape)
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
+        self.check_encoder(image_shape)
         if self.color_jitter != "none":
-            self.jitter.check(image_shape[2])
+            self.jitter.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         patches, grid = self.patches(augment.to_float(batch["image"][:1]))

@@ -59,7 +59,7 @@ class ColorJitter:
                 f"blur_sigma={self.blur_sigma}: want 0 < least <= greatest"
             )
 
-    def check(self, channels: int) -> None:
+    def check_channels(self, channels: int) -> None:
         """ValueError if images of so many channels cannot be jittered like this."""
         if channels == 1 and (self.saturation, self.hue, self.gray_p) != (0, 0, 0):
             raise ValueError(

@@ -54,12 +54,12 @@ def info_nce(
         logits = jnp.einsum(pattern, one, other, preferred_element_type=kind)
         return logits / temperature
 
-    whole = unit(key) if negatives != "same_position" else key
+    whole = l2_normalise(key) if negatives != "same_position" else key
 
     # Logits are made again for the gradient: kept, they would be b * b * n numbers.
     @jax.checkpoint
     def part(q, k, whole):
-        q, k = unit(q), unit(k)
+        q, k = l2_normalise(q), l2_normalise(k)
         match = (q.astype(kind) * k.astype(kind)).sum(axis=-1) / temperature
         if negatives == "same_position":
             against = jax.nn.logsumexp(similar("bpd,jpd->pbj", q, k), axis=-1).T
@@ -87,11 +87,11 @@ def cosine_distance(
 ) -> Float[Array, "b n"]:
     """BYOL's loss of each token, 2 - 2 cos, in 0..4 (arXiv:2006.07733, Eq. 2)."""
     kind = accurate(query.dtype)
-    product = unit(query.astype(kind)) * unit(key.astype(kind))
+    product = l2_normalise(query.astype(kind)) * l2_normalise(key.astype(kind))
     return 2 - 2 * product.sum(axis=-1)
 
 
-def unit(x: Float[Array, "*b d"], axis: int = -1) -> Float[Array, "*b d"]:
+def l2_normalise(x: Float[Array, "*b d"], axis: int = -1) -> Float[Array, "*b d"]:
     """Vectors along an axis at length 1, rounded to their own dtype only at the end."""
     wide = x.astype(accurate(x.dtype))
     square = (wide * wide).sum(axis=axis, keepdims=True)

@@ -78,7 +78,7 @@ def from_hidden(hidden: Bool[np.ndarray, "b n"]) -> Mask:
     return cut(_argsort(jnp.asarray(hidden)), hidden.shape[1] - int(counts[0]))
 
 
-def everything(rows: int, grid: Grid) -> Mask:
+def no_mask(rows: int, grid: Grid) -> Mask:
     """The mask that hides nothing, `keep` being in grid order."""
     keep = jnp.broadcast_to(jnp.arange(grid.size, dtype=jnp.int32), (rows, grid.size))
     return Mask(keep=keep, drop=keep[:, :0])

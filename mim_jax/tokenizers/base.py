@@ -21,7 +21,7 @@ class Tokenizer(abc.ABC):
         """Number of tokens: they are 0 to vocabulary - 1."""
 
     @abc.abstractmethod
-    def check(self, image_shape: tuple[int, int, int]) -> None:
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         """Opens what it reads, so that no loss has to.
 
         Raises:

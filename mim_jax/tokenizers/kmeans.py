@@ -62,7 +62,7 @@ class KMeans(Tokenizer):
     def vocabulary(self) -> int:
         return len(codebook())
 
-    def check(self, image_shape: tuple[int, int, int]) -> None:
+    def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         codebook()
         if image_shape[2] not in (1, 3):
             raise ValueError(

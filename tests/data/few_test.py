@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 
-from mim_jax import config, rundir, train
+from mim_jax import config, train
 from mim_jax.data import pipeline
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.digits import Digits
@@ -18,6 +18,7 @@ from mim_jax.data.sources.few import Few
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
 from mim_jax.data.sources.tfds import Tfds
+from mim_jax.run import rundir
 
 JPEGS = pathlib.Path(__file__).parent / "jpegs"
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets
 from sklearn.linear_model import LogisticRegression
 
-from mim_jax import embedded
+from mim_jax import presets
 from mim_jax.data.pipeline import EvalPasses, Input
 from mim_jax.data.sets import SETS, conflicts, imagenet, objectnet
 from mim_jax.data.sets.digits import ROTATED, shifted
@@ -22,7 +22,7 @@ from mim_jax.data.sources.tfds import Tfds
 
 WNIDS = imagenet.facts()["wnids"]
 DIGITS = Digits()
-EMBEDDED = ("cues", *embedded.SHIFTS["digits"])
+EMBEDDED = ("cues", *presets.SHIFTS["digits"])
 
 
 def passes(source=DIGITS, batch_size=64):
@@ -394,7 +394,7 @@ def test_drawn_conflicts_have_every_pair():
 # Digits.
 
 
-@pytest.mark.parametrize("name", embedded.SHIFTS["digits"])
+@pytest.mark.parametrize("name", presets.SHIFTS["digits"])
 def test_shifts_are_shifts(name):
     found, plain = find(name), DIGITS.held_out()
     shift = name.removeprefix("digits_")

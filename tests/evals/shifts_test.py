@@ -192,8 +192,8 @@ def test_records_that_cannot_be_read_are_told():
 
 def test_what_robustness_refuses():
     with pytest.raises(ValueError, match="MAE tells no classes apart; want .*finetune"):
-        Robustness().check(MAE())
-    Robustness().check(Told(4))
+        Robustness().check_objective(MAE())
+    Robustness().check_objective(Told(4))
     three = a_set([[1, 2, 3]], [(0,)], ((0,), (1,), (2,)))
     with pytest.raises(ValueError, match="models of 3 classes, and this one has 4"):
         measure({"three": three})
@@ -289,7 +289,7 @@ def test_no_decision_for_either_is_no_bias():
 
 def test_what_shape_bias_refuses():
     with pytest.raises(ValueError, match="MAE tells no classes apart"):
-        ShapeBias().check(MAE())
+        ShapeBias().check_objective(MAE())
     plain = a_set([[1, 2, 3]], [(0,)], ((0,), (1,), (2,)))
     data = Given([], [], (), {"plain": plain})
     with pytest.raises(ValueError, match="set='plain': its images have no texture"):

@@ -21,10 +21,10 @@ def test_counts_are_exact(rows, cols, percent):
     visible = rows * cols * (100 - percent) // 100
     masking, grid = Block(ratio=percent / 100, least=1), Grid(rows, cols, 16)
     if 0 < visible < rows * cols:
-        assert masking.kept(grid) == visible
+        assert masking.visible_count(grid) == visible
     else:
         with pytest.raises(ValueError, match="want at least one visible and one"):
-            masking.kept(grid)
+            masking.visible_count(grid)
 
 
 def tables(masking, count: int) -> np.ndarray:
@@ -79,4 +79,4 @@ def test_fields_out_of_range(fields, message):
 
 def test_a_rectangle_must_fit_into_what_is_hidden():
     with pytest.raises(ValueError, match="least=16: want at most the 7 patches that"):
-        Block(ratio=0.4).kept(Grid(4, 4, 16))
+        Block(ratio=0.4).visible_count(Grid(4, 4, 16))

@@ -9,12 +9,12 @@ from mim_jax.ops.patches import Grid
 
 @pytest.mark.parametrize("cell, kept", [(2, 36), (3, 16), (4, 9), (6, 4)])
 def test_counts_are_exact(cell, kept):
-    assert GridMasking(cell=cell).kept(Grid(12, 12, 16)) == kept
+    assert GridMasking(cell=cell).visible_count(Grid(12, 12, 16)) == kept
 
 
 def test_a_cell_must_tile_the_grid():
     with pytest.raises(ValueError) as caught:
-        GridMasking(cell=4).kept(Grid(14, 12, 16))
+        GridMasking(cell=4).visible_count(Grid(14, 12, 16))
     assert str(caught.value) == (
         "cell=4 does not tile a grid of 14x12 patches: choose a divisor of both"
     )

@@ -49,7 +49,7 @@ def test_every_row_of_the_table_is_tested():
 
 def test_nothing_is_hidden_by_nothing():
     mask = Nothing()(keys_of(3), GRID)
-    assert Nothing().kept(GRID) == GRID.size
+    assert Nothing().visible_count(GRID) == GRID.size
     assert mask.keep.tolist() == [list(range(GRID.size))] * 3
     assert mask.drop.shape == (3, 0) and not mask.hidden.any()
 
@@ -57,7 +57,7 @@ def test_nothing_is_hidden_by_nothing():
 @every_member
 def test_keep_and_drop_partition_the_grid(masking):
     mask = drawer(masking)(keys_of(8))
-    assert mask.keep.shape == (8, masking.kept(GRID))
+    assert mask.keep.shape == (8, masking.visible_count(GRID))
     assert mask.keep.dtype == mask.drop.dtype == jnp.int32
     both = np.sort(np.concatenate(mask, axis=1), axis=1)
     np.testing.assert_array_equal(both, [np.arange(GRID.size)] * 8)

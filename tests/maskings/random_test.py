@@ -55,10 +55,10 @@ def test_counts_are_exact(rows, cols, patch, side, ratio, partial_units):
     tiles = rows % side == 0 and cols % side == 0
     fits = side < max(rows, cols) and (tiles or partial_units == "allow")
     if fits and 0 < visible < rows * cols // size:
-        assert masking.kept(grid) == visible * size
+        assert masking.visible_count(grid) == visible * size
     else:
         with pytest.raises(ValueError, match="want|choose"):
-            masking.kept(grid)
+            masking.visible_count(grid)
 
 
 # Few shapes, so that 1,000 settings do not mean 1,000 compilations.
@@ -78,7 +78,7 @@ def test_masks_are_partitions_into_units(shape, patch, ratio, partial_units, see
     grid = Grid(rows, cols, patch)
     masking = Random(ratio=float(ratio), unit=side * patch, partial_units=partial_units)
     try:
-        kept = masking.kept(grid)
+        kept = masking.visible_count(grid)
     except ValueError:
         return
     batch = 2
@@ -137,7 +137,7 @@ def test_units_over_the_border_are_as_likely_as_others():
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9])
 def test_decimal_ratios_are_meant_as_written(ratio):
     # In floats 10 * (1 - 0.9) is 0.9999999999999998.
-    assert Random(ratio=ratio).kept(Grid(2, 5, 16)) == 10 - round(10 * ratio)
+    assert Random(ratio=ratio).visible_count(Grid(2, 5, 16)) == 10 - round(10 * ratio)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_decimal_ratios_are_meant_as_written(ratio):
     ],
 )
 def test_counts_of_the_usual_grids(grid, ratio, hidden):
-    assert grid.size - Random(ratio=ratio).kept(grid) == hidden
+    assert grid.size - Random(ratio=ratio).visible_count(grid) == hidden
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0, 1.5, float("nan")])
@@ -199,7 +199,7 @@ def test_ratio_is_a_share(ratio):
 )
 def test_what_does_not_fit_says_what_would(fields, grid, message):
     with pytest.raises(ValueError) as caught:
-        Random(**fields).kept(grid)
+        Random(**fields).visible_count(grid)
     assert str(caught.value) == message
 
 

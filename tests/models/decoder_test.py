@@ -149,6 +149,6 @@ def test_flops(name, expected):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    DECODER.check()
+    DECODER.check_sizes()
     with pytest.raises(ValueError, match="decoder.width=16, decoder.heads=3"):
-        DECODER.clone(heads=3).check()
+        DECODER.clone(heads=3).check_sizes()

@@ -140,9 +140,9 @@ def test_initial_parameters():
 
 @pytest.mark.parametrize("name", ["layers", "hidden", "out"])
 def test_sizes_that_do_not_fit_are_refused(name):
-    Head(**SMALL).check("projector")
+    Head(**SMALL).check_sizes("projector")
     with pytest.raises(ValueError, match=f"projector.{name}=0"):
-        Head(**SMALL | {name: 0}).check("projector")
+        Head(**SMALL | {name: 0}).check_sizes("projector")
 
 
 def test_prototypes_are_met_by_direction_alone():

@@ -329,10 +329,10 @@ def test_flops(name, expected):
     "wrong", [dict(width=18), dict(heads=3), dict(heads=0), dict(width=0)]
 )
 def test_sizes_that_do_not_fit_are_refused(wrong):
-    Encoder(**SMALL).check()
+    Encoder(**SMALL).check_sizes()
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"encoder.{name}={value}"):
-        Encoder(**SMALL | wrong).check()
+        Encoder(**SMALL | wrong).check_sizes()
 
 
 @pytest.mark.oracle

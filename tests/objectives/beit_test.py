@@ -41,7 +41,7 @@ class Given(Tokenizer):
     vocabulary: int = 7  # pyright: ignore
     seen: list = dataclasses.field(default_factory=list)
 
-    def check(self, image_shape):
+    def check_shape(self, image_shape):
         pass
 
     def __call__(self, images, grid):
@@ -219,18 +219,18 @@ def test_parameter_count():
 
 
 def test_check():
-    BEIT.check(SHAPE)
+    BEIT.check_shape(SHAPE)
     with pytest.raises(ValueError, match="hides nothing.*'block'"):
-        dataclasses.replace(BEIT, masking=Nothing()).check(SHAPE)
+        dataclasses.replace(BEIT, masking=Nothing()).check_shape(SHAPE)
     with pytest.raises(ValueError, match="least=16: want at most the 6 patches"):
-        dataclasses.replace(BEIT, masking=Block()).check(SHAPE)
+        dataclasses.replace(BEIT, masking=Block()).check_shape(SHAPE)
     with pytest.raises(ValueError, match="images of 1 channel"):
-        BEIT.check((12, 20, 1))
+        BEIT.check_shape((12, 20, 1))
     with pytest.raises(ValueError, match="13x20"):
-        BEIT.check((13, 20, 3))
+        BEIT.check_shape((13, 20, 3))
     grey = dataclasses.replace(BEIT, mean=(0.5,), std=(0.2,), color_jitter="whole")
     with pytest.raises(ValueError, match="jitter.saturation=0.4"):
-        grey.check((12, 20, 1))
+        grey.check_shape((12, 20, 1))
     odd = dataclasses.replace(BEIT, mean=(0.5,) * 5, std=(0.2,) * 5)
     with pytest.raises(ValueError, match="images of 5 channels"):
-        odd.check((12, 20, 5))
+        odd.check_shape((12, 20, 5))

@@ -42,7 +42,7 @@ class Fixed(Masking):
 
     hidden: tuple[tuple[int, ...], ...]
 
-    def kept(self, grid):
+    def visible_count(self, grid):
         return grid.size - len(self.hidden[0])
 
     def __call__(self, keys, grid):
@@ -491,14 +491,16 @@ def test_what_cannot_be_is_refused(changes, reason):
     ],
 )
 def test_what_does_not_fit_the_images_is_refused(changes, reason):
-    CMAE_TINY.check(SHAPE)
-    variant(positions="online_masked", t2="identity", symmetric=False).check(SHAPE)
+    CMAE_TINY.check_shape(SHAPE)
+    variant(positions="online_masked", t2="identity", symmetric=False).check_shape(
+        SHAPE
+    )
     with pytest.raises(ValueError, match=reason):
-        variant(**changes).check(SHAPE)
+        variant(**changes).check_shape(SHAPE)
 
 
 def test_colours_are_refused_for_images_without():
     grey = variant(mean=(0.5,), std=(0.2,))
-    grey.check((4, 8, 1))
+    grey.check_shape((4, 8, 1))
     with pytest.raises(ValueError, match="jitter.hue"):
-        dataclasses.replace(grey, color_jitter="per_view").check((4, 8, 1))
+        dataclasses.replace(grey, color_jitter="per_view").check_shape((4, 8, 1))

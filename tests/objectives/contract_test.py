@@ -36,8 +36,8 @@ from tiny import (
 
 from mim_jax import config, train
 from mim_jax import state as states
-from mim_jax.checkpoint import Checkpointer
 from mim_jax.objectives import OBJECTIVES
+from mim_jax.run.checkpoint import Checkpointer
 
 each = pytest.mark.parametrize("name", TINY)
 

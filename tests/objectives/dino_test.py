@@ -242,17 +242,17 @@ def test_settings_out_of_range(fields, message):
 @pytest.mark.parametrize("view", ["view1", "view2", "local"])
 def test_colours_of_grey_images_are_refused(view):
     with pytest.raises(ValueError, match="for grey images: want 0 for all three"):
-        tiny(**{view: ColorJitter()}).check(SHAPE)
-    tiny().check(SHAPE)
+        tiny(**{view: ColorJitter()}).check_shape(SHAPE)
+    tiny().check_shape(SHAPE)
 
 
 @pytest.mark.parametrize("field", ["layers", "hidden", "bottleneck", "out"])
 def test_a_head_without_size_is_refused(field):
     head = dataclasses.replace(tiny().head, **{field: 0})
     with pytest.raises(ValueError, match=f"head.{field}=0: want at least 1"):
-        tiny(head=head).check(SHAPE)
+        tiny(head=head).check_shape(SHAPE)
 
 
 def test_local_crops_must_be_whole_patches():
     with pytest.raises(ValueError, match="patch"):
-        tiny().check((5, 5, 1))
+        tiny().check_shape((5, 5, 1))

@@ -343,19 +343,19 @@ def test_mae_has_no_teacher():
 
 
 def test_check():
-    MAE_ODD.check(SHAPE)
+    MAE_ODD.check_shape(SHAPE)
     with pytest.raises(ValueError, match="21x36"):
-        MAE_ODD.check((21, 36, 5))
+        MAE_ODD.check_shape((21, 36, 5))
     with pytest.raises(ValueError, match="3 channel"):
-        MAE_ODD.check((20, 36, 3))
+        MAE_ODD.check_shape((20, 36, 3))
     with pytest.raises(ValueError, match="std"):
-        dataclasses.replace(MAE_ODD, std=(1.0, 1.0, 1.0, 1.0, 0.0)).check(SHAPE)
+        dataclasses.replace(MAE_ODD, std=(1.0, 1.0, 1.0, 1.0, 0.0)).check_shape(SHAPE)
     with pytest.raises(ValueError, match="ratio=0.99"):
-        dataclasses.replace(MAE_ODD, masking=Random(ratio=0.99)).check(SHAPE)
+        dataclasses.replace(MAE_ODD, masking=Random(ratio=0.99)).check_shape(SHAPE)
     with pytest.raises(ValueError, match="decoder.width"):
-        dataclasses.replace(MAE_ODD, decoder=Decoder(width=14)).check(SHAPE)
+        dataclasses.replace(MAE_ODD, decoder=Decoder(width=14)).check_shape(SHAPE)
     with pytest.raises(ValueError, match="5 channels"):
-        dataclasses.replace(MAE_ODD, color_jitter="whole").check(SHAPE)
+        dataclasses.replace(MAE_ODD, color_jitter="whole").check_shape(SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -178,5 +178,5 @@ def test_a_temperature_that_cannot_be(temperature):
 )
 def test_what_does_not_fit(fields, message):
     with pytest.raises(ValueError, match=message):
-        tiny(**fields).check(SHAPE)
-    tiny().check(SHAPE)
+        tiny(**fields).check_shape(SHAPE)
+    tiny().check_shape(SHAPE)

@@ -43,7 +43,7 @@ class Fixed(Masking):
 
     hidden: tuple[tuple[int, ...], ...]
 
-    def kept(self, grid):
+    def visible_count(self, grid):
         return grid.size - len(self.hidden[0])
 
     def __call__(self, keys, grid):
@@ -492,19 +492,19 @@ def test_rmae_has_no_teacher():
 
 
 def test_what_cannot_be_is_refused():
-    COMPLEMENT.check(SHAPE)
+    COMPLEMENT.check_shape(SHAPE)
     for lam in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"lam={lam}: want a number >= 0"):
             RMAE(lam=lam)
     with pytest.raises(ValueError, match="constraint_region='all'"):
         RMAE(t2="independent", constraint_region="all")
     with pytest.raises(ValueError, match="masking='none' hides nothing"):
-        dataclasses.replace(COMPLEMENT, masking=Nothing()).check(SHAPE)
+        dataclasses.replace(COMPLEMENT, masking=Nothing()).check_shape(SHAPE)
     coarse = Random(ratio=0.25, unit=6)
-    dataclasses.replace(COMPLEMENT, t2_masking=coarse).check(SHAPE)
+    dataclasses.replace(COMPLEMENT, t2_masking=coarse).check_shape(SHAPE)
     with pytest.raises(ValueError, match="unit=6"):
-        dataclasses.replace(DAGGER, t2_masking=coarse).check(SHAPE)
+        dataclasses.replace(DAGGER, t2_masking=coarse).check_shape(SHAPE)
     with pytest.raises(ValueError, match="7x8"):
-        COMPLEMENT.check((7, 8, 2))
+        COMPLEMENT.check_shape((7, 8, 2))
     with pytest.raises(ValueError, match="decoder.width"):
-        dataclasses.replace(COMPLEMENT, decoder=Decoder(width=14)).check(SHAPE)
+        dataclasses.replace(COMPLEMENT, decoder=Decoder(width=14)).check_shape(SHAPE)

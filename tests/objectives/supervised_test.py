@@ -169,7 +169,9 @@ def test_networks_that_do_not_fit_are_refused(pool, norm, drop_path, message):
     objective = plan_of("supervised").settings.objective
     encoder = dataclasses.replace(objective.encoder, norm=norm, drop_path=drop_path)
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(objective, pool=pool, encoder=encoder).check((8, 8, 1))
+        dataclasses.replace(objective, pool=pool, encoder=encoder).check_shape(
+            (8, 8, 1)
+        )
 
 
 @pytest.mark.parametrize("fields", [dict(norm="pooled"), dict(drop_path=0.1)], ids=str)
@@ -177,7 +179,7 @@ def test_other_objectives_refuse_what_is_for_labels(fields):
     objective = plan_of("mae").settings.objective
     encoder = dataclasses.replace(objective.encoder, **fields)
     with pytest.raises(ValueError, match="an objective with labels"):
-        dataclasses.replace(objective, encoder=encoder).check((8, 8, 1))
+        dataclasses.replace(objective, encoder=encoder).check_shape((8, 8, 1))
 
 
 # What is drawn in training.
@@ -295,9 +297,9 @@ def test_colours_of_grey_images_are_refused_where_they_change():
     plain = linear(mean=(0.5,), std=(0.25,))
     encoder = plan_of("supervised").settings.objective.encoder
     plain = dataclasses.replace(plain, encoder=encoder)
-    plain.check((8, 8, 1))
+    plain.check_shape((8, 8, 1))
     with pytest.raises(ValueError, match="for grey images"):
-        dataclasses.replace(plain, color_jitter="whole").check((8, 8, 1))
+        dataclasses.replace(plain, color_jitter="whole").check_shape((8, 8, 1))
 
 
 def test_too_few_classes_for_the_data_are_refused():

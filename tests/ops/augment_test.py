@@ -188,7 +188,7 @@ def test_grey_images_change_in_brightness_and_contrast_alone():
     image = np.array([0.3, 0.5, 0.4, 0.4]).reshape(2, 2, 1)
     for which in ("brightness", "contrast"):
         jitter = ColorJitter(**STILL | {which: 0.3}, p=1.0)
-        jitter.check(channels=1)
+        jitter.check_channels(channels=1)
         out = np.asarray(jax.jit(jitter)(*copies(image, 50)), np.float64)
         assert len(np.unique(out[:, 0, 0])) == 50
         centre = 0.0 if which == "brightness" else 0.4
@@ -197,12 +197,12 @@ def test_grey_images_change_in_brightness_and_contrast_alone():
 
 
 def test_colours_that_do_not_fit_the_channels_are_refused():
-    ColorJitter().check(3)
+    ColorJitter().check_channels(3)
     for name, value in [("saturation", 0.4), ("hue", 0.1), ("gray_p", 0.2)]:
         with pytest.raises(ValueError, match=f"jitter.{name}={value}.*want 0"):
-            ColorJitter(**STILL | {name: value}).check(1)
+            ColorJitter(**STILL | {name: value}).check_channels(1)
     with pytest.raises(ValueError, match="5 channels: want 1 or 3"):
-        ColorJitter(**STILL).check(5)
+        ColorJitter(**STILL).check_channels(5)
     for wrong in [(0.0, 1.0), (2.0, 1.0)]:
         with pytest.raises(ValueError, match="want 0 < least <= greatest"):
             ColorJitter(blur_sigma=wrong)

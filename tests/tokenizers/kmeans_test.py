@@ -119,11 +119,11 @@ def test_the_file_is_opened_once(monkeypatch):
     load = np.load
     monkeypatch.setattr(np, "load", lambda *a, **k: opened.append(a) or load(*a, **k))
     codebook.cache_clear()
-    KMeans().check((8, 8, 1))
+    KMeans().check_shape((8, 8, 1))
     KMeans()(jnp.zeros((1, 4, 4, 3)), Grid(rows=1, cols=1, patch=4))
     assert len(opened) == 1
 
 
 def test_other_channels_have_no_tokens():
     with pytest.raises(ValueError, match="'kmeans' for images of 5 channels: want 1"):
-        KMeans().check((8, 8, 5))
+        KMeans().check_shape((8, 8, 5))

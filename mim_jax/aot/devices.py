@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from mim_jax import sharding
+from mim_jax.aot.hlo import Speed
 from mim_jax.config import ConfigError
-from mim_jax.hlo import Speed
 
 
 @dataclasses.dataclass(frozen=True)

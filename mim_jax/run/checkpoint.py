@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 import mim_jax
-from mim_jax.interrupt import Interrupted
+from mim_jax.run.interrupt import Interrupted
 from mim_jax.sharding import by_path, from_first_host, from_hosts, path_name
 from mim_jax.state import stack_blocks, unstack_blocks
 
@@ -168,7 +168,7 @@ class Checkpointer:
             committed = self._waiter.submit(self._writer.wait_until_finished)
             self._saving = (step, committed)
 
-    def check(self) -> None:
+    def poll(self) -> None:
         """Tell what became of the last save, if that is known by now; never waits.
 
         Raises:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step for devices that are not here: planned, compiled, priced."""
+
+import math
+import time
+from typing import Any
+
+import jax
+
+import mim_jax
+from mim_jax import config as configs
+from mim_jax import sharding
+from mim_jax.aot import hlo
+from mim_jax.aot.devices import (
+    compiler_options,
+    devices_of,
+    over_memory,
+    speed_of,
+    usable_memory,
+)
+from mim_jax.data.sources.base import Source
+from mim_jax.run.warmstart import adopt
+from mim_jax.train import Plan
+
+
+def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
+    """The plan of a run on devices that are not here, and where its images come from.
+
+    Where the data are not here either, photographs of the same size stand in: what is
+    compiled depends on the shape of a batch alone.
+
+    Raises:
+        ConfigError: the config cannot work on those, or is of no training.
+    """
+    if config.job != "train":
+        raise configs.ConfigError(
+            f"config.job={config.job!r}: want a training config, e.g. configs/mae.py"
+        )
+    devices = devices_of(topology)
+    config = adopt(config)
+    wanted = config.data.source.name
+    try:
+        return Plan.of(config, devices), wanted
+    except configs.ConfigError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+    config = config.copy_and_resolve_references()
+    with config.data.unlocked():
+        config.data.source = configs.choose(Source, "photos")
+    plan = Plan.of(config, devices, stand_in=True)
+    return plan, f"photos: the data of {wanted} are not here"
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """What is known of a plan before it is compiled; bytes are those of one device."""
+    settings, state = plan.settings, plan.abstract_state()
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return {
+        "versions": {"mim_jax": mim_jax.__version__, "jax": jax.__version__},
+        "objective": type(settings.objective).__name__,
+        "devices": plan.mesh.size,
+        "mesh": dict(plan.mesh.shape),
+        "image_shape": list(settings.data.image_shape),
+        "batch_size": settings.batch_size,
+        "batch_per_device": settings.batch_size // sharding.row_parts(plan.mesh),
+        "micro_batches": settings.accumulate,
+        "coupled": settings.objective.batch_coupled,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "state_bytes": sharding.bytes_per_device(state, placed),
+        "hbm_bytes": usable_memory(plan.mesh),
+    }
+
+
+def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
+    """Compile the step: whether it fits, and what it takes on one device.
+
+    Returns:
+        `compiles`; `peak_bytes`, to two decimals of its unit if it does not; then also
+        `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the output that
+        takes the place of donated arguments), `temp_bytes`; `compile_seconds`. And the
+        program's text, "" if there is none.
+    """
+    lowered = plan.lowered()
+    started, text = time.monotonic(), ""
+    try:
+        compiled = lowered.compile(compiler_options(plan.mesh))
+        memory: Any = compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        peak, _ = over_memory(error)
+        found = {"compiles": False, "peak_bytes": peak}
+    else:
+        text = compiled.as_text() or ""
+        found = {
+            "compiles": True,
+            "peak_bytes": memory.peak_memory_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "output_bytes": memory.output_size_in_bytes,
+            "alias_bytes": memory.alias_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+        }
+    return found | {"compile_seconds": time.monotonic() - started}, text
+
+
+def verdict(found: dict[str, Any]) -> dict[str, Any]:
+    """Whether the step fits, by its peak and by the room that its buffers are given.
+
+    The compiler refuses by the peak of what is alive at once. Laid out in memory,
+    buffers leave gaps, and with loops (scan) `temp_bytes` was seen at 1.6 times the
+    peak: a step whose buffers have no room is not taken to fit, though it compiles.
+    """
+    held = found["peak_bytes"]
+    if found["compiles"]:
+        held = found["argument_bytes"] + found["output_bytes"] + found["temp_bytes"]
+        held = max(held - found["alias_bytes"], found["peak_bytes"])
+    return {"held_bytes": held, "fits": held <= found["hbm_bytes"]}
+
+
+def estimate(plan: Plan, topology: str, text: str) -> dict[str, Any]:
+    """What a compiled step costs by the compiler's own account, on one device.
+
+    Returns:
+        `collectives`: {kind: {count, bytes}} of a step; `flops_per_image` of the
+        algorithm, nothing being counted twice; `roofline_seconds`: of a step at the
+        device's full speed; and, where the chip's clock is known, `estimate`: that of
+        `hlo.account` with `images_per_second`, `utilisation` (share of the device's
+        FLOP/s that the algorithm needs at that rate), each by priced instructions alone
+        and with the bound of those that the device waits for ("with_unpriced"). Of a
+        GPU nothing is priced: these rates are upper bounds.
+    """
+    settings = plan.settings
+    speed = speed_of(topology)
+    flops = settings.objective.flops(settings.data.image_shape)
+    rows = settings.batch_size / plan.mesh.size
+    found: dict[str, Any] = {
+        "collectives": hlo.collectives(text),
+        "flops_per_image": flops,
+        "roofline_seconds": flops * rows / speed.flops,
+    }
+    if math.isnan(speed.clock):
+        return found
+    account = hlo.account(text, speed, plan.mesh.size)
+    seconds = {
+        "priced": account["priced"],
+        "with_unpriced": account["priced"] + account["unpriced"],
+    }
+    rates = {name: rows / value for name, value in seconds.items() if value}
+    account["images_per_second"] = rates
+    account["utilisation"] = {
+        k: rate * flops / speed.flops for k, rate in rates.items()
+    }
+    return found | {"estimate": account}
