@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 
 from mim_jax import config, train  # noqa: E402
 from mim_jax.aot import step as aot  # noqa: E402
+from mim_jax.plan import Plan
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "mae.py"
 BASE = {
@@ -85,8 +86,8 @@ class Measured:
     def __init__(self, leaves: dict):
         tree = config.read(f"{CONFIG}:photos")
         tree.update_from_flattened_dict(BASE | leaves)
-        plan = train.Plan.of(tree)
-        self._step, self._state = plan.lowered().compile(), jax.jit(plan.create)()
+        plan = Plan.of(tree)
+        self._step, self._state = train.lowered(plan).compile(), jax.jit(plan.create)()
         settings = plan.settings
         shape = settings.data.image_shape
         images = (settings.batch_size, *shape)

@@ -20,6 +20,7 @@ import numpy as np
 
 from mim_jax import train
 from mim_jax.models import vit
+from mim_jax.plan import Plan
 
 ROUNDS = 30
 
@@ -34,10 +35,10 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("mae", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    plan = train.Plan.of(module.get_config("photos"))
-    steps = {"merged": plan.lowered().compile()}
+    plan = Plan.of(module.get_config("photos"))
+    steps = {"merged": train.lowered(plan).compile()}
     with mock.patch.object(vit, "dense_dot", plain_dot):
-        steps["plain"] = plan.lowered().compile()
+        steps["plain"] = train.lowered(plan).compile()
     states = {name: jax.jit(plan.create)() for name in steps}
     shape = (plan.settings.batch_size, *plan.settings.data.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

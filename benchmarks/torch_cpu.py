@@ -25,6 +25,8 @@ import warnings
 import numpy as np
 
 from mim_jax.models.vit import SIZES
+from mim_jax.ops.patches import to_float
+from mim_jax.plan import Plan
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "mae.py"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,7 +39,6 @@ def ours(size: str, images: np.ndarray) -> dict:
 
     from mim_jax import config, train
     from mim_jax.objectives.base import apply
-    from mim_jax.ops import augment
 
     tree = config.read(f"{CONFIG}:photos")
     leaves = dict(mean=MEAN, std=STD, **{f"encoder.{k}": v for k, v in size_of(size)})
@@ -46,14 +47,14 @@ def ours(size: str, images: np.ndarray) -> dict:
     tree.update_from_flattened_dict({f"objective.{k}": v for k, v in leaves.items()})
     tree.data.image_size = images.shape[1:3]
     tree.batch_size = len(images)
-    plan = train.Plan.of(tree)
-    step = plan.lowered().compile()
+    plan = Plan.of(tree)
+    step = train.lowered(plan).compile()
     state = [jax.jit(plan.create)()]
     objective = plan.settings.objective
 
     @jax.jit
     def encode(params, images):
-        patches, grid = objective.patches(augment.to_float(images))
+        patches, grid = objective.patches(to_float(images))
         return apply(objective.encoder, params["encoder"], patches, grid)[0]
 
     params = jax.tree.map(jnp.copy, state[0].params)

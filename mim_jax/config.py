@@ -60,7 +60,7 @@ SHARED = ("dtype", "remat")
 
 # Not part of a class's configuration: flax keeps its own bookkeeping in these.
 _FLAX = ("parent", "name")
-_TRAINER = ("total_steps",)  # the trainer sets these
+_TRAINER = ("total_steps", "kernels")  # the trainer sets these
 
 # A run may be resumed with another value here: none changes a number that is learned.
 FREE = ("stop_after", "log", "checkpoint", "compile_cache", "profile", "on_change")
@@ -118,6 +118,8 @@ class Train:
         init_from: a run to begin with.
         scan: run the blocks as one loop: compiles faster, same result.
         remat: what the backward pass recomputes: none, dots (all but matmuls), full.
+        attention: the form of attention: "auto" takes the fastest known one for the
+            devices, "plain" runs everywhere; `mim_jax.kernels.FORMS` has the others.
         on_change: "refuse" or "accept" to resume a run with another config.
         compile_cache: keep compiled programs under the work directory.
         profile: "FIRST:COUNT" writes a trace of COUNT steps, the first being FIRST
@@ -135,6 +137,7 @@ class Train:
     dtype: str = "bfloat16"
     scan: bool = True
     remat: str = "dots"
+    attention: str = "auto"
     init_from: InitFrom = InitFrom()
     objective: Objective = MAE()
     data: Input

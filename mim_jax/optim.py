@@ -63,11 +63,11 @@ class Optimiser(abc.ABC):
         Args:
             schedule: learning rate at each step.
             total: steps of the run, for weight decay that changes.
-            frozen: paths of parameters that are never updated, and of which no state
-                is kept.
+            frozen: paths of parameters that are never updated. The optimiser keeps no
+                state for them.
         """
         steps = self.steps(schedule, total)
-        return _sparing(frozen, steps) if frozen else steps
+        return _freezing(frozen, steps) if frozen else steps
 
     @abc.abstractmethod
     def steps(
@@ -207,10 +207,8 @@ def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
 
     Args:
         grad_fn: (params, state, batch, keys) -> ((loss, Aux), gradients).
-        micro_batches: divides the batch size.
+        micro_batches: how many; divides the batch size.
     """
-    if micro_batches == 1:
-        return grad_fn
 
     def split(leaf):
         # Row r goes to micro-batch r % micro_batches: no row changes its device.
@@ -320,10 +318,15 @@ def _trusted(coefficient: float) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
-def _sparing(
+def _freezing(
     frozen: tuple[str, ...], steps: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """`steps` of what is not frozen: of the rest it never hears, and keeps nothing."""
+    """Applies `steps` to the unfrozen leaves; frozen leaves get zero updates and no
+    optimiser state.
+
+    Not by `optax.partition`: its state has other paths, by which the checkpoints of
+    runs with frozen parameters would no longer be found.
+    """
 
     def init(params):
         return steps.init(_without(frozen, params))
@@ -367,8 +370,8 @@ def decays(params: Any) -> Any:
     """
 
     def rule(path, leaf):
-        rank = len(leaf.shape) - ("blocks" in path_name(path).split("/"))
-        return rank > 1
+        stacked = any(step.key == "blocks" for step in path)
+        return len(leaf.shape) - stacked > 1
 
     return jax.tree_util.tree_map_with_path(rule, params)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mim_jax.ops.backend import ROWS
+from mim_jax.kernels.base import ROWS
 
 # The first pattern found in a leaf's path decides; leaves without one are replicated.
 # Specs are those of a single block: a stacked leaf gets a leading None. Optimiser
@@ -83,6 +83,22 @@ def by_path(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf, mesh)), tree
+    )
+
+
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every leaf of a tree of arrays or shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes, each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        shapes,
+        shardings,
     )
 
 

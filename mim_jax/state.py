@@ -28,6 +28,7 @@ class TrainState:
         stats: running statistics, {} without BatchNorm.
         opt_state: the optimiser's.
         key: base key of the run; never advanced, steps fold their number into it.
+        memory: what the trainer keeps for a masking, or None.
     """
 
     step: Any
@@ -36,6 +37,7 @@ class TrainState:
     stats: Any
     opt_state: Any
     key: Any
+    memory: Any = None
 
 
 def create(
@@ -60,6 +62,7 @@ def create(
         stats=stats,
         opt_state=tx.init(params),
         key=run_key(seed),
+        memory=objective.first_memory(image_shape),
     )
 
 
@@ -78,12 +81,6 @@ def run_key(seed: int) -> Key[Array, ""]:
     """The base key of a run."""
     # Named: the default generator may differ by platform and by number of devices.
     return jax.random.key(seed, impl="threefry2x32")
-
-
-def example_keys(state: TrainState, rows: int) -> Key[Array, " {rows}"]:
-    """A key for each row of this step's batch, the same on any number of devices."""
-    key = jax.random.fold_in(state.key, state.step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def stack_blocks(tree: Any) -> Any:

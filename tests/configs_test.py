@@ -11,6 +11,7 @@ import pytest
 
 from mim_jax import config, evaluate, train
 from mim_jax.data.sources.tfds import Tfds
+from mim_jax.plan import Plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 # file: the variants to try besides none. A preset that its file knows must be here.
@@ -104,7 +105,7 @@ def test_a_config_builds_and_its_step_traces(argument, imagenet):
         return
     if argument.endswith("photos,source=digits"):  # grey, and its colours are not
         tree.objective.update(dict(mean=(0.5,), std=(0.25,), color_jitter="none"))
-    plan = train.Plan.of(tree, jax.devices()[:1])
+    plan = Plan.of(tree, jax.devices()[:1])
     state = plan.abstract_state()
     step = lambda state, batch: train.train_step(  # noqa: E731
         state,
@@ -141,7 +142,7 @@ def test_mae_is_the_recipe_of_its_paper(imagenet):
     assert built.objective.masking.ratio == 0.75
     assert built.objective.normalise_target
     assert built.data.image_size == (224, 224)
-    plan = train.Plan.of(config.read("configs/mae.py"))
+    plan = Plan.of(config.read("configs/mae.py"))
     assert plan.total == 125114  # ceil(100 epochs * 1281167 / 1024)
     assert plan.schedule(plan.total * 0.2) == pytest.approx(6e-4, rel=1e-5)
 
@@ -171,7 +172,7 @@ def test_plans_refuse_what_does_not_fit_before_anything_compiles(imagenet):
                 node = node[part]
             node[name] = value
         with pytest.raises(config.ConfigError) as caught:
-            train.Plan.of(tree)
+            Plan.of(tree)
         assert message in str(caught.value)
 
     refused("unit=6 pixels with a ViT patch of 4", objective__masking__unit=6)

@@ -19,7 +19,11 @@ from mim_jax.run import checkpoint
 from mim_jax.run.commandline import parse
 
 HOST = os.environ.get("JAX_PROCESS_ID", "0")
-read_record, restored, report = Digits.__getitem__, checkpoint._restored, train._report
+read_record, restored, report = (
+    Digits.__getitem__,
+    checkpoint._restored,
+    train.report.measure,
+)
 bad_records = set(map(int, os.environ.get("UNDECODABLE", "-1").split(",")))
 bad_host, _, bad_step = os.environ.get("UNREADABLE", "").partition(":")
 
@@ -47,5 +51,5 @@ def reporting(plan, state, workdir):
 if __name__ == "__main__":
     Digits.__getitem__ = reading
     checkpoint._restored = restoring
-    train._report = reporting
+    train.report.measure = reporting
     app.run(main.main, flags_parser=parse)

@@ -13,6 +13,7 @@ from mim_jax import config, evaluate, presets, train
 from mim_jax.data.pipeline import EvalPasses
 from mim_jax.data.sources.digits import Digits
 from mim_jax.evals.base import Eval
+from mim_jax.plan import Plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -143,9 +144,9 @@ def test_what_does_not_fit_is_one_line(cues, digits, tmp_path):
     tree.report.sets = ("imagenet_v2=/nowhere",)
     want = "no folder '/nowhere'; want 'imagenet_v2=FOLDER' with a sub-folder per class"
     with pytest.raises(config.ConfigError, match=want):
-        train.Plan.of(tree)
+        Plan.of(tree)
     # And what has no classes is no run for these.
     tree = config.read(str(ROOT / "configs" / "mae.py:digits"))
     tree.report = config.choose(Eval, "robustness")
     with pytest.raises(config.ConfigError, match="MAE tells no classes apart"):
-        train.Plan.of(tree)
+        Plan.of(tree)

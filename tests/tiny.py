@@ -13,6 +13,7 @@ from mim_jax import config, sharding, train
 from mim_jax import state as states
 from mim_jax.data.pipeline import train_batches
 from mim_jax.evals.base import Eval
+from mim_jax.plan import Plan
 from mim_jax.sharding import path_name
 
 ROWS = 16
@@ -137,19 +138,19 @@ def tree_of(name: str, **changes) -> config.Tree:
 
 
 @functools.cache
-def plan_of(name: str, devices: int = 1, **changes) -> train.Plan:
-    return train.Plan.of(tree_of(name, **changes), jax.devices()[:devices])
+def plan_of(name: str, devices: int = 1, **changes) -> Plan:
+    return Plan.of(tree_of(name, **changes), jax.devices()[:devices])
 
 
-def spread_plan(name: str) -> train.Plan:
+def spread_plan(name: str) -> Plan:
     """Eight devices, in both axes of the mesh, with scanned and recomputed blocks."""
     return plan_of(name, 8, **SPREAD)
 
 
 @functools.cache
-def step_of(plan: train.Plan):
+def step_of(plan: Plan):
     """The plan's training step, compiled; it donates the state."""
-    return plan.lowered().compile(compiler_options=FAST)
+    return train.lowered(plan).compile(compiler_options=FAST)
 
 
 @functools.cache
@@ -167,7 +168,7 @@ def first_state(name: str):
     return states.unstack_blocks(jax.device_get(state))
 
 
-def place(name: str, plan: train.Plan, state=None):
+def place(name: str, plan: Plan, state=None):
     """The first state, or another from the host, laid out as the plan wants it."""
     # Keys never come to the host: a new one, since this state will be donated.
     key = states.run_key(plan.settings.seed)
@@ -189,11 +190,11 @@ def images_of(name: str) -> dict[str, np.ndarray]:
     return {key: np.array(batch[key]) for key in settings.objective.reads}
 
 
-def batch_for(name: str, plan: train.Plan) -> dict:
+def batch_for(name: str, plan: Plan) -> dict:
     return jax.device_put(images_of(name), sharding.by_row(plan.mesh))
 
 
-def one_step(name: str, plan: train.Plan):
+def one_step(name: str, plan: Plan):
     """(state, metrics) on the host, blocks unstacked, after the first step."""
     state, metrics = step_of(plan)(place(name, plan), batch_for(name, plan))
     return states.unstack_blocks(jax.device_get(state)), jax.device_get(metrics)

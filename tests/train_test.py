@@ -18,6 +18,7 @@ from mim_jax.evals.base import Eval
 from mim_jax.objectives.base import Aux, Objective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import AdamW
+from mim_jax.plan import Plan
 from mim_jax.sharding import path_name
 
 ROWS = 16
@@ -60,13 +61,13 @@ def devices(count: int) -> list:
 
 
 @functools.cache
-def plan_of(count: int = 1, **changes) -> train.Plan:
-    return train.Plan.of(tree_of(**changes), devices(count))
+def plan_of(count: int = 1, **changes) -> Plan:
+    return Plan.of(tree_of(**changes), devices(count))
 
 
 @functools.cache
-def step_of(plan: train.Plan):
-    return plan.lowered().compile()
+def step_of(plan: Plan):
+    return train.lowered(plan).compile()
 
 
 @functools.cache
@@ -75,7 +76,7 @@ def first_state():
     return jax.device_get(jax.jit(plan_of(scan=False).create)())
 
 
-def place(plan: train.Plan):
+def place(plan: Plan):
     """The first state, in the plan's layout and where the plan wants it."""
     # Keys never come to the host: a new one, since this state will be donated.
     state = dataclasses.replace(first_state(), key=states.run_key(0))
@@ -93,12 +94,12 @@ def digits(rows: int = ROWS) -> np.ndarray:
     return np.stack([source[i]["image"] for i in range(rows)])
 
 
-def batch_for(plan: train.Plan, images: np.ndarray | None = None) -> dict:
+def batch_for(plan: Plan, images: np.ndarray | None = None) -> dict:
     images = digits() if images is None else images
     return {"image": jax.device_put(images, sharding.by_row(plan.mesh))}
 
 
-def one_step(plan: train.Plan):
+def one_step(plan: Plan):
     """(state, metrics) on the host, blocks unstacked, after the first step."""
     state, metrics = step_of(plan)(place(plan), batch_for(plan))
     return states.unstack_blocks(jax.device_get(state)), jax.device_get(metrics)
@@ -133,7 +134,7 @@ def bits(tree) -> list[bytes]:
 MESHES = [(1, 1, 1, 1), (8, 8, 1, 1), (8, 2, 4, 1), (8, 4, 1, 2), (8, 2, 2, 2)]
 
 
-def on_mesh(count: int, data: int, fsdp: int, tensor: int = 1) -> train.Plan:
+def on_mesh(count: int, data: int, fsdp: int, tensor: int = 1) -> Plan:
     shape = dict(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
     return plan_of(count, scan=False, **shape)
 
@@ -152,7 +153,7 @@ def test_loss_and_gradients_are_those_of_one_device(mesh):
 def test_masks_have_the_bits_of_one_device(mesh):
     def keep(plan):
         def draw(state, batch):
-            keys = states.example_keys(state, ROWS)
+            keys = train.example_keys(state, ROWS)
             return plan.settings.objective.mask(batch, keys).keep
 
         return np.asarray(jax.jit(draw)(place(plan), batch_for(plan)))
@@ -201,7 +202,7 @@ def test_tensor_devices_share_the_work_on_an_image():
     def made(*mesh):
         dots = [
             one
-            for one in hlo.executed(on_mesh(*mesh).lowered().compile().as_text())
+            for one in hlo.executed(train.lowered(on_mesh(*mesh)).compile().as_text())
             if one.instruction.opcode in ("dot", "fusion", "custom-call")
             and re.search(r"/(qkv|fc1|fc2|out)/", one.instruction.scope)
         ]
@@ -215,7 +216,7 @@ def test_tensor_devices_share_the_work_on_an_image():
 
 def test_fsdp_sends_weights_and_not_activations():
     plan = plan_of(8, scan=True, mesh__data=1, mesh__fsdp=8)
-    sent = hlo.collectives(plan.lowered().compile().as_text() or "")
+    sent = hlo.collectives(train.lowered(plan).compile().as_text() or "")
     params = jax.tree.leaves(plan.abstract_state().params)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
     assert 0 < sent["all-gather"]["bytes"] < 1.05 * held
@@ -324,15 +325,15 @@ def test_unequal_weights_are_weighed(micro_batches):
 
 def test_a_batch_coupled_objective_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(MAE, "batch_coupled", True)
-    train.Plan.of(tree_of(), devices(1))  # one batch is fine
+    Plan.of(tree_of(), devices(1))  # one batch is fine
     with pytest.raises(config.ConfigError) as caught:
-        train.Plan.of(tree_of(accumulate=2), devices(1))
+        Plan.of(tree_of(accumulate=2), devices(1))
     assert str(caught.value) == (
         "config.accumulate=2: in the loss of MAE every image depends on the whole "
         "batch, so micro-batches are another loss; want accumulate=1, or "
         "--config.accumulate_coupled=true to work per micro-batch"
     )
-    train.Plan.of(tree_of(accumulate=2, accumulate_coupled=True), devices(1))
+    Plan.of(tree_of(accumulate=2, accumulate_coupled=True), devices(1))
 
 
 # What the data must offer.
@@ -349,10 +350,10 @@ def test_a_batch_coupled_objective_is_refused_with_the_reason(monkeypatch):
 def test_crops_that_the_data_do_not_give_are_named(name, missing, want):
     tree = coupled(name)
     tree.data.update(dict(crops=2, local_crops=1, local_size=(4, 4)))
-    train.Plan.of(tree, devices(1))
+    Plan.of(tree, devices(1))
     tree.data.update(dict(crops=1) if missing == "image2" else dict(local_crops=0))
     with pytest.raises(config.ConfigError) as caught:
-        train.Plan.of(tree, devices(1))
+        Plan.of(tree, devices(1))
     title = {"mocov3": "MoCoV3", "dino": "DINO"}[name]
     assert str(caught.value) == (
         f"config: data has no {missing!r}, which {title} reads; want config.{want}"
@@ -363,7 +364,7 @@ def test_every_kind_of_image_is_checked():
     tree = coupled("dino")
     tree.data.update(dict(crops=2, local_crops=1, local_size=(5, 4)))
     with pytest.raises(config.ConfigError, match="patch"):
-        train.Plan.of(tree, devices(1))
+        Plan.of(tree, devices(1))
 
 
 # What is not finite.
@@ -470,17 +471,17 @@ def test_an_epoch_can_have_more_images_than_the_source():
 def test_objectives_know_the_length_of_the_run(name):
     tree = coupled(name)
     tree.data.update(dict(crops=2, local_crops=1, local_size=(4, 4)))
-    assert train.Plan.of(tree, devices(1)).settings.objective.total_steps == 40
+    assert Plan.of(tree, devices(1)).settings.objective.total_steps == 40
     tree.steps, tree.stop_after = None, 3  # of the whole run, wherever this part ends
     tree.epochs = 2.5
-    assert train.Plan.of(tree, devices(1)).settings.objective.total_steps == 226
+    assert Plan.of(tree, devices(1)).settings.objective.total_steps == 226
 
 
 def test_the_optimiser_knows_the_length_of_the_run_and_what_is_frozen():
     tree = coupled("mocov3")
     tree.steps, tree.data.crops = 4, 2
     tree.optim.update(dict(decay="all", weight_decay=0.1, final_weight_decay=0.9))
-    plan = train.Plan.of(tree, devices(1))
+    plan = Plan.of(tree, devices(1))
     params = {"encoder": {"embed": jnp.ones(3), "cls_token": jnp.ones(3)}}
     opt_state, want = plan.tx.init(params), 1.0
     for t in range(4):
@@ -598,12 +599,12 @@ def test_settings_out_of_range(fields, message):
 def test_keys_are_new_at_every_step_and_in_every_row():
     _, state = toy_step()
     rows = [
-        states.example_keys(dataclasses.replace(state, step=jnp.int32(step)), 4)
+        train.example_keys(dataclasses.replace(state, step=jnp.int32(step)), 4)
         for step in (0, 1, 2)
     ]
     data = np.concatenate([jax.random.key_data(keys) for keys in rows])
     assert len(np.unique(data, axis=0)) == 12
-    longer = states.example_keys(state, 8)
+    longer = train.example_keys(state, 8)
     np.testing.assert_array_equal(
         jax.random.key_data(longer[:4]), jax.random.key_data(rows[0])
     )
@@ -651,6 +652,6 @@ def test_a_stand_in_needs_no_labels():
     tree = config.read("configs/supervised.py:source=photos")
     tree.batch_size = 8
     with pytest.raises(config.ConfigError, match="data.source has no labels"):
-        train.Plan.of(tree, jax.devices()[:1])
-    plan = train.Plan.of(tree, jax.devices()[:1], stand_in=True)
+        Plan.of(tree, jax.devices()[:1])
+    plan = Plan.of(tree, jax.devices()[:1], stand_in=True)
     assert plan.abstract_batch()["label"].shape == (8,)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from tiny import FAST, TINY, leaves, tree_of
 
-from mim_jax import config, evaluate, train
+from mim_jax import config, evaluate
 from mim_jax import state as states
-from mim_jax.ops.patches import Grid
-from mim_jax.ops.posembed import resized, sincos_2d
+from mim_jax.ops.patches import Grid, sincos_2d
+from mim_jax.ops.posembed import resized
+from mim_jax.plan import Plan
 from mim_jax.run import rundir, warmstart
 from mim_jax.run.checkpoint import Checkpointer, Checkpoints, read_parts
 
@@ -21,7 +22,7 @@ QKV = "encoder/block00/attn/qkv/kernel"
 OTHER = dict(objective__encoder__width=24, objective__mean=(0.25,))
 
 
-def first_state(plan: train.Plan):
+def first_state(plan: Plan):
     like = plan.abstract_state()
     placed = jax.tree.map(lambda leaf: leaf.sharding, like)
     create = jax.jit(plan.create, out_shardings=placed)
@@ -32,7 +33,7 @@ def save(name: str, workdir, **changes) -> None:
     """A run directory, as after training: no parameter is what it was at first."""
     workdir.mkdir(parents=True)
     tree = tree_of(name, **changes)
-    state, _ = first_state(train.Plan.of(tree, jax.devices()[:1]))
+    state, _ = first_state(Plan.of(tree, jax.devices()[:1]))
     rng = np.random.default_rng(0)
 
     def moved(tree):
@@ -51,7 +52,7 @@ def save(name: str, workdir, **changes) -> None:
 def begin(name: str, run, **changes):
     """(parameters per block, all of the state, what is told, the config) of step 0."""
     tree = warmstart.adopt(tree_of(name, init_from__run=str(run), **changes))
-    plan = train.Plan.of(tree, jax.devices()[:1])
+    plan = Plan.of(tree, jax.devices()[:1])
     state, like = first_state(plan)
     state, account = warmstart.begun(state, like, plan.settings)
     assert jax.tree.structure(state) == jax.tree.structure(like)

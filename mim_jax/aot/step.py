@@ -19,8 +19,9 @@ from mim_jax.aot.devices import (
     usable_memory,
 )
 from mim_jax.data.sources.base import Source
+from mim_jax.plan import Plan
 from mim_jax.run.warmstart import adopt
-from mim_jax.train import Plan
+from mim_jax.train import lowered
 
 
 def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
@@ -80,10 +81,10 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
         takes the place of donated arguments), `temp_bytes`; `compile_seconds`. And the
         program's text, "" if there is none.
     """
-    lowered = plan.lowered()
+    traced = lowered(plan)
     started, text = time.monotonic(), ""
     try:
-        compiled = lowered.compile(compiler_options(plan.mesh))
+        compiled = traced.compile(compiler_options(plan.mesh))
         memory: Any = compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         peak, _ = over_memory(error)

@@ -19,8 +19,7 @@ from mim_jax.evals.base import (
     watched,
 )
 from mim_jax.objectives.base import Objective
-from mim_jax.ops import augment
-from mim_jax.ops.patches import Grid
+from mim_jax.ops.patches import Grid, to_float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class Attention(Eval):
 
         @jax.jit
         def last(params, images):
-            pixels = augment.to_float(images)
+            pixels = to_float(images)
             grid = objective.grid(pixels.shape[1:])
             _, seen = objective.encode(params, pixels, taps=("attention",))
             maps = seen["attention"][-1].mean(axis=1)  # over heads: "b t t"

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from mim_jax.evals.base import Eval, Number, Passes, Report, Run, keys_of, watched
 from mim_jax.maskings.random import Random
 from mim_jax.objectives.base import Objective
-from mim_jax.ops import augment
 from mim_jax.ops.cka import Moments
 from mim_jax.ops.masking import Mask, take
-from mim_jax.ops.patches import unpatchify
+from mim_jax.ops.patches import to_float, unpatchify
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class CKA(Eval):
 
         @jax.jit
         def features(params, images, keys):
-            pixels = augment.to_float(images)
+            pixels = to_float(images)
             grid = objective.grid(pixels.shape[1:])
             _, full = objective.encode(params, pixels, taps=("blocks",))
             pairs = []

@@ -1,2 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One operation, one form per platform."""
+"""Attention: one form per platform behind one dispatch.
+
+The plain form, `mim_jax.ops.attention.attention`, runs everywhere and defines what all
+others compute. To add a form, write a module beside `cpu`, `gpu` and `tpu` and add its
+row to FORMS.
+"""
+
+from jaxtyping import Array, Float
+
+from mim_jax.kernels import cpu, gpu, tpu
+from mim_jax.kernels.base import Form, Kernels
+from mim_jax.kernels.spread import spread
+
+# "auto" takes the first row that is of the platform, fits and is preferred.
+FORMS: dict[str, Form] = {
+    "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, cpu.preferred),
+    "pallas": Form(tpu.short_attention, "tpu", tpu.misfit),
+    "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit),
+}
+
+
+def attend(
+    qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int, kernels: Kernels
+) -> Float[Array, "b n e//3"]:
+    """Mixed values by the form that `kernels` names, which is not "plain"."""
+    run = FORMS[kernels.attention].run
+    if kernels.mesh is None:
+        return run(qkv, bias, heads)
+    return spread(run, qkv, bias, heads, kernels.mesh)

@@ -14,6 +14,10 @@ from mim_jax.ops.patches import Grid
 class Nothing(Masking):
     """Hides nothing: for the rows without masking of arXiv:2208.04164, table 5."""
 
+    @property
+    def distinct(self) -> int:
+        return 1
+
     def visible_count(self, grid: Grid) -> int:
         return grid.size
 

@@ -40,41 +40,46 @@ class Random(Masking):
             raise ValueError(f"unit={self.unit}: want a side in pixels, at least 1")
 
     def visible_count(self, grid: Grid) -> int:
-        side = self._side(grid)
-        per_unit, word = 1, "patches"
-        total = grid.size
-        height, width = grid.rows * grid.patch, grid.cols * grid.patch
+        side, total = self._side(grid), grid.size
         if side >= max(grid.rows, grid.cols):
             raise ValueError(
-                f"unit={side * grid.patch} pixels covers an image of {height}x{width}, "
-                "so that every mask would be the same: want a smaller one"
+                f"unit={side * grid.patch} pixels covers an image of {_size(grid)}, so "
+                "that every mask would be the same: want a smaller one"
             )
+        per_unit, word = 1, "patches"
         if self.partial_units == "round":
             if grid.rows % side or grid.cols % side:
                 raise ValueError(
-                    f"unit={self.unit} pixels does not tile an image of "
-                    f"{height}x{width}: choose a divisor of both sides, or "
-                    "partial_units='allow'"
+                    f"unit={self.unit} pixels does not tile an image of {_size(grid)}: "
+                    "choose a divisor of both sides, or partial_units='allow'"
                 )
             per_unit, word = side * side, "units"
             total = grid.size // per_unit
-        kept = int(total * (1 - self.ratio) + 1e-6)  # int(10 * (1 - .9)) is 0
-        if not 0 < kept < total:
+        visible = self._visible(total)
+        if not 0 < visible < total:
             raise ValueError(
-                f"ratio={self.ratio} leaves {kept} of {total} {word} visible: want "
+                f"ratio={self.ratio} leaves {visible} of {total} {word} visible: want "
                 "at least one visible and one hidden, "
                 f"1 <= {total} * (1 - ratio) < {total}"
             )
-        return kept * per_unit
+        return visible * per_unit
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
         side = self._side(grid)
         units = -(-grid.rows // side) * -(-grid.cols // side)
         # 32 random bits: float32 noise has 2**23 values and ties favour low positions.
         scores = jax.vmap(lambda key: jax.random.bits(key, (units,), "uint32"))(keys)
-        return cut(order_units(scores, grid, side), self.visible_count(grid))
+        if self.partial_units == "round":
+            visible = self._visible(units) * side * side
+        else:
+            visible = self._visible(grid.size)
+        return cut(order_units(scores, grid, side), visible)
+
+    def _visible(self, total: int) -> int:
+        return int(total * (1 - self.ratio) + 1e-6)  # int(10 * (1 - .9)) is 0
 
     def _side(self, grid: Grid) -> int:
+        """Patches along the side of a unit."""
         unit = grid.patch if self.unit is None else self.unit
         if unit % grid.patch:
             raise ValueError(
@@ -82,3 +87,7 @@ class Random(Masking):
                 f"of the patch, e.g. {max(1, unit // grid.patch) * grid.patch}"
             )
         return unit // grid.patch
+
+
+def _size(grid: Grid) -> str:
+    return f"{grid.rows * grid.patch}x{grid.cols * grid.patch}"

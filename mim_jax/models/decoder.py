@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mim_jax.models.vit import LayerNorm, check_width, layer_flops, run_blocks, xavier
+from mim_jax.kernels.base import PLAIN, Kernels
+from mim_jax.models.vit import Dense, LayerNorm, check_width, layer_flops, run_blocks
 from mim_jax.ops.masking import Mask
-from mim_jax.ops.patches import Grid
-from mim_jax.ops.posembed import sincos_2d
+from mim_jax.ops.patches import Grid, sincos_2d
 
 
 class Decoder(nn.Module):
@@ -22,7 +22,7 @@ class Decoder(nn.Module):
     Attributes:
         width, depth, heads: token width, number of blocks, attention heads.
         mlp_ratio: hidden width of the MLP over the token width.
-        dtype, remat: as in Encoder.
+        dtype, remat, kernels: as in Encoder.
     """
 
     width: int = 512
@@ -31,6 +31,7 @@ class Decoder(nn.Module):
     mlp_ratio: float = 4.0
     dtype: str = "float32"
     remat: str = "none"
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(
@@ -51,38 +52,18 @@ class Decoder(nn.Module):
                 `mask.keep`; "all" at both, in the order keep, drop
                 (`mim_jax.ops.masking.unshuffle` gives grid order).
         """
-        table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32)
-        x = xavier(self.width, self.dtype, name="embed")(tokens)
-        table = table.astype(x.dtype)
-        hole = self.param(
-            "mask_token", nn.initializers.normal(0.02), (1, 1, self.width)
-        )
+        x = Dense(self.width, self.dtype, self.kernels, name="embed")(tokens)
+        table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32).astype(x.dtype)
+        init = nn.initializers.normal(0.02)
+        mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(x.dtype)
         # The class token has position zero; visible tokens get their position anew.
-        x = jnp.concatenate(
-            [
-                x[:, :1],
-                x[:, 1:] + table[mask.keep],
-                hole.astype(x.dtype) + table[mask.drop],
-            ],
-            axis=1,
-        )
-        x, _ = run_blocks(
-            self,
-            x,
-            depth=self.depth,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        parts = [x[:, :1], x[:, 1:] + table[mask.keep], mask_token + table[mask.drop]]
+        x, _ = run_blocks(self, jnp.concatenate(parts, axis=1))
         middle = 1 + mask.keep.shape[1]
-        first, last = {
-            "hidden": (middle, None),
-            "visible": (1, middle),
-            "all": (1, None),
-        }[predict]
+        ends = {"hidden": (middle, None), "visible": (1, middle), "all": (1, None)}
+        first, last = ends[predict]
         x = LayerNorm(self.dtype, name="norm")(x[:, first:last])
-        return xavier(outputs, self.dtype, name="predict")(x)
+        return Dense(outputs, self.dtype, self.kernels, name="predict")(x)
 
     def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""

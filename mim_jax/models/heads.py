@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mim_jax.models.vit import LayerNorm, gelu, xavier
-from mim_jax.ops.backend import accurate
+from mim_jax.kernels.base import PLAIN, Kernels
+from mim_jax.models.vit import Dense, LayerNorm, gelu
+from mim_jax.ops.attention import accurate
 from mim_jax.ops.contrastive import l2_normalise
 
 
@@ -53,6 +54,7 @@ class Head(nn.Module):
         activation: after each hidden layer.
         last_norm: batch norm without scale and bias after the last layer.
         dtype: of activations.
+        kernels: the form of each operation; the plan sets it.
     """
 
     layers: int = 2
@@ -62,12 +64,13 @@ class Head(nn.Module):
     activation: Literal["gelu", "relu"] = "gelu"
     last_norm: bool = False
     dtype: str = "float32"
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
         for i in range(1, self.layers):
             bias = self.norm != "batch"
-            x = xavier(self.hidden, self.dtype, name=f"fc{i}", use_bias=bias)(x)
+            x = self._dense(self.hidden, f"fc{i}", bias)(x)
             if self.norm == "batch":
                 x = BatchNorm(self.dtype, name=f"norm{i}")(x)
             elif self.norm == "layer":
@@ -77,10 +80,13 @@ class Head(nn.Module):
             else:
                 x = jax.nn.relu(x)
         bias = not self.last_norm
-        x = xavier(self.out, self.dtype, name=f"fc{self.layers}", use_bias=bias)(x)
+        x = self._dense(self.out, f"fc{self.layers}", bias)(x)
         if self.last_norm:
             x = BatchNorm(self.dtype, affine=False, name="last_norm")(x)
         return x
+
+    def _dense(self, features: int, name: str, use_bias: bool) -> Dense:
+        return Dense(features, self.dtype, self.kernels, use_bias=use_bias, name=name)
 
     def check_sizes(self, name: str) -> None:
         """ValueError if a size is out of range."""
@@ -105,6 +111,7 @@ class Prototypes(nn.Module):
         bottleneck: its output width.
         out: number of prototypes.
         dtype: of activations; similarities are float32 at least.
+        kernels: the form of each operation; the plan sets it.
     """
 
     layers: int = 3
@@ -112,6 +119,7 @@ class Prototypes(nn.Module):
     bottleneck: int = 256
     out: int = 65536
     dtype: str = "float32"
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.out}"]:
@@ -121,6 +129,7 @@ class Prototypes(nn.Module):
             out=self.bottleneck,
             norm="none",
             dtype=self.dtype,
+            kernels=self.kernels,
             name="mlp",
         )
         kind = accurate(self.dtype)

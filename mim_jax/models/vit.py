@@ -6,7 +6,6 @@ Parameter names are public, since checkpoints depend on them. They are per block
 `mim_jax.state.stack_blocks`) runs the same network as one scanned loop.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mim_jax.ops.attention import attend, attend_with_weights
-from mim_jax.ops.backend import accurate, dense_dot
-from mim_jax.ops.patches import Grid
-from mim_jax.ops.posembed import sincos_2d
+from mim_jax.kernels import attend
+from mim_jax.kernels.base import PLAIN, Kernels
+from mim_jax.kernels.spread import gathered
+from mim_jax.ops.attention import accurate, attention
+from mim_jax.ops.masking import take
+from mim_jax.ops.patches import Grid, sincos_2d
 
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -40,42 +41,49 @@ TAPS = ("blocks", "attention")
 
 
 def run_blocks(
-    module: nn.Module,
+    network: nn.Module,
     x: Float[Array, "b n d"],
-    *,
-    depth: int,
-    heads: int,
-    mlp_ratio: float,
-    dtype: str,
-    remat: str,
     taps: Sequence[str] = (),
-    kept: Float[Array, "l 2 b"] | None = None,
+    scales: Float[Array, "l 2 b"] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
-    """`depth` blocks one after the other, as sub-modules of the calling module.
+    """The blocks of an Encoder or Decoder, one after the other.
 
     Args:
-        kept: factor of each branch of each block, from `drop_path`; None is 1.
+        network: the calling module; the blocks become its sub-modules.
+        taps: what to return besides, of TAPS, with a leading axis over the blocks.
+        scales: factor of each branch of each block, from `drop_path`; None is 1.
     """
-    scanned = module.has_variable("params", "blocks")
-    cls = Block
-    if remat != "none":
-        # Outside a loop the compiler would merge the recomputation with the original.
-        cls = nn.remat(Block, policy=REMAT[remat], prevent_cse=not scanned)
+    config: Any = network
     fields: dict[str, Any] = dict(
-        heads=heads, mlp_ratio=mlp_ratio, dtype=dtype, taps=tuple(taps)
+        heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        dtype=config.dtype,
+        kernels=config.kernels,
+        taps=tuple(taps),
     )
-    if scanned:
-        axes: dict[str, Any] = dict(
-            variable_axes={"params": 0}, split_rngs={"params": False}
-        )
-        blocks = nn.scan(cls, length=depth, **axes)(name="blocks", **fields)
-        return blocks(x) if kept is None else blocks(x, kept)
+    stacked = network.has_variable("params", "blocks")
+    cls = Block
+    if config.remat != "none":
+        # Outside a loop the compiler would merge the recomputation with the original.
+        policy = REMAT[config.remat]
+        cls = nn.remat(Block, policy=policy, prevent_cse=not stacked)
+    if stacked:
+        return _scanned(cls, config.depth, fields, x, scales)
     seen = []
-    for i in range(depth):
-        branches = () if kept is None else (kept[i],)
-        x, tap = cls(name=f"block{i:02d}", **fields)(x, *branches)
+    for i in range(config.depth):
+        own = None if scales is None else scales[i]
+        x, tap = cls(name=f"block{i:02d}", **fields)(x, own)
         seen.append(tap)
     return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
+
+
+def _scanned(cls, depth: int, fields: dict[str, Any], x, scales):
+    """The blocks as one loop over stacked parameters."""
+    axes: dict[str, Any] = dict(
+        variable_axes={"params": 0}, split_rngs={"params": False}
+    )
+    blocks = nn.scan(cls, length=depth, **axes)(name="blocks", **fields)
+    return blocks(x) if scales is None else blocks(x, scales)
 
 
 def drop_path(
@@ -109,25 +117,10 @@ def check_width(name: str, width: int, heads: int) -> None:
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x Phi(x), exact, in float32 at least, arXiv:1606.08415.
 
-    By erf as PyTorch has it: jax's own takes erfc, which costs more everywhere.
+    By erf, as PyTorch computes it: JAX's own uses erfc, which costs more everywhere.
     """
     wide = x.astype(accurate(x.dtype))
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
-
-
-def _norm(x, scale, bias):
-    kind = accurate(x.dtype)
-    wide = x.astype(kind)
-    mean = wide.mean(axis=-1, keepdims=True)
-    if x.dtype == kind:
-        variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
-    else:
-        # In one pass: what cancels is less than the rounding of such inputs.
-        variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
-        variance = jnp.maximum(variance, 0)
-    wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-6)
-    wide = wide * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
-    return wide.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -142,36 +135,74 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return _norm(x.astype(self.dtype), scale, bias)
+        kind = accurate(self.dtype)
+        wide = x.astype(self.dtype).astype(kind)
+        mean = wide.mean(axis=-1, keepdims=True)
+        if kind == self.dtype:
+            variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+        else:
+            # In one pass: inputs of half precision are rounded by more than cancels.
+            variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
+            variance = jnp.maximum(variance, 0)
+        wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-6)
+        wide = wide * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
+        return wide.astype(self.dtype)
 
 
-class _Apart(nn.Module):
-    """`xavier` that leaves its bias to who uses the product."""
+class Dense(nn.Module):
+    """Linear layer with a Xavier-uniform kernel and, unless told otherwise, zero bias.
+
+    Attributes:
+        features: numbers of an output row.
+        dtype: of the product.
+        kernels: whether rows are merged, and which devices share the kernel.
+        split: the axis of the kernel that `tensor` devices share, see
+            `mim_jax.sharding.RULES`.
+        use_bias: whether there is a bias.
+        bias_init: what the bias starts from.
+    """
 
     features: int
     dtype: str
+    kernels: Kernels = PLAIN
+    split: int | None = None
+    use_bias: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.features}"]:
+        product, bias = self.product_and_bias(x)
+        if bias is None:
+            return product
+        return product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b n d"]
-    ) -> tuple[Float[Array, "b n e"], Float[Array, " e"]]:
-        init = nn.initializers.xavier_uniform()
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel, bias = (jnp.asarray(it, self.dtype) for it in (kernel, bias))
-        axes = (((2,), (0,)), ((), ()))
-        return dense_dot(x, kernel, axes, split=1), bias
+    def product_and_bias(
+        self, x: Float[Array, "*b d"]
+    ) -> tuple[Float[Array, "*b {self.features}"], Any]:
+        """The product without the bias, and the bias "f", or None if there is none."""
+        init, shape = nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
+        kernel: Any = jnp.asarray(self.param("kernel", init, shape), self.dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,))
+            bias = jnp.asarray(bias, self.dtype)
+        if self.kernels.mesh is not None:
+            kernel = gathered(kernel, self.kernels.mesh, self.split)
+        x = x.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1]) if self.kernels.merge_rows else x
+        return (rows @ kernel).reshape(*x.shape[:-1], self.features), bias
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v come from one fused matrix.
 
     Attributes:
-        weights: return the softmax weights too, else None for them.
+        weights: return the softmax weights too, else None in their place.
     """
 
     heads: int
     dtype: str
+    kernels: Kernels
     weights: bool = False
 
     @nn.compact
@@ -180,44 +211,47 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b a n n"] | None]:
         width = x.shape[-1]
         # Xavier on the fused [d, 3d] matrix: its bound is sqrt(6 / 4d), sqrt(1/2) of
-        # what three separate matrices would get.
-        qkv, bias = _Apart(3 * width, self.dtype, name="qkv")(x)
-        if self.weights:
-            mixed, weights = attend_with_weights(qkv, bias, self.heads)
+        # the bound of three separate matrices.
+        fused = Dense(3 * width, self.dtype, self.kernels, split=1, name="qkv")
+        qkv, bias = fused.product_and_bias(x)
+        if self.weights or self.kernels.attention == "plain":
+            mixed, weights = attention(qkv, bias, self.heads)
         else:
-            mixed, weights = attend(qkv, bias, self.heads), None
-        return xavier(width, self.dtype, name="out", split=0)(mixed), weights
+            mixed, weights = attend(qkv, bias, self.heads, self.kernels), None
+        mixed = Dense(width, self.dtype, self.kernels, split=0, name="out")(mixed)
+        return mixed, weights if self.weights else None
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: attention, then an MLP, each added to its input."""
 
     heads: int
     mlp_ratio: float
     dtype: str
+    kernels: Kernels = PLAIN
     taps: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], kept: Float[Array, "2 b"] | None = None
+        self, x: Float[Array, "b n d"], scales: Float[Array, "2 b"] | None = None
     ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "..."]]]:
-        def branch(y, number):
-            if kept is None:
-                return y
-            return y * kept[number][:, None, None].astype(y.dtype)
-
-        width = x.shape[-1]
-        attention = Attention(
-            self.heads, self.dtype, weights="attention" in self.taps, name="attn"
+        width, hidden = x.shape[-1], int(x.shape[-1] * self.mlp_ratio)
+        look = "attention" in self.taps
+        y = LayerNorm(self.dtype, name="ln1")(x)
+        y, weights = Attention(self.heads, self.dtype, self.kernels, look, name="attn")(
+            y
         )
-        y, weights = attention(LayerNorm(self.dtype, name="ln1")(x))
-        x = x + branch(y, 0)
+        x = x + (y if scales is None else _scaled(y, scales[0]))
         y = LayerNorm(self.dtype, name="ln2")(x)
-        y = xavier(int(width * self.mlp_ratio), self.dtype, "fc1", split=1)(y)
-        y = gelu(y)
-        x = x + branch(xavier(width, self.dtype, "fc2", split=0)(y), 1)
+        y = gelu(Dense(hidden, self.dtype, self.kernels, split=1, name="fc1")(y))
+        y = Dense(width, self.dtype, self.kernels, split=0, name="fc2")(y)
+        x = x + (y if scales is None else _scaled(y, scales[1]))
         seen = {"blocks": x, "attention": weights}
         return x, {name: seen[name] for name in self.taps}
+
+
+def _scaled(y, scale):
+    return y * scale[:, None, None].astype(y.dtype)
 
 
 class Encoder(nn.Module):
@@ -235,6 +269,7 @@ class Encoder(nn.Module):
             training; it grows linearly with depth.
         dtype: of activations; parameters are float32.
         remat: what the backward pass recomputes, a key of REMAT.
+        kernels: the form of each operation; the plan sets it.
     """
 
     patch: int = 16
@@ -247,6 +282,7 @@ class Encoder(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(
@@ -279,38 +315,25 @@ class Encoder(nn.Module):
         if keep is not None and hidden is not None:
             raise ValueError("keep drops patches and hidden replaces them: want one")
         first, table = self._positions(grid)
-        if keep is None:
-            positions = table[None]
-        else:
-            # Select before embedding: hidden patches cost nothing.
-            patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
-            positions = table[keep]
+        positions = table[None]
+        if keep is not None:
+            # Selected before they are embedded: hidden patches cost nothing.
+            patches, positions = take(patches, keep), table[keep]
         # The reference embeds by a convolution, whose bias does not start at zero.
         bias = _uniform(patches.shape[-1] ** -0.5)
-        x = xavier(self.width, self.dtype, name="embed", bias_init=bias)(patches)
+        embed = Dense(
+            self.width, self.dtype, self.kernels, bias_init=bias, name="embed"
+        )
+        x = embed(patches)
         if hidden is not None:
-            hole = self.param(
-                "mask_token", nn.initializers.normal(0.02), (1, 1, self.width)
-            )
-            x = jnp.where(hidden[:, :, None], hole.astype(x.dtype), x)
+            x = self._with_mask_tokens(x, hidden)
         x = x + positions.astype(x.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = (cls + first).astype(x.dtype)
-        cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
-        kept = None
+        cls = jnp.broadcast_to((cls + first).astype(x.dtype), (len(x), 1, self.width))
+        scales = None
         if keys is not None and self.drop_path > 0:
-            kept = drop_path(keys, self.depth, self.drop_path)
-        x, seen = run_blocks(
-            self,
-            jnp.concatenate([cls, x], axis=1),
-            depth=self.depth,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            dtype=self.dtype,
-            remat=self.remat,
-            taps=taps,
-            kept=kept,
-        )
+            scales = drop_path(keys, self.depth, self.drop_path)
+        x, seen = run_blocks(self, jnp.concatenate([cls, x], axis=1), taps, scales)
         norm = LayerNorm(self.dtype, name="norm")
         if self.norm == "tokens":
             return norm(x), seen
@@ -322,9 +345,11 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "1 1 d"], Float[Array, "n d"]]:
         """What is added to the class token, and to each patch token of the grid."""
         table = sincos_2d(grid, self.width)
-        if self.positions == "fixed":
-            return jnp.zeros((1, 1, self.width)), jnp.asarray(table, jnp.float32)
+        if self.positions == "learned":
+            return self._learned_positions(grid, table)
+        return jnp.zeros((1, 1, self.width)), jnp.asarray(table, jnp.float32)
 
+    def _learned_positions(self, grid: Grid, table: np.ndarray):
         def start(key, shape):
             del key
             whole = np.concatenate([np.zeros((1, shape[1])), table])
@@ -332,6 +357,11 @@ class Encoder(nn.Module):
 
         whole = jnp.asarray(self.param("pos_embed", start, (1 + grid.size, self.width)))
         return whole[None, :1], whole[1:]
+
+    def _with_mask_tokens(self, x, hidden):
+        init = nn.initializers.normal(0.02)
+        mask_token = self.param("mask_token", init, (1, 1, self.width))
+        return jnp.where(hidden[:, :, None], mask_token.astype(x.dtype), x)
 
     def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""
@@ -346,25 +376,6 @@ class Encoder(nn.Module):
         embed = 2 * visible * self.patch**2 * channels * self.width
         layer = layer_flops(visible + 1, self.width, self.mlp_ratio)
         return embed + self.depth * layer
-
-
-def xavier(
-    features: int, dtype: str, name: str, split: int | None = None, **inits
-) -> nn.Dense:
-    """Dense layer with Xavier-uniform kernel and, unless told otherwise, zero bias.
-
-    Args:
-        split: the axis of the kernel that devices share, see `mim_jax.sharding.RULES`.
-    """
-    init = nn.initializers.xavier_uniform()
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        kernel_init=init,
-        dot_general=functools.partial(dense_dot, split=split),
-        name=name,
-        **inits,
-    )
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective is: what is learned, as pure functions of pytrees."""
+"""What an objective is: what is learned, as pure functions of pytrees.
+
+Functions named `images` take uint8, or floats in 0..1; functions named `patches` take
+the standardised patches of such images (`Objective.patches`).
+"""
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,14 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 from mim_jax.maskings.base import Masking
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Encoder
-from mim_jax.ops import augment
 from mim_jax.ops.losses import cross_entropy
-from mim_jax.ops.masking import Mask, unshuffle
+from mim_jax.ops.masking import Mask, masks_of, unshuffle
 from mim_jax.ops.patches import (
     Grid,
+    denormalise,
     grid_of,
     patch_statistics,
-    patchify,
+    standard_patches,
+    to_float,
     unpatchify,
 )
 
@@ -29,7 +35,7 @@ Batch = dict[str, Any]
 
 
 def apply(network: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """What a Flax network makes of its inputs with these parameters."""
+    """The output of a Flax network with these parameters."""
     return network.apply({"params": params}, *args, **kwargs)
 
 
@@ -74,18 +80,12 @@ def label_loss(
     return loss, Aux(weight=weight, stats=stats, metrics=metrics)
 
 
-def masks_of(
-    masking: Masking, batch: Batch, keys: Key[Array, " b"], grid: Grid
-) -> Mask:
-    """The masks of a batch: its own under "mask" if there is one, else drawn."""
-    return batch["mask"] if "mask" in batch else masking(keys, grid)
-
-
 class Objective(abc.ABC):
     """What is learned: a frozen dataclass, whose fields are its config.
 
     Attributes:
-        reads: keys of a batch that the loss needs; see `mim_jax.data.pipeline.Input`.
+        reads: fields of the training example that the loss reads, besides those that a
+            masking reads; see `mim_jax.data.pipeline.Input`.
         inherits: leaves of the config that a run decides from which this one starts.
         encoder: the network that is learned.
         mean, std: of the data, per channel, for pixels in 0..1.
@@ -117,6 +117,12 @@ class Objective(abc.ABC):
         """Which tokens represent an image: the class token, or the patches' mean."""
         return "cls"
 
+    @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        """How this objective hides patches from its encoder: it drops them, or puts a
+        learned mask token in their place."""
+        return "drop"
+
     @abc.abstractmethod
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         """Host-side validation for images of (rows, columns, channels); called for each
@@ -137,10 +143,15 @@ class Objective(abc.ABC):
         """Loss of a batch. Pure; differentiated in params alone.
 
         Args:
-            state: the TrainState, for its teacher, stats and step.
-            batch: what `reads` names: "image" (uint8 "b h w c") and others.
+            params: as `init` returns them, or with their blocks stacked.
+            state: has `step` (int32, steps done), `teacher`, `stats` and `memory`, as
+                `mim_jax.state.TrainState` has. A loss reads those that its objective
+                uses. MAE, R-MAE, BEiT and Supervised use none: None will do, unless
+                their masking keeps a memory.
+            batch: what `batch_fields` names: "image" (uint8 "b h w c") and others.
             keys: one key per example, the only source of randomness: an example's
-                masks depend neither on its neighbours nor on the number of devices.
+                masks depend neither on its neighbours nor on the number of devices. Any
+                typed key works, as of `jax.random.split(jax.random.key(0), b)`.
         """
 
     @abc.abstractmethod
@@ -151,6 +162,45 @@ class Objective(abc.ABC):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         """FLOPs of one training step per image; recomputation is not counted."""
 
+    # What every objective can do.
+
+    @property
+    def maskings(self) -> dict[str, Masking]:
+        """The maskings among the fields, by name."""
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {k: value for k, value in values.items() if isinstance(value, Masking)}
+
+    @property
+    def batch_fields(self) -> tuple[str, ...]:
+        """All fields of the training example that a step reads, each once."""
+        read = [name for one in self.maskings.values() for name in one.reads]
+        return tuple(dict.fromkeys((*self.reads, *read)))
+
+    def first_memory(self, image_shape: tuple[int, ...]) -> Any:
+        """The memory of field `masking` before the first step; None: it has none."""
+        masking = self.maskings["masking"] if "masking" in self.maskings else None
+        if masking is None or not masking.refresh_every:
+            return None
+        return masking.first_memory(self.grid(image_shape))
+
+    def next_memory(
+        self, memory: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step
+    ) -> Any:
+        """The memory after a step: refreshed if its number is due, else the old one.
+
+        Args:
+            params: after the step.
+            batch, keys: of the step.
+            step: steps done, this one included.
+        """
+        masking = self.maskings["masking"]
+        return jax.lax.cond(
+            step % masking.refresh_every == 0,
+            lambda: masking.refresh(memory, self, params, batch, keys),
+            lambda: memory,
+        )
+
     def grid(self, image_shape: tuple[int, ...]) -> Grid:
         """The patches of images of (rows, columns, channels)."""
         return grid_of(image_shape[0], image_shape[1], self.encoder.patch)
@@ -158,10 +208,8 @@ class Objective(abc.ABC):
     def patches(
         self, images: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b n p"], Grid]:
-        """Standardised patches of images in 0..1, and where they sit."""
-        grid = self.grid(images.shape[1:])
-        standard = augment.normalise(images, self.mean, self.std)
-        return patchify(standard, grid.patch), grid
+        """Standardised patches of images in 0..1, and the grid where they sit."""
+        return standard_patches(images, self.encoder.patch, self.mean, self.std)
 
     def encode(
         self,
@@ -184,21 +232,55 @@ class Objective(abc.ABC):
             self.encoder, params["encoder"], patches, grid, keep, taps, hidden, keys
         )
 
+    def encode_masked(
+        self,
+        params: Params,
+        images: Float[Array, "b h w c"],
+        mask: Mask,
+        taps: Sequence[str] = (),
+    ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
+        """`encode` of images whose patches are hidden as `occlusion` says."""
+        return self.encode(params, images, taps=taps, **self._occluded(mask))
+
+    def init_encoder(
+        self, key: Key[Array, ""], batch: Batch, mask: Mask | None = None
+    ) -> tuple[Float[Array, "1 t d"], Params]:
+        """Tokens of the batch's first image, and new parameters of the encoder.
+
+        Args:
+            mask: hides patches as `occlusion` says; with "mask_token" the encoder gets
+                a mask token. None hides nothing.
+        """
+        patches, grid = self.patches(to_float(batch["image"][:1]))
+        how = {} if mask is None else self._occluded(mask)
+        (tokens, _), made = self.encoder.init_with_output(key, patches, grid, **how)
+        return tokens, made["params"]
+
+    def _occluded(self, mask: Mask) -> dict[str, Any]:
+        """How the encoder is told of a mask."""
+        if self.occlusion == "mask_token":
+            return {"hidden": mask.hidden}
+        return {"keep": mask.keep}
+
     def features(
         self,
         params: Params,
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
         keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
-        """One vector per image, of the whole image: what `feature` names. Images are
-        uint8, or in 0..1; with `keys` the encoder drops paths."""
-        tokens, seen = self.encode(params, augment.to_float(images), keys=keys)
+        """One vector per image, of the whole image: the tokens that `feature` names.
+
+        Args:
+            images: uint8, or in 0..1.
+            keys: with them the encoder drops paths, as in training.
+        """
+        tokens, seen = self.encode(params, to_float(images), keys=keys)
         if self.feature == "cls":
             return tokens[:, 0]
         return seen["pooled"] if "pooled" in seen else tokens[:, 1:].mean(axis=1)
 
     def check_encoder(self, image_shape: tuple[int, int, int]) -> None:
-        """ValueError if encoder and standardisation do not fit such images."""
+        """ValueError if encoder, standardisation or maskings do not fit the images."""
         channels = image_shape[2]
         self.encoder.check_sizes()
         labels, pooled = isinstance(self, LabelObjective), self.encoder.norm == "pooled"
@@ -218,6 +300,12 @@ class Objective(abc.ABC):
                 f"mean={self.mean}, std={self.std} for images of {channels} channel(s):"
                 " want one number per channel, std > 0"
             )
+        for name, masking in self.maskings.items():
+            if name != "masking" and masking.refresh_every:
+                raise ValueError(
+                    f"{name}={type(masking).__name__}: it keeps a memory, which the "
+                    "trainer keeps for `masking` alone; want one without"
+                )
 
 
 class LabelObjective(Objective):
@@ -236,7 +324,7 @@ class LabelObjective(Objective):
         stats: Stats,
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     ) -> Float[Array, "b {self.classes}"]:
-        """Of each class, nothing being random: as in evaluation.
+        """Logits of each class, nothing being random: as in evaluation.
 
         Args:
             stats: running statistics, as `TrainState.stats`.
@@ -247,30 +335,57 @@ class LabelObjective(Objective):
 class PixelObjective(Objective):
     """An objective that can fill in the pixels of hidden patches.
 
+    This is an interface: evaluations use these three members and no other.
+
+    Attributes:
+        normalise_target: True where patches are predicted with their own mean and
+            deviation removed, so that only the true patch can scale them back.
+    """
+
+    normalise_target: bool
+
+    @abc.abstractmethod
+    def mask(self, batch: Batch, keys: Key[Array, " b"], state: Any = None) -> Mask:
+        """The masks of a batch: its own under "mask" if it brings them, else drawn.
+
+        Args:
+            batch: fields of the training example by name.
+            state: a TrainState or the Run of an evaluation, for a masking that keeps a
+                memory; else None will do.
+        """
+
+    @abc.abstractmethod
+    def reconstruct(
+        self, params: Params, batch: Batch, mask: Mask
+    ) -> Shaped[Array, "b h w c"]:
+        """Every patch as it is predicted from the visible ones: images in 0..1, not
+        clipped, with nothing pasted in.
+
+        Hidden pixels of the batch must not reach the output, except that the true mean
+        and deviation of a patch scale it back where `normalise_target` is True.
+        """
+
+
+class AutoEncoder(PixelObjective):
+    """A PixelObjective of an encoder that drops hidden patches and a decoder with mask
+    tokens: what MAE and its relatives share.
+
     Attributes:
         decoder: from tokens to pixels, its parameters under "decoder".
         masking: which patches are hidden.
-        normalise_target: patches are predicted with their own mean and deviation
-            removed.
     """
 
     decoder: Decoder
     masking: Masking
-    normalise_target: bool
 
-    def mask(self, batch: Batch, keys: Key[Array, " b"]) -> Mask:
-        """The masks of a batch: its own under "mask" if there is one, else drawn."""
-        return masks_of(self.masking, batch, keys, self.grid(batch["image"].shape[1:]))
+    def mask(self, batch: Batch, keys: Key[Array, " b"], state: Any = None) -> Mask:
+        grid = self.grid(batch["image"].shape[1:])
+        return masks_of(self.masking, batch, keys, grid, state)
 
     def reconstruct(
         self, params: Params, batch: Batch, mask: Mask
     ) -> Shaped[Array, "b h w c"]:
-        """Every patch as the decoder predicts it: images in 0..1, not clipped.
-
-        Nothing is pasted in. Where targets are normalised per patch, the prediction is
-        scaled back by the TRUE patch's mean and deviation, which no prediction knows.
-        """
-        patches, grid = self.patches(augment.to_float(batch["image"]))
+        patches, grid = self.patches(to_float(batch["image"]))
         tokens, _ = apply(self.encoder, params["encoder"], patches, grid, mask.keep)
         outputs = patches.shape[-1]
         prediction = apply(
@@ -280,18 +395,17 @@ class PixelObjective(Objective):
         if self.normalise_target:
             mean, deviation = patch_statistics(patches)
             prediction = prediction * deviation + mean
-        return augment.denormalise(unpatchify(prediction, grid), self.mean, self.std)
+        return denormalise(unpatchify(prediction, grid), self.mean, self.std)
 
     def init_networks(self, key: Key[Array, ""], batch: Batch) -> Params:
         """New parameters of the encoder and of one decoder."""
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
-        mask = self.masking(jax.random.split(key, 1), grid)
+        grid = self.grid(batch["image"].shape[1:])
+        mask = first_mask(grid, self.masking.visible_count(grid))
         encoder_key, decoder_key = jax.random.split(key)
-        (tokens, _), encoder = self.encoder.init_with_output(
-            encoder_key, patches, grid, mask.keep
-        )
-        decoder = self.decoder.init(decoder_key, tokens, mask, grid, patches.shape[-1])
-        return {"encoder": encoder["params"], "decoder": decoder["params"]}
+        tokens, encoder = self.init_encoder(encoder_key, batch, mask)
+        outputs = self.encoder.patch**2 * batch["image"].shape[-1]
+        decoder = self.decoder.init(decoder_key, tokens, mask, grid, outputs)
+        return {"encoder": encoder, "decoder": decoder["params"]}
 
     def check_networks(self, image_shape: tuple[int, int, int]) -> None:
         """ValueError if networks, masking and standardisation do not fit."""
@@ -309,3 +423,10 @@ class PixelObjective(Objective):
         outputs = self.encoder.patch**2 * image_shape[2]
         grid, width = self.grid(image_shape), self.encoder.width
         return self.decoder.flops(visible, grid, width, outputs, predicted)
+
+
+def first_mask(grid: Grid, visible: int) -> Mask:
+    """A mask of one image by which networks are made: parameters do not depend on which
+    patches it hides, only their shapes on whether it hides any."""
+    order = jnp.arange(grid.size, dtype=jnp.int32)[None]
+    return Mask(keep=order[:, :visible], drop=order[:, visible:])

@@ -19,12 +19,12 @@ from mim_jax.objectives.base import (
     Params,
     Stats,
     apply,
-    masks_of,
+    first_mask,
     purpose,
 )
-from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
-from mim_jax.ops.masking import Mask, take
+from mim_jax.ops.masking import Mask, masks_of, take
+from mim_jax.ops.patches import to_float
 from mim_jax.tokenizers.base import Tokenizer
 from mim_jax.tokenizers.kmeans import KMeans
 
@@ -58,6 +58,10 @@ class BEiT(Objective):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        return "mask_token"
+
+    @property
     def feature(self) -> Literal["cls", "avg"]:
         # The loss reads patch tokens alone; the paper's classifier their mean.
         return "avg"
@@ -75,24 +79,23 @@ class BEiT(Objective):
             )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
-        mask = self.masking(jax.random.split(key, 1), grid)
+        grid = self.grid(batch["image"].shape[1:])
+        mask = first_mask(grid, self.masking.visible_count(grid))
         encoder_key, head_key = jax.random.split(key)
-        (tokens, _), encoder = self.encoder.init_with_output(
-            encoder_key, patches, grid, hidden=mask.hidden
-        )
+        tokens, encoder = self.init_encoder(encoder_key, batch, mask)
         head = self._head.init(head_key, tokens)
-        return {"encoder": encoder["params"], "head": head["params"]}, {}
+        return {"encoder": encoder, "head": head["params"]}, {}
 
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
-        images = augment.to_float(batch["image"])
+        images = to_float(batch["image"])
         if self.color_jitter != "none":
             images = self.jitter(images, purpose(keys, 1))
-        mask = masks_of(self.masking, batch, keys, self.grid(images.shape[1:]))
+        grid = self.grid(images.shape[1:])
+        mask = masks_of(self.masking, batch, keys, grid, state)
         logits = self.logits(params, images, mask)
-        tokens = self.tokenizer(images, self.grid(images.shape[1:]))
+        tokens = self.tokenizer(images, grid)
         wanted = take(tokens[:, :, None], mask.drop)
         scores = jax.nn.log_softmax(logits, axis=-1)
         errors = -jnp.take_along_axis(scores, wanted, axis=-1)
@@ -106,7 +109,7 @@ class BEiT(Objective):
     ) -> Float[Array, "b m v"]:
         """Of each token of the vocabulary at the hidden patches, in `mask.drop`'s
         order, for images in 0..1."""
-        tokens, _ = self.encode(params, images, hidden=mask.hidden)
+        tokens, _ = self.encode_masked(params, images, mask)
         return apply(self._head, params["head"], take(tokens[:, 1:], mask.drop))
 
     @property

@@ -19,15 +19,15 @@ from mim_jax.objectives.base import (
     Params,
     Stats,
     apply,
-    masks_of,
+    first_mask,
     purpose,
 )
-from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.contrastive import Negatives, cosine_distance, info_nce
 from mim_jax.ops.ema import EMA
-from mim_jax.ops.masking import Mask, complement, no_mask, unshuffle
-from mim_jax.ops.patches import Grid, patchify
+from mim_jax.ops.masking import Mask, complement, masks_of, no_mask, unshuffle
+from mim_jax.ops.mix import cutmix
+from mim_jax.ops.patches import Grid, patchify, to_float
 
 
 class View(NamedTuple):
@@ -166,6 +166,10 @@ class CMAE(Objective):
         return ("encoder/embed",) if self.stop_grad_patch_embed else ()
 
     @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        return "mask_token" if self.mask_token else "drop"
+
+    @property
     def feature(self) -> Literal["cls", "avg"]:
         # Where only patch tokens are compared, nothing teaches the class token.
         return "cls" if self.tokens == "cls" else "avg"
@@ -188,22 +192,19 @@ class CMAE(Objective):
             )
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
-        mask = self.masking(jax.random.split(key, 1), grid)
+        grid = self.grid(batch["image"].shape[1:])
+        mask = first_mask(grid, self.masking.visible_count(grid))
         encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
-        how = self._occluded(mask)
-        (tokens, _), encoder = self.encoder.init_with_output(
-            encoder_key, patches, grid, **how
-        )
+        tokens, encoder = self.init_encoder(encoder_key, batch, mask)
         projected, projector = self.projector.init_with_output(projector_key, tokens)
         predictor = self.predictor.init(predictor_key, projected)
-        networks = dict(encoder=encoder, projector=projector, predictor=predictor)
-        return {name: made["params"] for name, made in networks.items()}, {}
+        heads = dict(projector=projector["params"], predictor=predictor["params"])
+        return {"encoder": encoder, **heads}, {}
 
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
-        views = self.views(batch, keys)
+        views = self.views(batch, keys, state)
         online, target = views
         loss = self._direction(params, state.teacher, online, target)
         if self.symmetric:
@@ -214,12 +215,14 @@ class CMAE(Objective):
         weight = jnp.asarray(keys.shape[0], loss.dtype)
         return loss, Aux(weight=weight, stats={}, metrics={})
 
-    def views(self, batch: Batch, keys: Key[Array, " b"]) -> tuple[View, View]:
-        """Both views of a batch; `keys` as for `loss`."""
-        images = augment.to_float(batch["image"])
+    def views(
+        self, batch: Batch, keys: Key[Array, " b"], state: Any = None
+    ) -> tuple[View, View]:
+        """Both views of a batch; `keys` and `state` as for `loss`."""
+        images = to_float(batch["image"])
         grid = self.grid(images.shape[1:])
-        mask1 = masks_of(self.masking, batch, keys, grid)
-        masks = mask1, self._second_mask(mask1, keys, grid)
+        mask1 = masks_of(self.masking, batch, keys, grid, state)
+        masks = mask1, self._second_mask(mask1, batch, keys, grid)
         views = []
         for number, mask in enumerate(masks):
             seen, pasted = images, None
@@ -227,19 +230,20 @@ class CMAE(Objective):
                 seen = self.jitter(seen, purpose(keys, 10 + number))
             if self.cutmix:
                 # Another partner for each view, so that pasted tokens never match.
-                seen, box = augment.cutmix(
-                    seen, purpose(keys, 20 + number), partner=1 + number
-                )
+                seen, box = cutmix(seen, purpose(keys, 20 + number), partner=1 + number)
                 pasted = patchify(box[..., None], grid.patch).any(axis=-1)
             views.append(View(seen, mask, pasted))
         return views[0], views[1]
 
-    def _second_mask(self, mask1: Mask, keys: Key[Array, " b"], grid: Grid) -> Mask:
+    def _second_mask(
+        self, mask1: Mask, batch: Batch, keys: Key[Array, " b"], grid: Grid
+    ) -> Mask:
         if self.t2 == "identity" or not mask1.drop.shape[1]:
             return no_mask(keys.shape[0], grid)
         if self.t2 == "complement":
             return complement(mask1)
-        return self.t2_masking(purpose(keys, 3), grid)
+        drawn = {name: batch[name] for name in self.t2_masking.reads}
+        return masks_of(self.t2_masking, drawn, purpose(keys, 3), grid)
 
     def _second_visible_count(self, grid: Grid) -> int:
         """Number of patches that T2 shows."""
@@ -273,7 +277,7 @@ class CMAE(Objective):
         return (weights * each).sum() / jnp.maximum(weights.sum(), 1)
 
     def _projected(self, params: Params, view: View) -> Float[Array, "b m d"]:
-        tokens, _ = self.encode(params, view.images, **self._occluded(view.mask))
+        tokens, _ = self.encode_masked(params, view.images, view.mask)
         if self.tokens == "cls":
             tokens = tokens[:, :1]
         elif self.tokens == "avg":
@@ -281,10 +285,6 @@ class CMAE(Objective):
         elif self.tokens == "patch":
             tokens = tokens[:, 1:]
         return apply(self.projector, params["projector"], tokens)
-
-    def _occluded(self, mask: Mask) -> dict[str, Any]:
-        """How the encoder is told of a mask."""
-        return {"hidden": mask.hidden} if self.mask_token else {"keep": mask.keep}
 
     def _weights(self, online: View, target: View) -> Bool[Array, "b n"] | None:
         """Which patch tokens count; None: all."""

@@ -18,9 +18,9 @@ from mim_jax.objectives.base import (
     apply,
     purpose,
 )
-from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.ema import EMA
+from mim_jax.ops.patches import to_float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,22 +84,21 @@ class DINO(Objective):
             view.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
         encoder_key, head_key = jax.random.split(key)
-        (tokens, _), encoder = self.encoder.init_with_output(encoder_key, patches, grid)
+        tokens, encoder = self.init_encoder(encoder_key, batch)
         head = self.head.init(head_key, tokens[:, 0])
         stats = {"centre": jnp.zeros((self.head.out,), jnp.float32)}
-        return {"encoder": encoder["params"], "head": head["params"]}, stats
+        return {"encoder": encoder, "head": head["params"]}, stats
 
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
         globals_ = [
-            self.view1(augment.to_float(batch["image"]), purpose(keys, 10)),
-            self.view2(augment.to_float(batch["image2"]), purpose(keys, 11)),
+            self.view1(to_float(batch["image"]), purpose(keys, 10)),
+            self.view2(to_float(batch["image2"]), purpose(keys, 11)),
         ]
         rows, count = batch["local"].shape[:2]
-        crops = augment.to_float(batch["local"].reshape(-1, *batch["local"].shape[2:]))
+        crops = to_float(batch["local"].reshape(-1, *batch["local"].shape[2:]))
         local_keys = jnp.stack([purpose(keys, 20 + i) for i in range(count)], axis=1)
         crops = self.local(crops, local_keys.reshape(-1))
         frozen_steps = self.freeze_prototypes * self.total_steps

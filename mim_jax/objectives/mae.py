@@ -2,32 +2,31 @@
 """Masked autoencoder."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mim_jax.maskings.base import Masking
 from mim_jax.maskings.random import Random
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import SIZES, Encoder
-from mim_jax.objectives.base import (
-    Aux,
-    Batch,
-    Params,
-    PixelObjective,
-    Stats,
-    apply,
-    purpose,
-)
-from mim_jax.ops import augment, losses
+from mim_jax.objectives.base import AutoEncoder, Aux, Batch, Params, Stats, purpose
 from mim_jax.ops.augment import ColorJitter
-from mim_jax.ops.masking import take
-from mim_jax.ops.patches import normalise_patches, patchify
+from mim_jax.ops.masking import Mask, masks_of, take
+from mim_jax.ops.mix import cutmix
+from mim_jax.ops.patches import (
+    Grid,
+    normalise_patches,
+    patch_mse,
+    patchify,
+    standard_patches,
+    to_float,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MAE(PixelObjective):
+class MAE(AutoEncoder):
     """Masked autoencoder, arXiv:2111.06377; Eq. (3) of arXiv:2208.04164.
 
     Attributes:
@@ -69,39 +68,63 @@ class MAE(PixelObjective):
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
-        images = augment.to_float(batch["image"])
-        seen, pasted = images, None
+        seen, clean, pasted = self.views(batch, keys)
+        patches, grid = standard_patches(seen, self.encoder.patch, self.mean, self.std)
+        mask = masks_of(self.masking, batch, keys, grid, state)
+        prediction, predicted = self.predict(params, patches, grid, mask)
+        target = self.target(clean, predicted)
+        errors = patch_mse(prediction, target)
+        if pasted is not None:
+            errors, weight = self._touched(errors, pasted, mask)
+        else:
+            weight = jnp.asarray(errors.size, errors.dtype)
+        return errors.sum() / jnp.maximum(weight, 1), Aux(weight, stats={}, metrics={})
+
+    def views(
+        self, batch: Batch, keys: Key[Array, " b"]
+    ) -> tuple[
+        Float[Array, "b h w c"], Float[Array, "b h w c"], Bool[Array, "b h w"] | None
+    ]:
+        """The image that the encoder sees, the one to predict, both in 0..1, and True
+        at pixels that were pasted into the first; None: nothing was."""
+        clean = to_float(batch["image"])
+        seen, pasted = clean, None
         if self.color_jitter != "none":
-            seen = self.jitter(images, purpose(keys, 1))
+            seen = self.jitter(clean, purpose(keys, 1))
         if self.color_jitter == "whole":
-            images = seen
+            clean = seen
         if self.cutmix:
-            seen, pasted = augment.cutmix(seen, purpose(keys, 2))
-        mask = self.mask(batch, keys)
-        patches, grid = self.patches(seen)
-        tokens, _ = apply(self.encoder, params["encoder"], patches, grid, mask.keep)
-        masked = mask.drop.shape[1] > 0
-        prediction = apply(
-            self.decoder,
-            params["decoder"],
-            tokens,
-            mask,
-            grid,
-            patches.shape[-1],
-            predict="hidden" if masked else "visible",
-        )
-        wanted = mask.drop if masked else mask.keep
-        patches, _ = self.patches(images)
-        target = take(patches, wanted)
-        if self.normalise_target:
-            target = normalise_patches(target)
-        errors = losses.patch_mse(prediction, target)
-        weights = jnp.ones_like(errors)
-        if pasted is not None and not masked and self.color_jitter == "none":
-            weights = _touched(pasted, grid.patch).astype(errors.dtype)
-        weight = weights.sum()
-        mean = (weights * errors).sum() / jnp.maximum(weight, 1)
-        return mean, Aux(weight=weight, stats={}, metrics={})
+            seen, pasted = cutmix(seen, purpose(keys, 2))
+        return seen, clean, pasted
+
+    def predict(
+        self, params: Params, patches: Float[Array, "b n p"], grid: Grid, mask: Mask
+    ) -> tuple[Float[Array, "b m p"], Int[Array, "b m"]]:
+        """Predictions of the hidden patches and their indices; where the mask hides
+        nothing, of all patches."""
+        masked, outputs = mask.drop.shape[1] > 0, patches.shape[-1]
+        encoder, decoder = ({"params": params[name]} for name in ("encoder", "decoder"))
+        tokens, _ = self.encoder.apply(encoder, patches, grid, mask.keep)
+        where = "hidden" if masked else "visible"
+        filled: Any = self.decoder.apply(decoder, tokens, mask, grid, outputs, where)
+        return filled, mask.drop if masked else mask.keep
+
+    def target(
+        self, clean: Float[Array, "b h w c"], predicted: Int[Array, "b m"]
+    ) -> Float[Array, "b m p"]:
+        """The standardised patches at the predicted places, normalised if so set."""
+        patches, _ = standard_patches(clean, self.encoder.patch, self.mean, self.std)
+        target = take(patches, predicted)
+        return normalise_patches(target) if self.normalise_target else target
+
+    def _touched(self, errors, pasted, mask: Mask):
+        """Errors of the patches that a paste touches, and their number; of all patches
+        where the mask hides some, or the colours differ too."""
+        if mask.drop.shape[1] or self.color_jitter != "none":
+            return errors, jnp.asarray(errors.size, errors.dtype)
+        weights = patchify(pasted[..., None], self.encoder.patch).any(axis=-1)
+        weights = weights.astype(errors.dtype)
+        return weights * errors, weights.sum()
 
     def teacher(self, old: Params | None, params: Params, step: Array) -> None:
         return None
@@ -112,7 +135,3 @@ class MAE(PixelObjective):
         encoder = self.encoder.flops(visible, image_shape[2])
         predicted = grid.size - visible or grid.size
         return 3 * (encoder + self.decoder_flops(visible, image_shape, predicted))
-
-
-def _touched(pasted: Bool[Array, "b h w"], patch: int) -> Bool[Array, "b n"]:
-    return patchify(pasted[..., None], patch).any(axis=-1)

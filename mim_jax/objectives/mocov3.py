@@ -19,10 +19,10 @@ from mim_jax.objectives.base import (
     apply,
     purpose,
 )
-from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.contrastive import info_nce
 from mim_jax.ops.ema import EMA
+from mim_jax.ops.patches import to_float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +80,9 @@ class MoCoV3(Objective):
             view.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
         encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
-        (tokens, _), made = self.encoder.init_with_output(encoder_key, patches, grid)
-        encoder: dict[str, Any] = dict(made["params"])
+        tokens, made = self.init_encoder(encoder_key, batch)
+        encoder: dict[str, Any] = dict(made)
         # As the released code begins: class token nearly 0, patch bias 0, and query,
         # key and value each with the bound of its own square matrix.
         encoder["cls_token"] = encoder["cls_token"] * (1e-6 / 0.02)
@@ -104,8 +103,8 @@ class MoCoV3(Objective):
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
-        one = self.view1(augment.to_float(batch["image"]), purpose(keys, 10))
-        two = self.view2(augment.to_float(batch["image2"]), purpose(keys, 11))
+        one = self.view1(to_float(batch["image"]), purpose(keys, 10))
+        two = self.view2(to_float(batch["image2"]), purpose(keys, 11))
         loss = self._direction(params, state.teacher, one, two)
         loss = loss + self._direction(params, state.teacher, two, one)
         weight = jnp.asarray(keys.shape[0], loss.dtype)

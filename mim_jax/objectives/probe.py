@@ -20,8 +20,7 @@ from mim_jax.objectives.base import (
     apply,
     label_loss,
 )
-from mim_jax.ops import augment
-from mim_jax.ops.backend import accurate
+from mim_jax.ops.attention import accurate
 from mim_jax.ops.losses import soft_labels
 
 _EPSILON = 1e-6
@@ -81,13 +80,12 @@ class Probe(LabelObjective):
         self.check_encoder(image_shape)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
         encoder_key, head_key = jax.random.split(key)
-        (tokens, _), encoder = self.encoder.init_with_output(encoder_key, patches, grid)
+        tokens, encoder = self.init_encoder(encoder_key, batch)
         head = self._head.init(head_key, tokens[:, 0])
         width = self.encoder.width
         stats = {"mean": jnp.zeros(width), "variance": jnp.ones(width)}
-        return {"encoder": encoder["params"], "head": head["params"]}, stats
+        return {"encoder": encoder, "head": head["params"]}, stats
 
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]

@@ -2,7 +2,7 @@
 """R-MAE: masked autoencoding as learning features that occlusion does not change."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,23 @@ from mim_jax.maskings.random import Random
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.base import (
+    AutoEncoder,
     Aux,
     Batch,
     Params,
-    PixelObjective,
     Stats,
     apply,
     purpose,
 )
-from mim_jax.ops import augment, losses
-from mim_jax.ops.masking import Mask, complement, no_mask, take, unshuffle
-from mim_jax.ops.patches import Grid, normalise_patches
+from mim_jax.ops.masking import (
+    Mask,
+    complement,
+    masks_of,
+    no_mask,
+    take,
+    unshuffle,
+)
+from mim_jax.ops.patches import Grid, normalise_patches, patch_mse, to_float
 
 
 class Branches(NamedTuple):
@@ -45,7 +51,7 @@ class Branches(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RMAE(PixelObjective):
+class RMAE(AutoEncoder):
     """Relaxed MAE, Eq. (8) of arXiv:2208.04164, its three variants and their readings.
 
     The image is masked by T1 and by T2; both go through one encoder. With u1 and u2 the
@@ -111,7 +117,7 @@ class RMAE(PixelObjective):
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
-        branches = self.branches(params, batch, keys)
+        branches = self.branches(params, batch, keys, state)
         distance, constraint = self.terms(branches)
         # Dagger: images may share no patch at all, though a batch hardly can.
         weight = branches.weights.sum()
@@ -120,12 +126,16 @@ class RMAE(PixelObjective):
         return loss, Aux(weight=weight, stats={}, metrics=metrics)
 
     def branches(
-        self, params: Params, batch: Batch, keys: Key[Array, " b"]
+        self,
+        params: Params,
+        batch: Batch,
+        keys: Key[Array, " b"],
+        state: Any = None,
     ) -> Branches:
-        """Both branches on a batch; `keys` as for `loss`."""
-        patches, grid = self.patches(augment.to_float(batch["image"]))
-        mask1 = self.mask(batch, keys)
-        mask2 = self.second_mask(mask1, keys, grid)
+        """Both branches on a batch; `keys` and `state` as for `loss`."""
+        patches, grid = self.patches(to_float(batch["image"]))
+        mask1 = self.mask(batch, keys, state)
+        mask2 = self.second_mask(mask1, batch, keys, grid)
         tokens1, _ = apply(self.encoder, params["encoder"], patches, grid, mask1.keep)
         tokens2, _ = apply(self.encoder, params["encoder"], patches, grid, mask2.keep)
         if self.stop_grad == "t2":
@@ -167,20 +177,23 @@ class RMAE(PixelObjective):
         if self.stop_grad == "distance_t2":
             second = jax.lax.stop_gradient(second)
         weight = jnp.maximum(branches.weights.sum(), 1)
-        distance = losses.patch_mse(branches.first, second)
+        distance = patch_mse(branches.first, second)
         distance = (branches.weights * distance).sum() / weight
-        errors = losses.patch_mse(branches.constrained, branches.constraint_target)
+        errors = patch_mse(branches.constrained, branches.constraint_target)
         if self.constraint_region == "all":
             return distance, errors.mean()
         return distance, (branches.weights * errors).sum() / weight
 
-    def second_mask(self, mask1: Mask, keys: Key[Array, " b"], grid: Grid) -> Mask:
+    def second_mask(
+        self, mask1: Mask, batch: Batch, keys: Key[Array, " b"], grid: Grid
+    ) -> Mask:
         """What T2 hides where T1 hides `mask1`."""
         if self.t2 == "complement":
             return complement(mask1)
         if self.t2 == "identity":
             return no_mask(keys.shape[0], grid)
-        return self.t2_masking(purpose(keys, 3), grid)
+        drawn = {name: batch[name] for name in self.t2_masking.reads}
+        return masks_of(self.t2_masking, drawn, purpose(keys, 3), grid)
 
     def teacher(self, old: Params | None, params: Params, step: Array) -> None:
         return None

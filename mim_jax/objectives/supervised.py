@@ -19,9 +19,10 @@ from mim_jax.objectives.base import (
     label_loss,
     purpose,
 )
-from mim_jax.ops import augment
-from mim_jax.ops.augment import ColorJitter, Erasing, Mix
+from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.losses import soft_labels
+from mim_jax.ops.mix import Erasing, Mix
+from mim_jax.ops.patches import to_float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,16 +79,15 @@ class Supervised(LabelObjective):
             self.jitter.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        patches, grid = self.patches(augment.to_float(batch["image"][:1]))
         encoder_key, head_key = jax.random.split(key)
-        (tokens, _), encoder = self.encoder.init_with_output(encoder_key, patches, grid)
+        tokens, encoder = self.init_encoder(encoder_key, batch)
         head = self._head.init(head_key, tokens[:, 0])
-        return {"encoder": encoder["params"], "head": head["params"]}, {}
+        return {"encoder": encoder, "head": head["params"]}, {}
 
     def loss(
         self, params: Params, state, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Aux]:
-        images = augment.to_float(batch["image"])
+        images = to_float(batch["image"])
         if self.color_jitter != "none":
             images = self.jitter(images, purpose(keys, 1))
         if self.erasing.p > 0:
@@ -114,7 +114,7 @@ class Supervised(LabelObjective):
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     ) -> Float[Array, "b {self.classes}"]:
         del stats
-        return self.scores(params, augment.to_float(images))
+        return self.scores(params, to_float(images))
 
     @property
     def _head(self) -> Classifier:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mim_jax.ops.backend import accurate
+from mim_jax.ops.attention import accurate
 
 Negatives = Literal["same_position", "same_image", "all"]
 

@@ -6,17 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def patch_mse(
-    prediction: Float[Array, "b n p"], target: Float[Array, "b n p"]
-) -> Float[Array, "b n"]:
-    """Mean squared error of each patch vector, in the unit of the target squared.
-
-    Computed in the target's precision (float32 or better), whatever the prediction's.
-    """
-    error = prediction.astype(target.dtype) - target
-    return jnp.mean(error * error, axis=-1)
-
-
 def soft_labels(
     labels: Int[Array, " b"], classes: int, smoothing: float
 ) -> Float[Array, "b {classes}"]:

@@ -6,12 +6,13 @@ where the encoder does not see; `keep` and `drop` are the indices of visible and
 patches, each image with its own.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Real, Shaped
+from jaxtyping import Array, Bool, Int, Key, Real, Shaped
 
 from mim_jax.ops.patches import Grid
 
@@ -34,6 +35,31 @@ class Mask(NamedTuple):
         count = self.keep.shape[1] + self.drop.shape[1]
         positions = jnp.arange(count, dtype=self.drop.dtype)
         return (self.drop[:, :, None] == positions[None, None]).any(axis=1)
+
+
+def masks_of(
+    masking: Any,
+    batch: Mapping[str, Any],
+    keys: Key[Array, " b"],
+    grid: Grid,
+    state: Any = None,
+) -> Mask:
+    """The masks of a batch: its own under "mask" if it brings them, else drawn.
+
+    Args:
+        masking: a `mim_jax.maskings.base.Masking`; it gets the fields of the batch that
+            it reads, and its memory if it has one.
+        batch: fields by name.
+        keys: one per image.
+        state: whose `memory` the trainer keeps for the masking, a TrainState or the Run
+            of an evaluation; None will do for a masking without memory.
+    """
+    if "mask" in batch:
+        return batch["mask"]
+    given = {name: batch[name] for name in masking.reads}
+    if masking.refresh_every:
+        given["memory"] = state.memory
+    return masking(keys, grid, **given)
 
 
 def cut(order: Int[Array, "b n"], keep: int) -> Mask:
@@ -92,7 +118,7 @@ def complement(mask: Mask) -> Mask:
 def order_units(
     scores: Real[Array, "b u"], grid: Grid, side: int
 ) -> Int[Array, "b {grid.size}"]:
-    """Patches in the order in which they are kept: units by score, each in one piece.
+    """Patches in the order of visibility: units by score, each in one piece.
 
     Units are squares of side x side patches, numbered row-major from the top left;
     those of the last row and column may reach over the border.
@@ -103,8 +129,13 @@ def order_units(
     """
     # Units are ordered first and expanded after: a tie can never split a unit.
     order = _argsort(scores)
-    if side == 1:
-        return order
+    return order if side == 1 else _expanded(order, grid, side)
+
+
+def _expanded(
+    order: Int[Array, "b u"], grid: Grid, side: int
+) -> Int[Array, "b {grid.size}"]:
+    """The patches of each unit in the place of the unit."""
     unit_cols = -(-grid.cols // side)
     inner = jnp.arange(side * side, dtype=order.dtype)[None, None, :]
     # Column by column inside a unit: where a cut may fall inside one (partial units),

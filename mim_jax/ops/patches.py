@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as grids of patches, and the pixel target of masked autoencoding."""
+"""Images as grids of patches: standardised, cut, placed; and errors of patches."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import einops
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+import numpy as np
+from jaxtyping import Array, Float, Shaped, UInt8
 
 
 class Grid(NamedTuple):
@@ -34,6 +36,44 @@ def grid_of(height: int, width: int, patch: int) -> Grid:
             f"{_nearest(width, patch)}"
         )
     return Grid(height // patch, width // patch, patch)
+
+
+def to_float(
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+) -> Float[Array, "b h w c"]:
+    """0..255 to 0..1 in float32; float images are taken to be in 0..1 already."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def normalise(
+    images: Float[Array, "b h w c"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "b h w c"]:
+    """Standardised images, from values in 0..1, with one mean and std per channel."""
+    centre, scale = (
+        jnp.asarray(x, images.dtype)[None, None, None] for x in (mean, std)
+    )
+    return (images - centre) / scale
+
+
+def denormalise(
+    images: Float[Array, "b h w c"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "b h w c"]:
+    """Inverse of `normalise`: images in 0..1 (not clipped)."""
+    centre, scale = (
+        jnp.asarray(x, images.dtype)[None, None, None] for x in (mean, std)
+    )
+    return images * scale + centre
+
+
+def standard_patches(
+    images: Float[Array, "b h w c"],
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Float[Array, "b n p"], Grid]:
+    """Standardised patches of images in 0..1, and the grid where they sit."""
+    grid = grid_of(images.shape[1], images.shape[2], patch)
+    return patchify(normalise(images, mean, std), patch), grid
 
 
 def patchify(
@@ -77,6 +117,44 @@ def normalise_patches(patches: Float[Array, "b n p"]) -> Float[Array, "b n p"]:
     """
     mean, deviation = patch_statistics(patches)
     return (patches - mean) / deviation
+
+
+def patch_mse(
+    prediction: Float[Array, "b n p"], target: Float[Array, "b n p"]
+) -> Float[Array, "b n"]:
+    """Mean squared error of each patch vector, in the unit of the target squared.
+
+    Computed in the precision of the target (float32 or better), whatever the
+    prediction's.
+    """
+    error = prediction.astype(target.dtype) - target
+    return jnp.mean(error * error, axis=-1)
+
+
+def sincos_1d(positions: Float[np.ndarray, " n"], width: int) -> np.ndarray:
+    """Sines, then cosines, of each position at width / 2 frequencies: [n, width].
+
+    Frequency i is 10000 ** (-i / (width / 2)), arXiv:1706.03762.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    angles = positions[:, None].astype(np.float64) * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(grid: Grid, width: int) -> Float[np.ndarray, "n d"]:
+    """Position table of a grid, float64, one row per patch in row-major order.
+
+    The first half of the channels encodes the COLUMN, the second half the row, as in
+    the released MAE models (MoCo v3 has the halves the other way round).
+
+    Raises:
+        ValueError: width is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"width={width}: want a multiple of 4 for sine-cosine tables")
+    rows, cols = np.divmod(np.arange(grid.size, dtype=np.float64), grid.cols)
+    half = width // 2
+    return np.concatenate([sincos_1d(cols, half), sincos_1d(rows, half)], axis=1)
 
 
 def _nearest(side: int, patch: int) -> int:

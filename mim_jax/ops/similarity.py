@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mim_jax.ops.backend import target
-
 
 def mse(
     image: Float[Array, "b h w c"],
@@ -216,8 +214,9 @@ def _log_gabor(height: int, width: int) -> _Bank:
 
 def _per_image(function: Callable[..., Array]) -> Callable[..., Array]:
     """A function of one pair of images as one of batches."""
-    if target() != "cpu":
+    if jax.default_backend() != "cpu":
         return jax.vmap(function)
+    # On a CPU one image at a time stays in the cache.
     return lambda *batches: jax.lax.map(lambda rows: function(*rows), batches)
 
 

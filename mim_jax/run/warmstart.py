@@ -15,8 +15,8 @@ from flax import traverse_util
 from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax import state as states
-from mim_jax.ops.patches import Grid
-from mim_jax.ops.posembed import resized, sincos_2d
+from mim_jax.ops.patches import Grid, sincos_2d
+from mim_jax.ops.posembed import resized
 from mim_jax.run.checkpoint import read_parts
 from mim_jax.state import TrainState
 

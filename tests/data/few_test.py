@@ -18,6 +18,7 @@ from mim_jax.data.sources.few import Few
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
 from mim_jax.data.sources.tfds import Tfds
+from mim_jax.plan import Plan
 from mim_jax.run import rundir
 
 JPEGS = pathlib.Path(__file__).parent / "jpegs"
@@ -237,7 +238,7 @@ def test_a_config_nests_the_source(tmp_path):
 def test_labels_that_do_not_suffice_are_refused_before_a_run():
     # The largest class has 183, one in five held out.
     with pytest.raises(config.ConfigError, match="images=200.*want at most 147, the"):
-        train.Plan.of(tree(images=200, sampling="one_class"))
+        Plan.of(tree(images=200, sampling="one_class"))
 
 
 class Left(Exception):
@@ -255,7 +256,7 @@ def test_the_run_directory_keeps_the_choice(tmp_path, monkeypatch):
         train.run(c, tmp_path)
     path = tmp_path / "images.json"
     ids = json.loads(path.read_text())["ids"]
-    assert tuple(ids) == train.Plan.of(c).settings.data.source.chosen()
+    assert tuple(ids) == Plan.of(c).settings.data.source.chosen()
     assert len({DIGITS[index]["label"] for index in ids}) == 4
     path.write_text("as it was")
     rundir.write_images(tmp_path, (1,))  # on resume

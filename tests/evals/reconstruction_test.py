@@ -16,9 +16,8 @@ from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Encoder
 from mim_jax.objectives.mae import MAE
-from mim_jax.ops import augment
 from mim_jax.ops.masking import from_hidden
-from mim_jax.ops.patches import Grid, normalise_patches, patchify, unpatchify
+from mim_jax.ops.patches import Grid, normalise_patches, patchify, to_float, unpatchify
 
 GRID = Grid(3, 4, 2)
 
@@ -28,7 +27,7 @@ class Oracle(MAE):
     """Predicts its target exactly, or only the number in its parameters."""
 
     def reconstruct(self, params, batch, mask):
-        images = augment.to_float(batch["image"])
+        images = to_float(batch["image"])
         return images + params["offset"]
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from mim_jax.models.vit import SIZES, Encoder, layer_flops
-from mim_jax.ops.patches import Grid
-from mim_jax.ops.posembed import sincos_2d
+from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.state import stack_blocks
 
 GRID = Grid(rows=3, cols=4, patch=2)

@@ -37,6 +37,7 @@ from tiny import (
 from mim_jax import config, train
 from mim_jax import state as states
 from mim_jax.objectives import OBJECTIVES
+from mim_jax.plan import Plan
 from mim_jax.run.checkpoint import Checkpointer
 
 each = pytest.mark.parametrize("name", TINY)
@@ -62,7 +63,7 @@ def part_scales(grads: dict[str, np.ndarray]) -> dict[str, float]:
     return {path: parts[path.split("/")[0]] for path in grads}
 
 
-def check_same(name: str, plan: train.Plan, loss_tolerance=1e-5, tolerance=1e-4):
+def check_same(name: str, plan: Plan, loss_tolerance=1e-5, tolerance=1e-4):
     """One step of a plan has loss, statistics and gradients of the plain one."""
     after, metrics = one_step(name, plan)
     _, alone, want, wanted = plain(name)
@@ -147,7 +148,7 @@ def test_a_teacher_is_used_and_follows_and_gets_no_gradient(name):
 
     def loss(teacher):
         with_teacher = dataclasses.replace(state, teacher=teacher)
-        keys = states.example_keys(state, len(batch["image"]))
+        keys = train.example_keys(state, len(batch["image"]))
         return objective.loss(state.params, with_teacher, batch, keys)[0]
 
     grads = jax.jit(jax.grad(loss), compiler_options=FAST)(state.teacher)
@@ -279,8 +280,8 @@ def test_stop_and_resume_is_the_straight_run(name, tmp_path, monkeypatch, capsys
     made, step = create_of(name), step_of(spread_plan(name))
     # The run is real, but for what was compiled before.
     lowered = types.SimpleNamespace(compile=lambda: step)
-    monkeypatch.setattr(train.Plan, "lowered", lambda _: lowered)
-    monkeypatch.setattr(train.Plan, "create", property(lambda _: made))
-    monkeypatch.setattr(train, "_report", lambda *_: None)
+    monkeypatch.setattr(train, "lowered", lambda _: lowered)
+    monkeypatch.setattr(Plan, "create", property(lambda _: made))
+    monkeypatch.setattr(train.report, "measure", lambda *_: None)
     check_resume(name, tmp_path)
     assert "resumed from step 3" in capsys.readouterr().out

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from tiny import FAST, batch_for, leaves, place, plan_of
 
-from mim_jax import state as states
 from mim_jax.models.heads import Prototypes
 from mim_jax.objectives.base import apply
 from mim_jax.objectives.dino import DINO
 from mim_jax.ops.augment import ColorJitter
+from mim_jax.train import example_keys
 
 SHAPE = (8, 8, 1)
 STILL = ColorJitter(saturation=0.0, hue=0.0, gray_p=0.0, p=0.0)
@@ -117,7 +117,7 @@ def first():
 @functools.cache
 def _graded():
     objective, state, batch = first()
-    keys = states.example_keys(state, len(batch["image"]))
+    keys = example_keys(state, len(batch["image"]))
 
     def loss(params, state):
         return objective.loss(params, state, batch, keys)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny import FAST, batch_for, first_state, leaves, place, plan_of, step_of
 
-from mim_jax import state as states
 from mim_jax.models.heads import Head
 from mim_jax.objectives.base import apply
 from mim_jax.objectives.mocov3 import MoCoV3
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.ema import EMA
+from mim_jax.train import example_keys
 
 SHAPE = (8, 8, 1)
 STILL = ColorJitter(saturation=0.0, hue=0.0, gray_p=0.0, p=0.0)
@@ -44,7 +44,7 @@ def test_the_loss_is_that_of_the_features(temperature):
     # Another teacher than the student, so that each must be in its place.
     teacher = jax.tree.map(lambda leaf: leaf * 1.5 + 0.1, state.teacher)
     state = dataclasses.replace(state, teacher=teacher)
-    keys = states.example_keys(state, len(batch["image"]))
+    keys = example_keys(state, len(batch["image"]))
 
     def parts(params, state):
         def projected(params, images):

@@ -11,10 +11,11 @@ import pytest
 from sklearn.metrics import log_loss
 from tiny import first_state, images_of, plan_of, tree_of
 
-from mim_jax import config, optim, train
+from mim_jax import config, optim
 from mim_jax.data.sources.base import Source
 from mim_jax.objectives.supervised import Supervised
-from mim_jax.ops.augment import Erasing, Mix
+from mim_jax.ops.mix import Erasing, Mix
+from mim_jax.plan import Plan
 
 CLASSES = 5
 
@@ -318,7 +319,7 @@ def test_images_without_labels_are_refused():
     tree.objective.update(colours)
     tree.data.source = config.choose(Source, "photos")
     with pytest.raises(config.ConfigError) as caught:
-        train.Plan.of(tree, jax.devices()[:1])
+        Plan.of(tree, jax.devices()[:1])
     assert str(caught.value) == (
         "config: data.source has no labels, which Supervised reads; want a source with "
         "classes, such as digits"

@@ -13,7 +13,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from skimage import color
 
 from mim_jax.ops import augment
-from mim_jax.ops.augment import ColorJitter, Erasing, Mix
+from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.mix import Erasing, Mix, cutmix
+from mim_jax.ops.patches import denormalise, normalise, to_float
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +102,9 @@ def test_each_strength_reaches_its_bounds_and_no_further(photo, which):
 def test_normalise_and_back():
     images = np.arange(2 * 2 * 3 * 2, dtype=np.uint8).reshape(2, 2, 3, 2)
     mean, std = (0.1, 0.4), (0.5, 0.25)
-    standard = augment.normalise(augment.to_float(jnp.asarray(images)), mean, std)
+    standard = normalise(to_float(jnp.asarray(images)), mean, std)
     np.testing.assert_allclose(standard[..., 1], (images[..., 1] / 255 - 0.4) * 4, 1e-5)
-    back = augment.denormalise(standard, mean, std)
+    back = denormalise(standard, mean, std)
     np.testing.assert_allclose(back, images / 255, atol=1e-6)
 
 
@@ -214,7 +216,7 @@ def test_colours_that_do_not_fit_the_channels_are_refused():
 def boxes():
     """True at the pixels pasted into many images of 16 x 24."""
     images, keys = copies(np.zeros((16, 24, 1)), 6000)
-    return np.asarray(jax.jit(augment.cutmix)(images, keys)[1])
+    return np.asarray(jax.jit(cutmix)(images, keys)[1])
 
 
 def test_cutmix_boxes_have_the_size_and_place_they_promise(boxes):
@@ -244,9 +246,9 @@ def test_cutmix_pastes_its_partner_and_nothing_else():
     random = np.random.default_rng(0)
     images = random.random((5, 8, 12, 3), np.float32)
     keys = jax.random.split(jax.random.key(0), 5)
-    cutmix = jax.jit(augment.cutmix, static_argnums=2)
+    jitted = jax.jit(cutmix, static_argnums=2)
     for partner in (1, -2):
-        mixed, pasted = map(np.asarray, cutmix(images, keys, partner))
+        mixed, pasted = map(np.asarray, jitted(images, keys, partner))
         assert 0 < pasted.mean() < 1
         for i in range(5):
             inside = pasted[i]
@@ -255,7 +257,7 @@ def test_cutmix_pastes_its_partner_and_nothing_else():
             np.testing.assert_array_equal(mixed[i][~inside], images[i][~inside])
     # A box is a function of its own key.
     assert len({box.tobytes() for box in pasted}) == 5
-    turned = cutmix(images, keys[::-1], -2)[1]
+    turned = jitted(images, keys[::-1], -2)[1]
     np.testing.assert_array_equal(turned, pasted[::-1])
 
 
@@ -263,7 +265,7 @@ def test_cutmix_pastes_its_partner_and_nothing_else():
 def test_an_image_is_never_its_own_partner(rows, partner):
     images, keys = copies(np.zeros((4, 4, 1)), rows)
     with pytest.raises(ValueError, match=rf"{rows} image\(s\) with number {partner}"):
-        augment.cutmix(images, keys, partner)
+        cutmix(images, keys, partner)
 
 
 # Mixing images and their labels.

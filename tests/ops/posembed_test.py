@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from mim_jax.ops.patches import Grid
-from mim_jax.ops.posembed import sincos_2d
+from mim_jax.ops.patches import Grid, sincos_2d
 
 
 def test_closed_form_in_float64():

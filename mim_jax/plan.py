@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run works from, built and checked before anything compiles."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import optax
+
+from mim_jax import config as configs
+from mim_jax import sharding
+from mim_jax import state as states
+from mim_jax.data.pipeline import EvalPasses, Input
+from mim_jax.kernels.choice import described, with_kernels
+from mim_jax.objectives.base import LabelObjective, Objective
+from mim_jax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training run, resolved: every choice is made and fits every other.
+
+    Attributes:
+        settings: the built config; its objective runs anywhere, on one device.
+        objective: the same for the devices of `mesh`: the forms of its operations are
+            chosen.
+        mesh: of devices.
+        tx: optax transformation.
+        schedule: learning rate at a step.
+        total, stop: steps of the whole run, and where this process ends.
+    """
+
+    settings: configs.Train
+    objective: Objective
+    mesh: jax.sharding.Mesh
+    tx: optax.GradientTransformationExtraArgs
+    schedule: Any
+    total: int
+    stop: int
+
+    @classmethod
+    def of(
+        cls,
+        config: configs.Tree,
+        devices: list | None = None,
+        stand_in: bool = False,
+    ) -> "Plan":
+        """The plan of a config.
+
+        Args:
+            devices: to run on; None: all devices of all processes.
+            stand_in: the source stands for another that is not here: its images have
+                the right shape, and its labels do not matter.
+        Raises:
+            ConfigError: the parts do not fit each other or this machine.
+        """
+        settings = configs.build(config)
+        objective, data = settings.objective, settings.data
+        try:
+            mesh = settings.mesh.build(devices)
+            _check_reads(objective, data)
+            settings.report.check_objective(objective)
+            if not stand_in:
+                _check_labels(objective, data)
+                settings.report.check_data(objective, EvalPasses(data))
+            data.source.chosen()  # refuses here what only labels can tell
+            chosen = for_devices(settings, mesh=mesh)
+        except ValueError as error:
+            raise configs.ConfigError(f"config: {error}") from error
+        _check_batch(settings, sharding.row_parts(mesh))
+        total = settings.steps
+        if total is None:
+            draws = settings.epoch_images or len(data.source)
+            total = math.ceil(settings.epochs * draws / settings.batch_size)
+        stop = min(total, settings.stop_after or total)
+        if hasattr(objective, "total_steps"):
+            objective, chosen = (
+                dataclasses.replace(one, total_steps=total)  # pyright: ignore
+                for one in (objective, chosen)
+            )
+            settings = dataclasses.replace(settings, objective=objective)
+        schedule = settings.optim.schedule(settings.batch_size, settings.epochs, total)
+        tx = settings.optim.build(schedule, total, objective.frozen)
+        return cls(settings, chosen, mesh, tx, schedule, total, stop)
+
+    @property
+    def epoch_images(self) -> int:
+        """Images drawn in an epoch."""
+        return self.settings.epoch_images or len(self.settings.data.source)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of the training example that a step reads."""
+        return self.objective.batch_fields
+
+    @property
+    def on_cpus(self) -> bool:
+        """Whether the devices are CPUs."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
+    def forms(self) -> str:
+        """The chosen forms, for people."""
+        rows = "merged" if self.on_cpus else "as they are"
+        return f"{described(self.objective)}; rows of dense layers {rows}"
+
+    @property
+    def create(self):
+        """A function without arguments that makes the first state."""
+        settings = self.settings
+        return functools.partial(
+            states.create,
+            settings.objective,
+            self.tx,
+            seed=settings.seed,
+            image_shape=settings.data.image_shape,
+            scan=settings.scan,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        shapes = jax.eval_shape(self.create)
+        return sharding.placed(shapes, sharding.by_path(shapes, self.mesh))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, type and sharding of what a step reads."""
+        rows, rule = self.settings.batch_size, sharding.by_row(self.mesh)
+        shapes = self.settings.data.shapes
+        return {
+            name: jax.ShapeDtypeStruct((rows, *shape), kind, sharding=rule)
+            for name in self.reads
+            for shape, kind in [shapes[name]]
+        }
+
+
+def for_devices(
+    settings: configs.Train,
+    mesh: jax.sharding.Mesh | None = None,
+    device: Any = None,
+) -> Objective:
+    """The objective of a built config for a mesh, or for one device.
+
+    Args:
+        device: where there is no mesh; None: the first one of this process.
+    Raises:
+        ValueError: config.attention names a form that cannot run there.
+    """
+    if device is None:
+        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    objective = settings.objective
+    tokens = objective.grid(settings.data.image_shape).size + 1
+    return with_kernels(objective, settings.attention, tokens, device, mesh)
+
+
+def _check_reads(objective: Objective, data: Input) -> None:
+    """ValueError unless the data offer what an objective reads, in shapes that fit."""
+    shapes = data.shapes
+    for name in objective.batch_fields:
+        if name not in shapes:
+            want = {"image2": "data.crops=2", "local": "data.local_crops >= 1"}[name]
+            raise ValueError(
+                f"data has no {name!r}, which {type(objective).__name__} reads; want "
+                f"config.{want}"
+            )
+        shape, _ = shapes[name]
+        if len(shape) >= 3:
+            rows, cols, channels = shape[-3:]
+            objective.check_shape((rows, cols, channels))
+
+
+def _check_labels(objective: Objective, data: Input) -> None:
+    """ValueError if an objective reads labels that are not there or leaves some out."""
+    if "label" not in objective.reads:
+        return
+    if not data.source.classes:
+        raise ValueError(
+            f"data.source has no labels, which {type(objective).__name__} reads; want "
+            "a source with classes, such as digits"
+        )
+    known = len(data.source.classes)
+    if isinstance(objective, LabelObjective) and objective.classes < known:
+        raise ValueError(
+            f"objective.classes={objective.classes}: data.source has {known}, and "
+            f"images of the others would be left out; want {known}"
+        )
+
+
+def _check_batch(settings: configs.Train, parts: int) -> None:
+    """ConfigError unless micro-batches make sense, and divide over the mesh."""
+    objective, accumulate = settings.objective, settings.accumulate
+    coupled = objective.batch_coupled and not settings.accumulate_coupled
+    if accumulate > 1 and coupled:
+        raise configs.ConfigError(
+            f"config.accumulate={accumulate}: in the loss of "
+            f"{type(objective).__name__} every image depends on the whole batch, so "
+            "micro-batches are another loss; want accumulate=1, or "
+            "--config.accumulate_coupled=true to work per micro-batch"
+        )
+    if settings.batch_size // accumulate % parts:
+        raise configs.ConfigError(
+            f"config.batch_size={settings.batch_size} in {accumulate} micro-batch(es) "
+            f"on {parts} parts of the mesh: want a multiple of {accumulate * parts}"
+        )

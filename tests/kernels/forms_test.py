@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every form of attention against its formula in float64, and which form is chosen."""
+
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mim_jax.kernels import FORMS, attend, cpu, tpu
+from mim_jax.kernels.base import Kernels, Site
+from mim_jax.kernels.choice import choose_attention, described, with_kernels
+from mim_jax.kernels.spread import gathered
+from mim_jax.models.decoder import Decoder
+from mim_jax.models.vit import Dense, Encoder
+from mim_jax.objectives.mae import MAE
+from mim_jax.ops.attention import attention
+from mim_jax.sharding import Mesh
+
+# (heads, width, tokens): four heads to a tile of 128 lanes, two, one of them over two
+# tiles each (80 lanes), and a head of a tile's size.
+SIZES = [(8, 256, 21), (4, 256, 8), (8, 640, 17), (1, 128, 9)]
+
+
+def drawn(rows, tokens, width, dtype="float32"):
+    rng = np.random.default_rng(width + tokens)
+    qkv = rng.normal(size=(rows, tokens, 3 * width)).astype(np.float32)
+    bias = rng.normal(size=3 * width).astype(np.float32)
+    return jnp.asarray(qkv, dtype), jnp.asarray(bias, dtype)
+
+
+def by_formula(qkv, bias, heads):
+    """softmax(q k / sqrt(c)) v and the softmax, in float64, head by head."""
+    qkv = np.asarray(qkv, np.float64) + np.asarray(bias, np.float64)
+    width = qkv.shape[2] // 3
+    size, mixed, weights = width // heads, [], []
+    for head in range(heads):
+        q, k, v = (
+            qkv[:, :, at + head * size : at + (head + 1) * size]
+            for at in (0, width, 2 * width)
+        )
+        raised = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(size))
+        weights.append(raised / raised.sum(axis=-1, keepdims=True))
+        mixed.append(weights[-1] @ v)
+    return np.concatenate(mixed, axis=-1), np.stack(weights, axis=1)
+
+
+# What runs on this machine, by the name of its row; cuDNN runs on a GPU alone.
+HERE = {
+    "plain": lambda *args: attention(*args)[0],
+    "recompute": cpu.recomputing_attention,
+    "pallas": lambda *args: tpu.short_attention(*args, True),
+}
+
+
+def test_every_form_is_tested_here_or_wants_a_gpu():
+    missing = set(FORMS) - set(HERE)
+    assert {FORMS[name].platform for name in missing} <= {"gpu"}, (
+        f"add {missing} to HERE in this file"
+    )
+
+
+@pytest.mark.parametrize("form", HERE)
+@pytest.mark.parametrize("heads, width, tokens", SIZES)
+def test_a_form_is_the_formula(heads, width, tokens, form):
+    qkv, bias = drawn(2, tokens, width)
+    expected, weights = by_formula(qkv, bias, heads)
+    with jax.default_matmul_precision("highest"):
+        mixed = HERE[form](qkv, bias, heads)
+        _, seen = attention(qkv, bias, heads)
+    np.testing.assert_allclose(mixed, expected, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(seen, weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [*HERE, "image by image"])
+@pytest.mark.parametrize("heads, width, tokens", SIZES)
+def test_gradients_are_differences(monkeypatch, heads, width, tokens, form):
+    """Along random directions, of the formula in float64."""
+    if form == "image by image":
+        monkeypatch.setattr(cpu, "LOOP_BYTES", 0)
+        form = "recompute"
+    qkv, bias = drawn(3, tokens, width)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(3, tokens, width))
+
+    def loss(qkv, bias):
+        mixed = HERE[form](qkv, bias, heads)
+        return (mixed * jnp.asarray(weight, jnp.float32)).sum()
+
+    with jax.default_matmul_precision("highest"):
+        gradients = jax.grad(loss, argnums=(0, 1))(qkv, bias)
+    for number, gradient in enumerate(gradients):
+        for part in range(3):  # q, k and v alone: an error of one does not hide
+            step = rng.normal(size=gradient.shape)
+            mine = np.arange(3 * width) // width == part
+            step = 1e-5 * np.where(mine, step, 0)
+            ends = []
+            for sign in (1, -1):
+                moved = [np.asarray(qkv, np.float64), np.asarray(bias, np.float64)]
+                moved[number] = moved[number] + sign * step
+                ends.append((weight * by_formula(*moved, heads)[0]).sum())
+            expected = (ends[0] - ends[1]) / 2e-5
+            found = (np.asarray(gradient, np.float64) * step).sum() / 1e-5
+            # Of all parts: that of a bias of keys is zero, which softmax forgets.
+            scale = np.linalg.norm(gradient)
+            assert abs(found - expected) < 1e-4 * scale
+
+
+def test_half_precision_keeps_logits_and_sums_in_float32():
+    qkv, bias = drawn(2, 33, 128, "bfloat16")
+    expected, _ = by_formula(qkv.astype("float32"), bias.astype("float32"), 4)
+    found = tpu.short_attention(qkv, bias, 4, True)
+    assert found.dtype == "bfloat16"
+    error = np.abs(np.asarray(found, np.float64) - expected)
+    assert error.max() < 0.05 and error.mean() < 0.005
+
+
+def test_the_kernel_wants_whole_tiles():
+    qkv, bias = drawn(1, 4, 96)
+    with pytest.raises(ValueError, match="width 96: want a multiple of 128"):
+        tpu.short_attention(qkv, bias, 3, True)
+
+
+V5E = Site("tpu", "TPU v5 lite", "bfloat16", tokens=197, width=768, heads=12)
+H100 = Site("gpu", "NVIDIA H100", "bfloat16", tokens=197, width=768, heads=12)
+CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
+
+
+@pytest.mark.parametrize(
+    "site, form",
+    [
+        (V5E, "pallas"),
+        (V5E._replace(width=96, heads=3), "plain"),  # lanes
+        (V5E._replace(dtype="float32"), "plain"),
+        (V5E._replace(tokens=4097), "plain"),  # no room
+        (V5E._replace(device="TPU v4", tokens=785), "plain"),
+        (V5E._replace(tokens=785), "pallas"),
+        (H100, "cudnn"),
+        (H100._replace(dtype="float16"), "cudnn"),
+        (H100._replace(dtype="float32"), "plain"),
+        (H100._replace(width=1536), "cudnn"),  # heads of 128
+        (H100._replace(width=1632), "plain"),  # of 136
+        (H100._replace(width=720, heads=60), "plain"),  # of 12
+        (CPU, "recompute"),
+        (CPU._replace(tokens=17, width=64, heads=4), "plain"),
+        (CPU._replace(platform="other"), "plain"),
+    ],
+)
+def test_auto_takes_the_form_that_fits(site, form):
+    assert choose_attention("auto", site) == form
+    assert choose_attention("plain", site) == "plain"
+
+
+@pytest.mark.parametrize(
+    "wanted, site, reason",
+    [
+        ("palas", V5E, "'palas' is unknown; known: auto, plain, cudnn, pallas, rec"),
+        ("pallas", CPU, "it runs on tpu, and this is cpu"),
+        ("pallas", V5E._replace(dtype="float32"), "float32: want bfloat16"),
+        ("pallas", V5E._replace(width=700), "width 700 .* multiple of 128"),
+        ("pallas", V5E._replace(tokens=4097), "4097 tokens need .* want at most 120"),
+        ("cudnn", H100._replace(width=1632), "heads of 136 numbers: want a multiple"),
+    ],
+)
+def test_a_form_that_cannot_run_is_refused_with_its_reason(wanted, site, reason):
+    with pytest.raises(ValueError, match=reason):
+        choose_attention(wanted, site)
+
+
+def device(platform, kind):
+    return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+
+def test_an_objective_is_told_its_forms_and_they_are_part_of_its_value():
+    objective = MAE(
+        encoder=Encoder(width=256, heads=4, dtype="bfloat16"),
+        decoder=Decoder(width=96, heads=3, dtype="bfloat16"),
+    )
+    told = with_kernels(objective, "auto", 197, device("tpu", "TPU v5 lite"))
+    assert described(told) == "attention: encoder pallas, decoder plain"
+    assert told != objective and hash(told) != hash(objective)
+    assert told == with_kernels(told, "auto", 197, device("tpu", "TPU v5 lite"))
+    assert not told.encoder.kernels.merge_rows
+    here = with_kernels(objective, "auto", 197, jax.devices()[0])
+    assert here.encoder.kernels == Kernels("recompute", merge_rows=True)
+    # Devices that share heads: each has half of them, of 64 numbers.
+    mesh = Mesh(tensor=2).build()
+    told = with_kernels(objective, "auto", 197, device("tpu", "TPU v5 lite"), mesh)
+    assert described(told) == "attention: encoder pallas, decoder plain"
+    told = with_kernels(objective, "auto", 197, device("gpu", "H100"), mesh)
+    assert described(told) == "attention: encoder cudnn, decoder plain"  # 3 heads
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tensor=2), Mesh(fsdp=2, tensor=4)])
+@pytest.mark.parametrize("form", ["recompute"])
+def test_a_form_on_several_devices_is_the_form_on_one(mesh, form):
+    qkv, bias = drawn(8, 9, 128)
+    kernels = Kernels(form, mesh=mesh.build())
+
+    def run(kernels):
+        def loss(qkv, bias):
+            return (attend(qkv, bias, 4, kernels) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(qkv, bias)
+
+    (one, grads), (many, spread) = run(Kernels(form)), run(kernels)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    for a, b in zip(grads, spread, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_rows_change_nothing():
+    x = jax.random.normal(jax.random.key(0), (4, 7, 6))
+    params = nn.Dense(5).init(jax.random.key(1), x)
+
+    def run(layer):
+        def loss(params, x):
+            return (layer.apply(params, x) ** 2).mean()
+
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return program(params, x), str(program.trace(params, x).jaxpr)
+
+    found, text = run(Dense(5, "float32", Kernels(merge_rows=True)))
+    other, other_text = run(Dense(5, "float32"))
+    with jax.numpy_rank_promotion("allow"):
+        expected, _ = run(nn.Dense(5))  # Flax's own
+    for run_ in (found, other):
+        for a, b in zip(jax.tree.leaves(run_), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert "f32[28,6]" in text and "f32[28,6]" not in other_text
+
+
+def test_a_shared_kernel_is_whole_where_it_is_used_and_its_gradient_is_shared():
+    mesh = Mesh(fsdp=4).build()
+    kernel = jnp.arange(64.0).reshape(8, 8)
+
+    def loss(kernel):
+        return (gathered(kernel, mesh, 1) ** 2).sum()
+
+    program = jax.jit(jax.grad(loss))
+    np.testing.assert_allclose(program(kernel), 2 * kernel)
+    rules = str(program.trace(kernel).jaxpr)
+    assert "('tensor', 'fsdp')" in rules
+
+
+def test_a_head_is_worked_on_in_the_tiles_that_it_lies_in():
+    """Its first lane and its lanes: more would be matrix work for nothing."""
+    found = [tpu._window(head, size) for head, size in [(5, 32), (1, 80), (2, 80)]]
+    assert found == [(128, 128), (0, 256), (128, 128)]
