@@ -23,15 +23,11 @@ from mim_jax.run.monitor import Monitor
 from mim_jax.run.profiler import Tracer, traced_steps
 from mim_jax.state import TrainState
 
+Batch = dict[str, Any]
+
 
 def train_step(
-    state: TrainState,
-    batch: dict[str, Any],
-    *,
-    objective,
-    tx,
-    micro_batches: int = 1,
-    branch: bool = False,
+    state: TrainState, batch: Batch, *, objective, tx, micro_batches=1, branch=False
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step of any objective: a pure function of (state, batch).
 
@@ -54,11 +50,10 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         teacher = objective.teacher(state.teacher, params, state.step)
-        step, memory = state.step + 1, state.memory
-        if memory is not None:
-            memory = objective.next_memory(memory, params, batch, keys, step)
-        new = dict(params=params, teacher=teacher, stats=aux.stats, memory=memory)
-        return dataclasses.replace(state, step=step, opt_state=opt_state, **new)
+        new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
+        if state.memory is not None:
+            new |= dict(memory=objective.next_memory(state, params, batch, keys))
+        return dataclasses.replace(state, step=state.step + 1, **new)
 
     ok = jnp.isfinite(loss) & optim.all_finite(grads)
     with jax.named_scope("optimiser"):  # profiles and `aot` show this name
@@ -85,24 +80,33 @@ def choose_state(
     """
     if branch:
         return jax.lax.cond(ok, make, lambda: old)
-    return jax.tree.map(
-        lambda new, old: old if new is old else jnp.where(ok, new, old), make(), old
-    )
+    return _selected(ok, make(), old)
 
 
-def lowered(plan: Plan) -> jax.stages.Lowered:
-    """The training step, traced for the plan's mesh: the state is donated, and its
-    shardings are those it came with."""
-    step = functools.partial(
+def _selected(ok: Bool[Array, ""], new: Any, old: Any) -> Any:
+    def leaf(new, old):
+        return old if new is old else jnp.where(ok, new, old)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def step_of(plan: Plan) -> Callable[..., Any]:
+    """`train_step` of a plan: a function of (state, batch)."""
+    return functools.partial(
         train_step,
         objective=plan.objective,
         tx=plan.tx,
         micro_batches=plan.settings.accumulate,
         branch=plan.on_cpus,
     )
+
+
+def lowered(plan: Plan) -> jax.stages.Lowered:
+    """The training step, traced for the plan's mesh: the state is donated, and its
+    shardings are those it came with."""
     state = plan.abstract_state()
     outputs = (sharding.shardings_of(state), sharding.replicated(plan.mesh))
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=outputs)
+    jitted = jax.jit(step_of(plan), donate_argnums=0, out_shardings=outputs)
     return jitted.lower(state, plan.abstract_batch())
 
 

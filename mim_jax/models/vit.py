@@ -41,7 +41,7 @@ TAPS = ("blocks", "attention")
 
 
 def run_blocks(
-    network: nn.Module,
+    network: Any,
     x: Float[Array, "b n d"],
     taps: Sequence[str] = (),
     scales: Float[Array, "l 2 b"] | None = None,
@@ -53,28 +53,28 @@ def run_blocks(
         taps: what to return besides, of TAPS, with a leading axis over the blocks.
         scales: factor of each branch of each block, from `drop_path`; None is 1.
     """
-    config: Any = network
-    fields: dict[str, Any] = dict(
-        heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        dtype=config.dtype,
-        kernels=config.kernels,
-        taps=tuple(taps),
-    )
-    stacked = network.has_variable("params", "blocks")
-    cls = Block
-    if config.remat != "none":
-        # Outside a loop the compiler would merge the recomputation with the original.
-        policy = REMAT[config.remat]
-        cls = nn.remat(Block, policy=policy, prevent_cse=not stacked)
+    fields = {name: getattr(network, name) for name in _OF_A_BLOCK}
+    fields["taps"] = tuple(taps)
+    cls, stacked = Block, network.has_variable("params", "blocks")
+    if network.remat != "none":
+        cls = _rematerialised(network.remat, stacked)
     if stacked:
-        return _scanned(cls, config.depth, fields, x, scales)
+        return _scanned(cls, network.depth, fields, x, scales)
     seen = []
-    for i in range(config.depth):
+    for i in range(network.depth):
         own = None if scales is None else scales[i]
         x, tap = cls(name=f"block{i:02d}", **fields)(x, own)
         seen.append(tap)
     return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
+
+
+_OF_A_BLOCK = ("heads", "mlp_ratio", "dtype", "kernels")
+
+
+def _rematerialised(remat: str, stacked: bool):
+    """A block that computes again in the backward pass what it does not save."""
+    # Outside a loop the compiler would merge the recomputation with the original.
+    return nn.remat(Block, policy=REMAT[remat], prevent_cse=not stacked)
 
 
 def _scanned(cls, depth: int, fields: dict[str, Any], x, scales):
@@ -141,12 +141,16 @@ class LayerNorm(nn.Module):
         if kind == self.dtype:
             variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
         else:
-            # In one pass: inputs of half precision are rounded by more than cancels.
-            variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
-            variance = jnp.maximum(variance, 0)
+            variance = _variance_in_one_pass(wide, mean)
         wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-6)
         wide = wide * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
         return wide.astype(self.dtype)
+
+
+def _variance_in_one_pass(wide, mean):
+    # What cancels is less than the rounding of inputs in half precision.
+    variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
+    return jnp.maximum(variance, 0)
 
 
 class Dense(nn.Module):
@@ -158,16 +162,16 @@ class Dense(nn.Module):
         kernels: whether rows are merged, and which devices share the kernel.
         split: the axis of the kernel that `tensor` devices share, see
             `mim_jax.sharding.RULES`.
-        use_bias: whether there is a bias.
         bias_init: what the bias starts from.
+        use_bias: whether there is a bias.
     """
 
     features: int
     dtype: str
     kernels: Kernels = PLAIN
     split: int | None = None
-    use_bias: bool = True
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    use_bias: bool = True
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.features}"]:
         product, bias = self.product_and_bias(x)
@@ -237,10 +241,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "..."]]]:
         width, hidden = x.shape[-1], int(x.shape[-1] * self.mlp_ratio)
         look = "attention" in self.taps
-        y = LayerNorm(self.dtype, name="ln1")(x)
-        y, weights = Attention(self.heads, self.dtype, self.kernels, look, name="attn")(
-            y
-        )
+        attn = Attention(self.heads, self.dtype, self.kernels, look, name="attn")
+        y, weights = attn(LayerNorm(self.dtype, name="ln1")(x))
         x = x + (y if scales is None else _scaled(y, scales[0]))
         y = LayerNorm(self.dtype, name="ln2")(x)
         y = gelu(Dense(hidden, self.dtype, self.kernels, split=1, name="fc1")(y))
@@ -312,8 +314,6 @@ class Encoder(nn.Module):
         Raises:
             ValueError: both keep and hidden are given.
         """
-        if keep is not None and hidden is not None:
-            raise ValueError("keep drops patches and hidden replaces them: want one")
         first, table = self._positions(grid)
         positions = table[None]
         if keep is not None:
@@ -321,12 +321,11 @@ class Encoder(nn.Module):
             patches, positions = take(patches, keep), table[keep]
         # The reference embeds by a convolution, whose bias does not start at zero.
         bias = _uniform(patches.shape[-1] ** -0.5)
-        embed = Dense(
-            self.width, self.dtype, self.kernels, bias_init=bias, name="embed"
+        x = Dense(self.width, self.dtype, self.kernels, None, bias, name="embed")(
+            patches
         )
-        x = embed(patches)
         if hidden is not None:
-            x = self._with_mask_tokens(x, hidden)
+            x = self._with_mask_tokens(x, hidden, keep)
         x = x + positions.astype(x.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = jnp.broadcast_to((cls + first).astype(x.dtype), (len(x), 1, self.width))
@@ -358,7 +357,9 @@ class Encoder(nn.Module):
         whole = jnp.asarray(self.param("pos_embed", start, (1 + grid.size, self.width)))
         return whole[None, :1], whole[1:]
 
-    def _with_mask_tokens(self, x, hidden):
+    def _with_mask_tokens(self, x, hidden, keep):
+        if keep is not None:
+            raise ValueError("keep drops patches and hidden replaces them: want one")
         init = nn.initializers.normal(0.02)
         mask_token = self.param("mask_token", init, (1, 1, self.width))
         return jnp.where(hidden[:, :, None], mask_token.astype(x.dtype), x)

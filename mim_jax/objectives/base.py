@@ -185,18 +185,18 @@ class Objective(abc.ABC):
         return masking.first_memory(self.grid(image_shape))
 
     def next_memory(
-        self, memory: Any, params: Params, batch: Batch, keys: Key[Array, " b"], step
+        self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"]
     ) -> Any:
         """The memory after a step: refreshed if its number is due, else the old one.
 
         Args:
+            state: before the step.
             params: after the step.
             batch, keys: of the step.
-            step: steps done, this one included.
         """
-        masking = self.maskings["masking"]
+        masking, memory = self.maskings["masking"], state.memory
         return jax.lax.cond(
-            step % masking.refresh_every == 0,
+            (state.step + 1) % masking.refresh_every == 0,
             lambda: masking.refresh(memory, self, params, batch, keys),
             lambda: memory,
         )

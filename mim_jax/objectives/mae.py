@@ -2,7 +2,7 @@
 """Masked autoencoder."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -23,6 +23,20 @@ from mim_jax.ops.patches import (
     standard_patches,
     to_float,
 )
+
+
+class Views(NamedTuple):
+    """A batch as the encoder sees it and as it is predicted.
+
+    Attributes:
+        seen: images in 0..1 that the encoder sees.
+        clean: images in 0..1 that are predicted.
+        pasted: True at pixels of `seen` that show another image; None: there are none.
+    """
+
+    seen: Float[Array, "b h w c"]
+    clean: Float[Array, "b h w c"]
+    pasted: Bool[Array, "b h w"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,20 +88,20 @@ class MAE(AutoEncoder):
         prediction, predicted = self.predict(params, patches, grid, mask)
         target = self.target(clean, predicted)
         errors = patch_mse(prediction, target)
+        weight = jnp.asarray(errors.size, errors.dtype)
         if pasted is not None:
             errors, weight = self._touched(errors, pasted, mask)
-        else:
-            weight = jnp.asarray(errors.size, errors.dtype)
         return errors.sum() / jnp.maximum(weight, 1), Aux(weight, stats={}, metrics={})
 
-    def views(
-        self, batch: Batch, keys: Key[Array, " b"]
-    ) -> tuple[
-        Float[Array, "b h w c"], Float[Array, "b h w c"], Bool[Array, "b h w"] | None
-    ]:
-        """The image that the encoder sees, the one to predict, both in 0..1, and True
-        at pixels that were pasted into the first; None: nothing was."""
-        clean = to_float(batch["image"])
+    def views(self, batch: Batch, keys: Key[Array, " b"]) -> Views:
+        """What the encoder sees of a batch, and what is to be predicted."""
+        images = to_float(batch["image"])
+        if self.color_jitter == "none" and not self.cutmix:
+            return Views(images, images, None)
+        return self._augmented(images, keys)
+
+    def _augmented(self, clean: Float[Array, "b h w c"], keys) -> Views:
+        """Views by colour jitter and cutmix, tables 4 and 5 of arXiv:2208.04164."""
         seen, pasted = clean, None
         if self.color_jitter != "none":
             seen = self.jitter(clean, purpose(keys, 1))
@@ -95,7 +109,7 @@ class MAE(AutoEncoder):
             clean = seen
         if self.cutmix:
             seen, pasted = cutmix(seen, purpose(keys, 2))
-        return seen, clean, pasted
+        return Views(seen, clean, pasted)
 
     def predict(
         self, params: Params, patches: Float[Array, "b n p"], grid: Grid, mask: Mask

@@ -38,11 +38,7 @@ class Mask(NamedTuple):
 
 
 def masks_of(
-    masking: Any,
-    batch: Mapping[str, Any],
-    keys: Key[Array, " b"],
-    grid: Grid,
-    state: Any = None,
+    masking: Any, batch: Mapping, keys: Key[Array, " b"], grid: Grid, state: Any = None
 ) -> Mask:
     """The masks of a batch: its own under "mask" if it brings them, else drawn.
 

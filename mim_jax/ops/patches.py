@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
+Channels = Sequence[float]  # a number for each channel of an image
+
 
 class Grid(NamedTuple):
     """An image cut into rows x cols square patches of `patch` pixels a side."""
@@ -41,12 +43,16 @@ def grid_of(height: int, width: int, patch: int) -> Grid:
 def to_float(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """0..255 to 0..1 in float32; float images are taken to be in 0..1 already."""
+    """0..255 to 0..1 in float32; float images are taken to be in 0..1 already.
+
+    Raises:
+        TypeError: images are neither uint8 nor floats.
+    """
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def normalise(
-    images: Float[Array, "b h w c"], mean: Sequence[float], std: Sequence[float]
+    images: Float[Array, "b h w c"], mean: Channels, std: Channels
 ) -> Float[Array, "b h w c"]:
     """Standardised images, from values in 0..1, with one mean and std per channel."""
     centre, scale = (
@@ -56,7 +62,7 @@ def normalise(
 
 
 def denormalise(
-    images: Float[Array, "b h w c"], mean: Sequence[float], std: Sequence[float]
+    images: Float[Array, "b h w c"], mean: Channels, std: Channels
 ) -> Float[Array, "b h w c"]:
     """Inverse of `normalise`: images in 0..1 (not clipped)."""
     centre, scale = (
@@ -66,10 +72,7 @@ def denormalise(
 
 
 def standard_patches(
-    images: Float[Array, "b h w c"],
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    images: Float[Array, "b h w c"], patch: int, mean: Channels, std: Channels
 ) -> tuple[Float[Array, "b n p"], Grid]:
     """Standardised patches of images in 0..1, and the grid where they sit."""
     grid = grid_of(images.shape[1], images.shape[2], patch)
