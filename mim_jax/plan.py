@@ -75,12 +75,8 @@ class Plan:
             draws = settings.epoch_images or len(data.source)
             total = math.ceil(settings.epochs * draws / settings.batch_size)
         stop = min(total, settings.stop_after or total)
-        if hasattr(objective, "total_steps"):
-            objective, chosen = (
-                dataclasses.replace(one, total_steps=total)  # pyright: ignore
-                for one in (objective, chosen)
-            )
-            settings = dataclasses.replace(settings, objective=objective)
+        settings = dataclasses.replace(settings, objective=objective.for_run(total))
+        chosen = chosen.for_run(total)
         schedule = settings.optim.schedule(settings.batch_size, settings.epochs, total)
         tx = settings.optim.build(schedule, total, objective.frozen)
         return cls(settings, chosen, mesh, tx, schedule, total, stop)

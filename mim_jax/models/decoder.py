@@ -11,6 +11,7 @@ from mim_jax.kernels.base import PLAIN, Kernels
 from mim_jax.models.vit import Dense, LayerNorm, check_width, layer_flops, run_blocks
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid, sincos_2d
+from mim_jax.schema import internal, shared
 
 
 class Decoder(nn.Module):
@@ -29,9 +30,9 @@ class Decoder(nn.Module):
     depth: int = 8
     heads: int = 16
     mlp_ratio: float = 4.0
-    dtype: str = "float32"
-    remat: str = "none"
-    kernels: Kernels = PLAIN
+    dtype: str = shared("float32")
+    remat: str = shared("none")
+    kernels: Kernels = internal(PLAIN)
 
     @nn.compact
     def __call__(

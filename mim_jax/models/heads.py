@@ -12,6 +12,7 @@ from mim_jax.kernels.base import PLAIN, Kernels
 from mim_jax.models.vit import Dense, LayerNorm, gelu
 from mim_jax.ops.attention import accurate
 from mim_jax.ops.contrastive import l2_normalise
+from mim_jax.schema import internal, shared
 
 
 class BatchNorm(nn.Module):
@@ -63,8 +64,8 @@ class Head(nn.Module):
     norm: Literal["batch", "layer", "none"] = "batch"
     activation: Literal["gelu", "relu"] = "gelu"
     last_norm: bool = False
-    dtype: str = "float32"
-    kernels: Kernels = PLAIN
+    dtype: str = shared("float32")
+    kernels: Kernels = internal(PLAIN)
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
@@ -118,8 +119,8 @@ class Prototypes(nn.Module):
     hidden: int = 2048
     bottleneck: int = 256
     out: int = 65536
-    dtype: str = "float32"
-    kernels: Kernels = PLAIN
+    dtype: str = shared("float32")
+    kernels: Kernels = internal(PLAIN)
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.out}"]:
@@ -164,7 +165,7 @@ class Classifier(nn.Module):
 
     classes: int
     deviation: float = 2e-5
-    dtype: str = "float32"
+    dtype: str = shared("float32")
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.classes}"]:

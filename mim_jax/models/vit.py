@@ -21,6 +21,7 @@ from mim_jax.kernels.spread import gathered
 from mim_jax.ops.attention import accurate, attention
 from mim_jax.ops.masking import take
 from mim_jax.ops.patches import Grid, sincos_2d
+from mim_jax.schema import internal, shared
 
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -282,9 +283,9 @@ class Encoder(nn.Module):
     positions: Literal["fixed", "learned"] = "fixed"
     norm: Literal["tokens", "pooled"] = "tokens"
     drop_path: float = 0.0
-    dtype: str = "float32"
-    remat: str = "none"
-    kernels: Kernels = PLAIN
+    dtype: str = shared("float32")
+    remat: str = shared("none")
+    kernels: Kernels = internal(PLAIN)
 
     @nn.compact
     def __call__(

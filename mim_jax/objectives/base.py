@@ -86,16 +86,11 @@ class Objective(abc.ABC):
     Attributes:
         reads: fields of the training example that the loss reads, besides those that a
             masking reads; see `mim_jax.data.pipeline.Input`.
-        inherits: leaves of the config that a run decides from which this one starts.
         encoder: the network that is learned.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
-    inherits: ClassVar[tuple[str, ...]] = (
-        *(f"encoder.{name}" for name in ("patch", "width", "depth", "heads")),
-        *("encoder.mlp_ratio", "mean", "std"),
-    )
 
     encoder: Encoder
     mean: tuple[float, ...]
@@ -122,6 +117,33 @@ class Objective(abc.ABC):
         """How this objective hides patches from its encoder: it drops them, or puts a
         learned mask token in their place."""
         return "drop"
+
+    def for_run(self, total_steps: int) -> "Objective":
+        """This objective for a run of so many steps, which its schedules may need."""
+        del total_steps
+        return self
+
+    def adopt(self, other: "Objective") -> "Objective":
+        """This objective with what the run that it begins with decides of it.
+
+        Args:
+            other: the objective of that run.
+        """
+        encoder = dataclasses.replace(
+            self.encoder,
+            patch=other.encoder.patch,
+            width=other.encoder.width,
+            depth=other.encoder.depth,
+            heads=other.encoder.heads,
+            mlp_ratio=other.encoder.mlp_ratio,
+        )
+        # Every concrete objective is a dataclass.
+        return dataclasses.replace(
+            self,  # pyright: ignore[reportArgumentType]
+            encoder=encoder,
+            mean=other.mean,
+            std=other.std,
+        )
 
     @abc.abstractmethod
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
