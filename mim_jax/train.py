@@ -20,7 +20,9 @@ import mim_jax
 from mim_jax import config as configs
 from mim_jax import optim, sharding
 from mim_jax import state as states
-from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
+from mim_jax.data.input import Input
+from mim_jax.data.passes import EvalPasses
+from mim_jax.data.pipeline import check_replaced, train_batches
 from mim_jax.evals.base import Eval, Run, caption, save
 from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.ops.backend import compile_for, made_if
