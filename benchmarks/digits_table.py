@@ -30,7 +30,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mim_jax import config, evaluate, train
-from mim_jax.data.pipeline import EvalPasses
+from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.base import Eval
 from mim_jax.evals.features import extract
 from mim_jax.evals.knn import classify

@@ -39,9 +39,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mim_jax.data import pipeline
+from mim_jax.data.input import Input
+from mim_jax.data.pipeline import train_batches
 from mim_jax.data.sources import photos
 from mim_jax.data.sources.folder import Folder
+from mim_jax.data.workers import Batches
 
 COUNT, BATCH, SIDE = 2000, 100, 224
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -68,7 +70,7 @@ def write_jpegs(folder: pathlib.Path) -> None:
 
 
 def ours(folder: str, workers: int) -> Iterator:
-    data = pipeline.Input(
+    data = Input(
         source=Folder(path=folder),
         image_size=(SIDE, SIDE),
         crop_scale=SCALE,
@@ -76,7 +78,7 @@ def ours(folder: str, workers: int) -> Iterator:
         workers=workers,
         threads=1,
     )
-    return pipeline.train_batches(data, seed=0, batch_size=BATCH)
+    return train_batches(data, seed=0, batch_size=BATCH)
 
 
 def torchvision(folder: str, workers: int) -> Iterator:
@@ -158,7 +160,7 @@ def measure(name: str, folder: str, workers: int) -> None:
         next(batches)
     after = time.perf_counter(), time.process_time()
     print(json.dumps([COUNT / (b - a) for a, b in zip(before, after, strict=True)]))
-    if isinstance(batches, pipeline.Batches):
+    if isinstance(batches, Batches):
         batches.close()
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mim_jax import config as configs
 from mim_jax import evaluate
-from mim_jax.data.pipeline import EvalPasses
+from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.base import Eval, Report, Run, caption
 from mim_jax.run import rundir
 

@@ -19,7 +19,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from mim_jax.data.pipeline import Input
+from mim_jax.data.examples import EXAMPLES
+from mim_jax.data.examples.base import Examples
+from mim_jax.data.input import Input
 from mim_jax.data.sources import SOURCES
 from mim_jax.data.sources.base import Source
 from mim_jax.evals import EVALS
@@ -55,6 +57,7 @@ KINDS: dict[type, tuple[str, dict[str, type]]] = {
     Masking: ("masking", MASKINGS),
     Tokenizer: ("tokenizer", TOKENIZERS),
     Source: ("source", SOURCES),
+    Examples: ("examples", EXAMPLES),
     Eval: ("eval", EVALS),
     Optimiser: ("optimiser", OPTIMISERS),
 }

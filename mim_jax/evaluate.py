@@ -14,7 +14,7 @@ import numpy as np
 import mim_jax
 from mim_jax import config as configs
 from mim_jax import state
-from mim_jax.data.pipeline import EvalPasses
+from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.base import Run, caption, save
 from mim_jax.run import rundir
 from mim_jax.run.checkpoint import read_parts

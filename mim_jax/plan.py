@@ -7,12 +7,14 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax import state as states
-from mim_jax.data.pipeline import EvalPasses, Input
+from mim_jax.data.input import Input
+from mim_jax.data.passes import EvalPasses
 from mim_jax.kernels.choice import described, with_kernels
 from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.state import TrainState
@@ -151,17 +153,11 @@ def for_devices(
 
 
 def _check_reads(objective: Objective, data: Input) -> None:
-    """ValueError unless the data offer what an objective reads, in shapes that fit."""
-    shapes = data.shapes
-    for name in objective.batch_fields:
-        if name not in shapes:
-            want = {"image2": "data.crops=2", "local": "data.local_crops >= 1"}[name]
-            raise ValueError(
-                f"data has no {name!r}, which {type(objective).__name__} reads; want "
-                f"config.{want}"
-            )
-        shape, _ = shapes[name]
-        if len(shape) >= 3:
+    """ValueError unless the data offer what a step reads, in shapes that fit."""
+    data.check_offers(objective.batch_fields, type(objective).__name__)
+    for name in objective.reads:
+        shape, kind = data.shapes[name]
+        if len(shape) >= 3 and kind is np.uint8:  # an image, or several
             rows, cols, channels = shape[-3:]
             objective.check_shape((rows, cols, channels))
 

@@ -35,18 +35,39 @@ MAY_IMPORT = {
         "models",
         "ops",
     ),
-    "data.sources": ("data.sources.base",),
+    "data.fields": (),
+    "data.decoding": (),
     "data.transforms": (),
     "data.randaugment": (),
+    "data.sources": ("data.fields", "data.sources.base"),
     "data.sets": ("data.sets.base", "data.sources"),
     # ObjectNet and the cue conflicts have the classes of ImageNet.
     "data.sets.objectnet": ("data.sets.base", "data.sets.imagenet", "data.sources"),
     "data.sets.conflicts": ("data.sets.base", "data.sets.imagenet", "data.sources"),
-    "data.pipeline": (
-        "data.randaugment",
-        "data.sets",
-        "data.sources.base",
+    "data.geometry": ("data.randaugment", "data.sources.base", "data.transforms"),
+    "data.examples": (
+        "data.decoding",
+        "data.examples.base",
+        "data.fields",
+        "data.geometry",
         "data.transforms",
+    ),
+    "data.input": ("data.examples", "data.geometry"),
+    "data.workers": ("data.fields", "data.input"),
+    "data.pipeline": (
+        "data.decoding",
+        "data.fields",
+        "data.input",
+        "data.sources.base",
+        "data.workers",
+    ),
+    "data.passes": (
+        "data.decoding",
+        "data.fields",
+        "data.input",
+        "data.pipeline",
+        "data.sets",
+        "data.workers",
     ),
     "data.prepare": ("data.sources",),
     # Beside, used by jobs: pytrees in, pytrees out.
@@ -79,6 +100,8 @@ MAY_IMPORT = {
     "train": (
         "checkpoint",
         "config",
+        "data.input",
+        "data.passes",
         "data.pipeline",
         "evals.base",
         "interrupt",
@@ -95,7 +118,7 @@ MAY_IMPORT = {
     "warmstart": ("checkpoint", "config", "ops", "sharding", "state"),
     "compare": (
         "config",
-        "data.pipeline",
+        "data.passes",
         "evals.base",
         "evaluate",
         "rundir",
@@ -103,7 +126,7 @@ MAY_IMPORT = {
     "evaluate": (
         "checkpoint",
         "config",
-        "data.pipeline",
+        "data.passes",
         "evals.base",
         "rundir",
         "sharding",
@@ -133,7 +156,10 @@ MAY_IMPORT = {
     "targets": ("config", "hlo", "sharding"),
     "hlo": (),
 }
-TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
+TABLES = (
+    *("maskings", "tokenizers", "objectives", "evals"),
+    *("data.sources", "data.examples"),
+)
 # What several plug-ins of a room share, besides its base.
 USED_BY_PLUG_INS = {"evals": {"features", "logits"}}
 # Another package's module: the only rooms that may import it.
@@ -143,7 +169,7 @@ ONLY_IN = {
     "tensorflow_datasets": ("data",),
     "torch": (),
     "orbax": ("checkpoint",),
-    "grain": ("data.pipeline",),
+    "grain": ("data.pipeline", "data.workers"),
 }
 NEVER_IN_DATA = ("jax", "flax", "optax", "orbax")
 

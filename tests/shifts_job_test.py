@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mim_jax import config, evaluate, presets, train
-from mim_jax.data.pipeline import EvalPasses
+from mim_jax.data.passes import EvalPasses
 from mim_jax.data.sources.digits import Digits
 from mim_jax.evals.base import Eval
 from mim_jax.plan import Plan

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images from a source to batches of one host."""
+"""Records from a source, examples from records, batches for one host."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares a data set as array_record, once; the only part that needs TensorFlow.
+"""Prepares a data set as array_record, once. Nothing else needs TensorFlow.
 
     python -m mim_jax.data.prepare NAME [--data_dir=...] [--manual_dir=...]
     python -m mim_jax.data.prepare convert --from=VERSION_DIR --to=DATA_DIR
     python -m mim_jax.data.prepare folder --path=DIR --name=NAME [--data_dir=...]
 
-NAME is a data set of TensorFlow Datasets, e.g. imagenet2012, whose archives it wants in
-manual_dir. `convert` rewrites a copy that was prepared as TFRecord. `folder` takes
-DIR/train/CLASS/*.jpg and, where there is one, DIR/val/CLASS/*.jpg.
+NAME is a data set of TensorFlow Datasets, e.g. imagenet2012, which expects its archives
+in manual_dir. `convert` rewrites a copy that was prepared as TFRecord. `folder` takes
+DIR/train/CLASS/*.jpg and, if there is one, DIR/val/CLASS/*.jpg.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
     """Rewrites a prepared TFRecord data set as array_record under `data_dir`.
 
     Args:
-        version_dir: folder that holds its dataset_info.json; it is not changed.
-        data_dir: it is written to data_dir/name/version, where TFDS looks for it.
+        version_dir: folder with the old dataset_info.json; it is not changed.
+        data_dir: the copy goes to data_dir/name/version, where TFDS looks for it.
     Returns:
         The folder written.
     Raises:
         FileNotFoundError: version_dir holds no data set.
-        ValueError: the folder to write exists already, or the old one is not sound.
+        ValueError: the folder to write exists already, or the old one is damaged.
     """
     import tensorflow_datasets as tfds
 
@@ -64,16 +64,18 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
     if info.file_format is None or info.file_format.value != "tfrecord":
         raise ValueError(f"{version_dir!r} holds no TFRecord files: nothing to convert")
     partial = out.with_name(out.name + ".incomplete")
-    shutil.rmtree(partial, ignore_errors=True)  # what an earlier try left
+    shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt may have left it
     partial.mkdir(parents=True)
     for split in info.splits.values():
         shards = list(zip(split.filepaths, split.shard_lengths, strict=True))
         for number, (shard, count) in enumerate(shards):
             place = f"{number:05}-of-{len(shards):05}"
-            target = partial / f"{info.name}-{split.name}.{_FORMAT}-{place}"
-            if _copy_records(str(shard), str(target)) != count:
-                raise ValueError(f"{shard} does not hold its {count} records: torn?")
-            print(target.name, count, flush=True)
+            copy = partial / f"{info.name}-{split.name}.{_FORMAT}-{place}"
+            if _copy_records(str(shard), str(copy)) != count:
+                raise ValueError(
+                    f"{shard} does not hold its {count} records; want a complete copy"
+                )
+            print(copy.name, count, flush=True)
     for path in source.iterdir():
         if path.is_file() and ".tfrecord" not in path.name:
             shutil.copyfile(path, partial / path.name)
@@ -82,19 +84,19 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
     for split in metadata["splits"]:
         split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     (partial / "dataset_info.json").write_text(json.dumps(metadata, indent=2))
-    partial.rename(out)  # whole, or not there
+    partial.rename(out)  # at once, so that `out` is complete if it exists
     return out
 
 
-def _copy_records(shard: str, target: str) -> int:
-    """Copies the records of one TFRecord file as they are; returns their number."""
-    # Not convert_format of TFDS, which wants apache-beam even for one process.
+def _copy_records(shard: str, copy: str) -> int:
+    """Copies the records of one TFRecord file unchanged; returns their number."""
+    # convert_format of TFDS needs apache-beam even for one process.
     import tensorflow as tf  # pyright: ignore  (extra `prepare`)
     from array_record.python import array_record_module  # pyright: ignore  (compiled)
 
     count = 0
-    # One record in a group, as TFDS writes: any one can be read alone.
-    writer = array_record_module.ArrayRecordWriter(target, "group_size:1")
+    # One record per group, as TFDS writes, so that each can be read alone.
+    writer = array_record_module.ArrayRecordWriter(copy, "group_size:1")
     for record in tf.data.TFRecordDataset(shard).as_numpy_iterator():
         writer.write(record)
         count += 1
@@ -105,18 +107,18 @@ def _copy_records(shard: str, target: str) -> int:
 def folder(
     path: str, name: str, data_dir: str | None = None, version: str = "1.0.0"
 ) -> pathlib.Path:
-    """Prepares a folder of class sub-folders; the bytes of its images stay as they are.
+    """Prepares a folder of class sub-folders; the bytes of its images do not change.
 
     Args:
         path: folder in the layout of the `folder` source; `train` becomes the split
-            "train", `val` the split "validation". TFDS shuffles the records, the same
+            "train", `val` the split "validation". TFDS shuffles the records in the same
             way each time, so that a split such as "train[:10%]" has every class.
         name: of the data set, in lower case with underscores.
-        data_dir: it is written to data_dir/name/version; None: where TFDS looks.
+        data_dir: the data set goes to data_dir/name/version; None: TFDS decides.
     Returns:
         The folder written.
     Raises:
-        FileNotFoundError, ValueError: the folder is empty or not in that layout.
+        FileNotFoundError, ValueError: the folder is empty or has another layout.
     """
     import tensorflow_datasets as tfds
 

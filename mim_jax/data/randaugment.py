@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RandAugment on the host, by Pillow, in the form that fine-tuning of ViTs uses."""
+"""RandAugment on the host, with Pillow, in the form that fine-tuning of ViTs uses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,17 +16,22 @@ _BICUBIC = Image.Resampling.BICUBIC
 class RandAugment:
     """Some random operations per image, arXiv:1909.13719, as `rand-m9-mstd0.5-inc1`.
 
-    Each of `ops` draws one of fifteen operations (OPERATIONS) with replacement and
-    applies it with probability p, at a magnitude drawn from a normal around
-    `magnitude` and cut to 0..10. A greater magnitude is always a stronger change.
+    It draws `ops` times, with replacement, one of fifteen operations (OPERATIONS) and
+    applies it with probability p. The magnitude is normally distributed around
+    `magnitude` and cut to 0..10; a greater one is always a stronger change.
 
     Attributes:
         ops: operations drawn per image; 0: none.
-        magnitude: 0..10.
-        deviation: of the magnitude.
-        p: share of drawn operations that are applied.
-        fill: grey or colour of uncovered pixels, 0..255; one number stands for all
+        magnitude: mean magnitude, 0..10.
+        deviation: standard deviation of the magnitude.
+        p: share of the drawn operations that are applied.
+        fill: grey or colour of uncovered pixels, 0..255; one number is used for all
             channels. The default is ImageNet's mean.
+
+    Example:
+        >>> image = np.zeros((8, 8, 3), np.uint8)
+        >>> RandAugment(ops=2)(image, np.random.default_rng(0)).shape
+        (8, 8, 3)
     """
 
     ops: int = 0
@@ -82,12 +87,12 @@ def operate(
     sign: int,
     fill: tuple[int, ...],
 ) -> UInt8[np.ndarray, "h w c"]:
-    """One operation of OPERATIONS.
+    """The image after one operation of OPERATIONS.
 
     Args:
         share: magnitude as a share 0..1 of the greatest.
         sign: 1 or -1, for operations that have a direction.
-        fill: of uncovered pixels.
+        fill: grey or colour of uncovered pixels, 0..255.
     """
     grey = image.shape[2] == 1
     picture = Image.fromarray(image[..., 0] if grey else image)

@@ -1,35 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host-side image transforms: decode, crop, resize, flip.
+"""Which part of an image an example shows: crop, resize, mirror.
 
-Sound JPEGs are decoded by simplejpeg and everything else by Pillow, whose pixels of a
-JPEG are the same: it keeps four bytes for a pixel of three, and copies them twice.
+A `View` is such a part. It makes the pixels of the example, and moves boxes and masks
+of the image to the same place.
 """
 
-import io
+import dataclasses
 import math
-from collections.abc import Callable
 
 import cykooz_resizer
 import numpy as np
-import simplejpeg
-from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from jaxtyping import Float, Shaped, UInt8
 
-# EXIF orientation: what brings the stored pixels upright.
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda pixels: pixels,
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
-}
-_MARKS = b"Exif\0", b"http://ns.adobe.com/xap"  # of what may tell the orientation
-# Colours of a JPEG that need no conversion but its own.
-_DIRECT = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}
-# Pillow's BICUBIC has the same kernel, -1/2 at its lowest.
+# Pillow's BICUBIC has the same kernel, with coefficient -1/2.
 _BICUBIC = cykooz_resizer.ResizeOptions(
     cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom),
     use_alpha=False,
@@ -42,133 +25,153 @@ _PIXELS = {
 }
 
 
-class Undecodable(ValueError):
-    """The bytes of a record are not a sound image."""
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A part of an image and its place in an example.
+
+    The box is cut out of the image and resized to `resized`; of that, a window of
+    `size` at `corner` is shown, mirrored left to right if `mirrored`.
+
+    Attributes:
+        shape: rows and columns of the image.
+        box: top, left, rows and columns of the box, in pixels of the image.
+        resized: rows and columns that the box is resized to.
+        corner: top and left of the window in the resized box.
+        size: rows and columns of the window, which is what the example shows.
+        mirrored: whether left and right are exchanged.
+
+    Example:
+        >>> view = View((40, 80), (0, 40, 40, 40), (10, 10), (0, 0), (10, 10), True)
+        >>> view.image(np.zeros((40, 80, 3), np.uint8)).shape
+        (10, 10, 3)
+        >>> view.boxes(np.array([[0.0, 0.5, 1.0, 0.75]]))  # the left half of the box
+        array([[0. , 0.5, 1. , 1. ]])
+    """
+
+    shape: tuple[int, int]
+    box: tuple[int, int, int, int]
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+    mirrored: bool
+
+    def image(
+        self, pixels: UInt8[np.ndarray, "{self.shape[0]} {self.shape[1]} c"]
+    ) -> UInt8[np.ndarray, "{self.size[0]} {self.size[1]} c"]:
+        """The pixels that the example shows.
+
+        Pixels outside the box have no influence: it is cut out before it is resized.
+        """
+        top, left, rows, cols = self.box
+        whole = resize(pixels[top : top + rows, left : left + cols], self.resized)
+        top, left = self.corner
+        shown = whole[top : top + self.size[0], left : left + self.size[1]]
+        return mirror(shown) if self.mirrored else shown
+
+    def boxes(self, boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
+        """Boxes of the image as boxes of the example, cut to what it shows.
+
+        Shares of the sides do not change when a JPEG is decoded to a part of its size.
+
+        Args:
+            boxes: top, left, bottom and right as shares 0..1 of the image's rows and
+                columns, as TFDS gives them.
+        Returns:
+            The same as shares of the example. A box that lies outside has no area: its
+            bottom equals its top, or its right its left.
+        """
+        edges = np.reshape(boxes, (-1, 2, 2)).astype(np.float64)  # n, corner, axis
+        edges = (edges * self.shape - self.box[:2]) * self._zoom - self.corner
+        edges = np.clip(edges / self.size, 0, 1)
+        if self.mirrored:
+            edges[..., 1] = 1 - edges[:, ::-1, 1]
+        return edges.reshape(-1, 4).astype(boxes.dtype)
+
+    def masks(
+        self, masks: Shaped[np.ndarray, "n h w"]
+    ) -> Shaped[np.ndarray, "n {self.size[0]} {self.size[1]}"]:
+        """Masks or label maps of the image as the example shows them.
+
+        Args:
+            masks: each covers the whole image, at its own or at any other resolution.
+        Returns:
+            The nearest value at the centre of each pixel of the example.
+        """
+        places = []
+        for axis in range(2):
+            centres = np.arange(self.size[axis]) + self.corner[axis] + 0.5
+            in_image = self.box[axis] + centres / self._zoom[axis]
+            count = masks.shape[1 + axis]
+            place = np.floor(in_image * (count / self.shape[axis])).astype(np.int64)
+            places.append(np.clip(place, 0, count - 1))
+        rows, cols = places
+        return masks[:, rows[:, None], cols[::-1] if self.mirrored else cols]
+
+    @property
+    def _zoom(self) -> tuple[float, float]:
+        """Pixels of the example per pixel of the image, along rows and columns."""
+        return self.resized[0] / self.box[2], self.resized[1] / self.box[3]
 
 
-def decode(
-    image: bytes | np.ndarray,
-    channels: int,
-    suffices: Callable[[tuple[int, int]], bool] | None = None,
-) -> UInt8[np.ndarray, "h w {channels}"]:
-    """An encoded image, or one that is an array already, as 8-bit pixels.
-
-    EXIF orientation is applied. Grey is replicated to colour, colour becomes luma
-    (ITU-R 601) when one channel is asked for, CMYK becomes RGB, and transparent pixels
-    are laid over white. 16-bit grey is divided by 257; of 16-bit colour Pillow keeps
-    the high byte. The first frame of an animation is taken.
+def sample_view(
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+    *,
+    retry: bool = True,
+    flip: bool = False,
+) -> View:
+    """A random view: the box of `sample_box`, resized to `size`.
 
     Args:
-        image: the bytes of a file, or uint8 pixels: rows, columns, channels.
-        channels: 1 or 3; an array may have any number if it is the one asked for.
-        suffices: says of rows and columns whether an image of that size would do. If
-            so, a JPEG comes at a half, a quarter or an eighth of its size, rounded up,
-            which is faster: its blocks of 8 x 8 pixels are decoded to smaller ones.
-    Raises:
-        Undecodable: the bytes are not a sound image.
-        ValueError: the pixels cannot be brought to that many channels.
+        shape: rows and columns of the image.
+        size: rows and columns of the view.
+        scale, ratio, retry: see `sample_box`.
+        flip: mirror one view of two.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> view = sample_view((30, 40), (8, 8), (0.2, 1.0), (0.75, 1.33), rng)
+        >>> view.image(np.zeros((30, 40, 3), np.uint8)).shape
+        (8, 8, 3)
     """
-    if isinstance(image, np.ndarray):
-        return _array(image, channels)
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: an encoded image has 1 or 3")
-    pixels = _decode_jpeg(image, channels, suffices)
-    if pixels is not None:
-        return pixels
-    try:
-        picture = Image.open(io.BytesIO(image))
-        picture.load()
-    except Exception as error:  # of any type: Pillow's parsers let all through
-        raise Undecodable(f"{type(error).__name__}: {error}") from error
-    return _UPRIGHT[_orientation(picture)](_pixels(picture, channels))
+    box = sample_box(shape, scale, ratio, rng, retry)
+    mirrored = bool(flip and rng.random() < 0.5)
+    return View(shape, box, size, (0, 0), size, mirrored)
 
 
-def _decode_jpeg(
-    image: bytes, channels: int, suffices: Callable[[tuple[int, int]], bool] | None
-) -> np.ndarray | None:
-    """Pixels of a JPEG; None if this is something else, or for Pillow to judge."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-    except ValueError:
-        return None
-    shape = int(height), int(width)
-    most = Image.MAX_IMAGE_PIXELS or math.inf  # of more, Pillow warns
-    if colours not in _DIRECT[channels] or math.prod(shape) > most:
-        return None
-    orientation, head = 1, _head(image)
-    if any(mark in head for mark in _MARKS):
-        try:
-            orientation = _orientation(Image.open(io.BytesIO(image)))
-        except Exception:  # to be raised again, in one place
-            return None
-    size, factor = shape, 1
-    while suffices is not None and factor < 8:
-        half = -(-shape[0] // (2 * factor)), -(-shape[1] // (2 * factor))
-        if not suffices(half if orientation < 5 else (half[1], half[0])):
-            break
-        size, factor = half, 2 * factor
-    try:
-        pixels = simplejpeg.decode_jpeg(
-            image,
-            "RGB" if channels == 3 else "GRAY",
-            min_height=size[0],
-            min_width=size[1],
-        )
-    except ValueError:  # at any warning: of the damage that there is, Pillow bears some
-        return None
-    return _UPRIGHT[orientation](pixels)
+def centre_view(shape: tuple[int, int], size: tuple[int, int], fraction: float) -> View:
+    """The centre of an image, for evaluation.
+
+    The image is resized in proportion until it just covers `size / fraction`
+    (224 / 0.875 = 256: the short side becomes 256 for a square of 224). The view is the
+    centre of that.
+
+    Args:
+        shape: rows and columns of the image.
+        size: rows and columns of the view.
+        fraction: within (0, 1]; the share that the view has of the tighter side.
+    """
+    rows, cols = shape
+    zoom = max(size[0] / rows, size[1] / cols) / fraction
+    resized = (max(size[0], round(rows * zoom)), max(size[1], round(cols * zoom)))
+    corner = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    return View(shape, (0, 0, rows, cols), resized, corner, size, mirrored=False)
 
 
-def _head(jpeg: bytes) -> bytes:
-    """The segments before the first scan; all where they cannot be followed."""
-    place = 2
-    while (marker := jpeg[place : place + 2]) != b"\xff\xda":
-        length = int.from_bytes(jpeg[place + 2 : place + 4], "big")
-        if marker[:1] != b"\xff" or length < 2:
-            return jpeg
-        place += 2 + length
-    return jpeg[:place]
+def centre_crop(
+    image: UInt8[np.ndarray, "h w c"], size: tuple[int, int], fraction: float
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} c"]:
+    """The pixels of `centre_view`.
 
-
-def _pixels(picture: Image.Image, channels: int) -> np.ndarray:
-    if picture.mode == "F":
-        raise Undecodable(
-            "pixels are floats of unknown range; want an 8 or 16-bit file"
-        )
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        grey = np.asarray(picture).astype(np.float64) / 257
-        picture = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    if picture.mode == "LAB":  # Pillow goes from it to RGB alone
-        picture = picture.convert("RGB")
-    pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _array(image: np.ndarray, channels: int) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim != 3:
-        raise ValueError(
-            f"image is {image.dtype}{list(image.shape)}: want uint8, rows, columns and"
-            " channels"
-        )
-    if image.shape[2] == channels:
-        return image
-    if image.shape[2] == 1:
-        return np.repeat(image, channels, axis=2)
-    if image.shape[2] == 3 and channels == 1:
-        return np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    raise ValueError(f"image has {image.shape[2]} channels: cannot make {channels}")
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a broken tag is no reason to lose the picture
-        return 1
-    return orientation if orientation in _UPRIGHT else 1
+    Example:
+        >>> centre_crop(np.zeros((30, 40, 3), np.uint8), (8, 8), 0.875).shape
+        (8, 8, 3)
+    """
+    rows, cols = image.shape[:2]
+    return centre_view((rows, cols), size, fraction).image(image)
 
 
 def sample_box(
@@ -180,17 +183,17 @@ def sample_box(
 ) -> tuple[int, int, int, int]:
     """A random box of an image: top, left, rows, columns.
 
-    Ten tries: a share of the area uniform in `scale`, a ratio of width to height
-    log-uniform in `ratio`, and a place uniform among those where the box lies inside.
-    If none fits, the largest central box whose ratio is in range. This is the
-    documented behaviour of RandomResizedCrop in torchvision.
+    Up to ten tries. Each draws a share of the area, uniform in `scale`, a ratio of
+    width to height, log-uniform in `ratio`, and a place, uniform among those where the
+    box lies inside the image. If no try fits, the box is the largest central one whose
+    ratio is in range. RandomResizedCrop of torchvision documents the same behaviour.
 
     Args:
         shape: rows and columns of the image.
         scale: least and greatest share of its area, within (0, 1].
         ratio: least and greatest width divided by height.
-        retry: False: one try, its sides cut to those of the image (BYOL's crop, which
-            MAE's linear probe uses).
+        retry: False: one try, its sides cut to those of the image. This is BYOL's
+            crop, which MAE's linear probe uses.
     """
     rows, cols = shape
     for _ in range(10):
@@ -212,10 +215,11 @@ def sample_box(
 def least_box(
     shape: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[float, float]:
-    """Rows and columns of which no box of `sample_box` has fewer, but for rounding."""
+    """The least rows and columns that a box of `sample_box` can have, before it rounds
+    them."""
     rows, cols = shape
     area = rows * cols * scale[0]
-    # Beside the boxes that fit, the central one that replaces them.
+    # The least of a sampled box and of the central one that stands in for it.
     height = min(math.sqrt(area / ratio[1]), rows, cols / ratio[0])
     width = min(math.sqrt(area * ratio[0]), cols, rows * ratio[1])
     return float(height), float(width)
@@ -234,54 +238,14 @@ def resize(
     kind = _PIXELS[channels]
     source = cykooz_resizer.ImageData(cols, rows, kind, image.tobytes())
     resized = cykooz_resizer.ImageData(size[1], size[0], kind)
-    # A resizer of its own for each call, for one cannot serve two threads.
+    # A new resizer for each call: two threads cannot share one.
     cykooz_resizer.Resizer().resize(source, resized, _BICUBIC)
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(*size, channels)
 
 
-def random_resized_crop(
-    image: UInt8[np.ndarray, "h w c"],
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-    retry: bool = True,
-) -> UInt8[np.ndarray, "{size[0]} {size[1]} c"]:
-    """A random box of the image (`sample_box`), resized to `size` rows and columns.
-
-    Pixels outside the box do not enter: it is cut out before it is resized.
-    """
-    top, left, rows, cols = sample_box(image.shape[:2], scale, ratio, rng, retry)
-    return resize(image[top : top + rows, left : left + cols], size)
-
-
-def flip(
-    image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator
-) -> UInt8[np.ndarray, "h w c"]:
-    """The image, mirrored left to right in one case of two."""
-    if rng.random() >= 0.5:
-        return image
+def mirror(image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+    """The image with left and right exchanged."""
     mirrored = np.empty_like(image)
     for channel in range(image.shape[2]):  # four times faster than pixel by pixel
         mirrored[..., channel] = image[:, ::-1, channel]
     return mirrored
-
-
-def centre_crop(
-    image: UInt8[np.ndarray, "h w c"], size: tuple[int, int], fraction: float
-) -> UInt8[np.ndarray, "{size[0]} {size[1]} c"]:
-    """The centre of the image, for evaluation.
-
-    The image is resized, its proportions kept, until it just covers `size / fraction`
-    (224 / 0.875 = 256: short side 256 for a square of 224); the centre is cut out.
-
-    Args:
-        size: rows and columns of the result.
-        fraction: within (0, 1]; share of the tighter side that is kept.
-    """
-    rows, cols = image.shape[:2]
-    zoom = max(size[0] / rows, size[1] / cols) / fraction
-    whole = (max(size[0], round(rows * zoom)), max(size[1], round(cols * zoom)))
-    image = resize(image, whole)
-    top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
-    return image[top : top + size[0], left : left + size[1]]

@@ -8,7 +8,7 @@ import jax
 from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax import state as states
-from mim_jax.data.pipeline import EvalPasses
+from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.base import Eval, Run, caption, save
 from mim_jax.plan import Plan, for_devices
 from mim_jax.state import TrainState

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mim_jax import config, train
-from mim_jax.data import pipeline
+from mim_jax.data.input import Input
+from mim_jax.data.pipeline import train_batches
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.few import Few
@@ -191,10 +192,10 @@ def test_classes_need_labels(sampling):
 
 
 def test_one_image_is_cropped_anew_at_every_draw():
-    data = pipeline.Input(
+    data = Input(
         source=Few(source=DIGITS), image_size=(8, 8), crop_scale=(0.3, 0.9), workers=0
     )
-    with pipeline.train_batches(data, seed=0, batch_size=24, stop=2) as batches:
+    with train_batches(data, seed=0, batch_size=24, stop=2) as batches:
         batches = list(batches)
     assert [set(batch["index"].tolist()) for batch in batches] == [{0}, {0}]
     rows = np.concatenate([batch["image"] for batch in batches])

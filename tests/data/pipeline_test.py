@@ -4,83 +4,35 @@
 import dataclasses
 import io
 import itertools
-import multiprocessing
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from records import Numbered, assert_same, join
 
-from mim_jax.data import pipeline, transforms
-from mim_jax.data.sources.base import Source
+from mim_jax.data import transforms
+from mim_jax.data.decoding import decode
+from mim_jax.data.input import Input
+from mim_jax.data.pipeline import check_replaced, eval_batches, train_batches
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Numbered(Source):
-    """Record i is a grey square of value i; those of `bad` are no image."""
-
-    count: int = 10
-    bad: tuple[int, ...] = ()
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        square = np.full((5, 6, 1), index, np.uint8)
-        return {"image": b"bad" if index in self.bad else square, "label": index % 3}
-
-    @property
-    def classes(self):
-        return ("a", "b", "c")
-
-    @property
-    def channels(self):
-        return 1
-
-    def held_out(self):
-        return dataclasses.replace(self, count=self.count // 2)
-
-    def fingerprint(self):
-        return {"name": "numbered"}
-
 
 def make(source=None, **fields):
     fields = {"image_size": (4, 4), "workers": 0, "threads": 2} | fields
-    return pipeline.Input(source=source or Numbered(), **fields)
+    return Input(source=source or Numbered(), **fields)
 
 
 def read(data, **options):
-    with pipeline.train_batches(data, **options) as batches:
+    with train_batches(data, **options) as batches:
         return join(batches)
-
-
-def join(batches):
-    batches = list(batches)
-    return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key in one:
-        assert one[key].dtype == other[key].dtype, key
-        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
 
 
 @pytest.fixture(scope="module")
 def straight():
     """Steps 0 to 7 of ten images each, read without workers."""
-    data = pipeline.Input(source=Digits(), image_size=(12, 10), workers=0, threads=1)
+    data = Input(source=Digits(), image_size=(12, 10), workers=0, threads=1)
     return data, read(data, seed=3, batch_size=12, stop=8)
 
 
@@ -112,7 +64,7 @@ def test_threads_and_prefetch_do_not_change_a_byte(straight):
 def test_a_run_can_start_at_any_step(straight, start, workers):
     data, want = straight
     data = dataclasses.replace(data, workers=workers)
-    later = pipeline.train_batches(data, seed=3, batch_size=12, start=start, stop=9)
+    later = train_batches(data, seed=3, batch_size=12, start=start, stop=9)
     with later:
         got = join(later)
     rows = slice(start * 12, 96)
@@ -203,11 +155,11 @@ def test_crops_of_jpegs_are_the_recipes(tmp_path):
     for index, (factor, (rows, cols)) in enumerate(factors.items()):
         encoded = source[index]["image"]
         picture = Image.open(io.BytesIO(encoded)).convert("RGB")
-        shape = transforms.decode(encoded, 3, data.suffices).shape[:2]
+        shape = decode(encoded, 3, data.suffices).shape[:2]
         assert shape == (rows // factor, cols // factor)
         for seed in range(8):
             rng = np.random.default_rng(seed)
-            got = pipeline._train_example(data, index, rng)["image"]
+            got = data.examples.train(source[index], data, rng)["image"]
             rng = np.random.default_rng(seed)
             box = transforms.sample_box(
                 (rows, cols), data.crop_scale, data.crop_ratio, rng
@@ -222,21 +174,6 @@ def test_crops_of_jpegs_are_the_recipes(tmp_path):
             want = np.asarray(cut.resize((112, 112), Image.Resampling.BICUBIC), int)
             limit = 0.3 if factor == 1 else 3
             assert np.abs(got - want).mean() < limit, (factor, seed)
-
-
-def test_a_large_jpeg_keeps_enough_for_every_crop():
-    # Sides of the least box: sqrt(area x scale x 3/4).
-    for size in ((100, 60), (60, 100)):
-        data = make(image_size=size, crop_scale=(0.25, 1.0))
-        assert data.suffices((231, 231)) and not data.suffices((230, 231))
-    data = make(
-        image_size=(100, 100),
-        crop_scale=(0.25, 1.0),
-        local_crops=2,
-        local_size=(60, 60),
-        local_scale=(0.04, 0.25),
-    )
-    assert data.suffices((347, 347)) and not data.suffices((346, 346))
 
 
 def test_a_second_crop_leaves_the_first_as_it_was(straight):
@@ -287,26 +224,17 @@ def test_crops_are_the_same_in_any_process(workers):
     assert_same(read(other, seed=3, batch_size=12, stop=6), want)
     # And do not depend on where a run starts, or on how many there are.
     fewer = dataclasses.replace(plain, local_crops=1)
-    with pipeline.train_batches(fewer, seed=3, batch_size=12, start=4, stop=6) as rest:
+    with train_batches(fewer, seed=3, batch_size=12, start=4, stop=6) as rest:
         got = join(rest)
     np.testing.assert_array_equal(got["local"], want["local"][48:, :1])
     np.testing.assert_array_equal(got["image2"], want["image2"][48:])
 
 
-def test_shapes_are_those_of_the_batches():
-    data = make(Digits(), crops=2, local_crops=2, local_size=(4, 3))
-    got = read(data, seed=0, batch_size=2, stop=1)
-    assert data.shapes.keys() == {"image", "image2", "local", "label"}
-    for name, (shape, kind) in data.shapes.items():
-        assert got[name].shape == (2, *shape) and got[name].dtype == kind
-    assert make().shapes.keys() == {"image", "label"}
-
-
 def test_evaluations_read_one_crop():
     data = make(Numbered(), crops=2, local_crops=2, local_size=(2, 2))
-    with pipeline.eval_batches(data, batch_size=5) as batches:
+    with eval_batches(data, batch_size=5) as batches:
         got = join(batches)
-    with pipeline.eval_batches(make(Numbered()), batch_size=5) as batches:
+    with eval_batches(make(Numbered()), batch_size=5) as batches:
         assert_same(got, join(batches))
 
 
@@ -356,10 +284,10 @@ def test_our_own_mistakes_are_not_taken_for_bad_data():
 
 
 def test_check_replaced():
-    pipeline.check_replaced(0, 0, 0.0)
-    pipeline.check_replaced(1, 100, 0.01)
+    check_replaced(0, 0, 0.0)
+    check_replaced(1, 100, 0.01)
     with pytest.raises(RuntimeError, match=r"2 of 100.*2\.00%.*1\.00%.*max_replaced"):
-        pipeline.check_replaced(2, 100, 0.01)
+        check_replaced(2, 100, 0.01)
 
 
 @pytest.mark.parametrize("hosts", [1, 3, 8])
@@ -369,7 +297,7 @@ def test_eval_gives_each_record_once(hosts, batch_size, count):
     source = Numbered(count=count)
     parts = []
     for host in range(hosts):
-        batches = pipeline.eval_batches(
+        batches = eval_batches(
             make(), batch_size=batch_size, host=host, hosts=hosts, source=source
         )
         with batches:
@@ -387,18 +315,18 @@ def test_eval_gives_each_record_once(hosts, batch_size, count):
 
 
 def test_batches_know_how_many_are_left():
-    with pipeline.eval_batches(make(), batch_size=2) as batches:
+    with eval_batches(make(), batch_size=2) as batches:
         assert [(len(batches), bool(next(batches))) for _ in range(3)] == [
             (left, True) for left in (3, 2, 1)
         ]
         assert len(batches) == 0
-    with pipeline.train_batches(make(), seed=0, batch_size=2, start=3, stop=5) as two:
+    with train_batches(make(), seed=0, batch_size=2, start=3, stop=5) as two:
         assert len(two) == 2
 
 
 def test_eval_reads_the_held_out_split_through_the_centre_crop():
     data = make(Digits(), image_size=(6, 6), eval_crop_fraction=0.9)
-    with pipeline.eval_batches(data, batch_size=100) as batches:
+    with eval_batches(data, batch_size=100) as batches:
         got = join(batches)
     source = Digits().held_out()
     assert got["valid"].sum() == len(source)
@@ -406,141 +334,18 @@ def test_eval_reads_the_held_out_split_through_the_centre_crop():
         want = transforms.centre_crop(source[index]["image"], (6, 6), 0.9)
         np.testing.assert_array_equal(got["image"][index], want)
     workers = dataclasses.replace(data, workers=1)
-    with pipeline.eval_batches(workers, batch_size=100) as batches:
+    with eval_batches(workers, batch_size=100) as batches:
         assert_same(join(batches), got)
 
 
 def test_eval_leaves_bad_records_out():
     source = Numbered(count=6, bad=(4,))
-    with pipeline.eval_batches(make(), batch_size=4, source=source) as batches:
+    with eval_batches(make(), batch_size=4, source=source) as batches:
         got = join(batches)
     assert got["index"].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
     assert got["valid"].tolist() == [True] * 4 + [False, True, False, False]
     assert got["replaced"].tolist() == [False] * 4 + [True] + [False] * 3
     assert not got["image"][4].any() and got["label"][4] == 1
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_closing_stops_the_workers(workers):
-    data = make(Digits(), workers=workers)
-    batches = pipeline.train_batches(data, seed=0, batch_size=4)
-    next(batches)
-    assert len(multiprocessing.active_children()) == workers
-    batches.close()
-    batches.close()
-    assert multiprocessing.active_children() == []
-    with pytest.raises(ValueError, match="closed"):
-        next(batches)
-
-
-def test_forgotten_batches_stop_their_workers():
-    data = make(Digits(), workers=1)
-    batches = pipeline.train_batches(data, seed=0, batch_size=4)
-    next(batches)
-    assert multiprocessing.active_children()
-    del batches
-    assert multiprocessing.active_children() == []
-    with pipeline.train_batches(make(Digits()), seed=0, batch_size=4) as batches:
-        next(batches)
-    with pytest.raises(ValueError, match="closed"):
-        next(batches)
-    assert multiprocessing.active_children() == []
-
-
-TRAINER = """
-    import multiprocessing, os, signal, time
-    from mim_jax.data import pipeline
-    from mim_jax.data.sources.digits import Digits
-
-    if __name__ == "__main__":
-        data = pipeline.Input(source=Digits(), image_size=(8, 8), workers=2)
-        batches = pipeline.train_batches(data, seed=0, batch_size=4)
-        next(batches)
-        workers = [child.pid for child in multiprocessing.active_children()]
-        for pid in workers:  # Ctrl-C and schedulers signal the whole group
-            os.kill(pid, signal.SIGINT)
-            os.kill(pid, signal.SIGTERM)
-        time.sleep(0.2)
-        for _ in range(30):
-            next(batches)
-        print(*workers, flush=True)
-        time.sleep(60)
-"""
-
-
-def alive(pid):
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
-    except FileNotFoundError:
-        return False
-    return state.split()[0] != "Z"  # a zombie runs no more
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-def test_workers_ignore_signals_and_die_with_the_trainer(tmp_path):
-    script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent(TRAINER))
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as trainer:
-        workers = [int(pid) for pid in trainer.stdout.readline().split()]
-        assert len(workers) == 2 and all(map(alive, workers))
-        trainer.kill()
-        deadline = time.monotonic() + 10
-        while any(map(alive, workers)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        left = [pid for pid in workers if alive(pid)]
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        assert left == []
-
-
-def test_batches_left_open_end_quietly_with_python(tmp_path):
-    script = textwrap.dedent(TRAINER).replace("time.sleep(60)", "pass")
-    (tmp_path / "trainer.py").write_text(script)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error", str(tmp_path / "trainer.py")]
-    done = subprocess.run(command, env=env, capture_output=True, timeout=100)
-    assert done.returncode == 0 and done.stderr == b""
-
-
-def test_workers_take_no_accelerator():
-    code = """
-import os, jax
-from mim_jax.data import pipeline
-pipeline._follow_parent = lambda: None  # this is no worker
-assert jax.config.jax_platforms == "tpu"
-pipeline._start_worker(0, 1)
-assert os.environ["JAX_PLATFORMS"] == jax.config.jax_platforms == "cpu"
-assert not jax._src.xla_bridge._backends
-"""
-    env = os.environ | {"JAX_PLATFORMS": "tpu", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"image_size": (0, 4)}, r"image_size=\(0, 4\)"),
-        ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < least"),
-        ({"crop_scale": (0.5, 1.1)}, r"crop_scale.*<= 1\.0"),
-        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio.*least <= greatest"),
-        ({"crops": 3}, "crops=3, local_crops=0: want 1 or 2 crops"),
-        ({"crops": 0}, "crops=0, local_crops=0: want 1 or 2 crops"),
-        ({"local_crops": -1}, "crops=1, local_crops=-1: want 1 or 2 crops and at"),
-        ({"local_size": (4, 0)}, r"local_size=\(4, 0\): want \(rows, columns\) >= 1"),
-        ({"local_scale": (0.0, 0.3)}, r"local_scale=\(0\.0, 0\.3\): want 0 < least"),
-        ({"local_scale": (0.3, 1.1)}, r"local_scale.*<= 1\.0"),
-        ({"eval_crop_fraction": 1.5}, "eval_crop_fraction=1.5"),
-        ({"workers": -1}, "workers=-1: want workers >= 0"),
-        ({"threads": 0}, "threads=0: want threads >= 1"),
-        ({"prefetch": 0}, "prefetch=0: want prefetch >= 1"),
-        ({"max_replaced": -0.1}, "max_replaced=-0.1"),
-    ],
-)
-def test_input_checks_its_ranges(fields, message):
-    with pytest.raises(ValueError, match=message):
-        pipeline.Input(source=Numbered(), **fields)
 
 
 @pytest.mark.parametrize(
@@ -555,4 +360,4 @@ def test_input_checks_its_ranges(fields, message):
 )
 def test_train_batches_checks_its_numbers(options, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.train_batches(make(), **({"seed": 0, "batch_size": 4} | options))
+        train_batches(make(), **({"seed": 0, "batch_size": 4} | options))

@@ -8,7 +8,8 @@ import pytest
 from skimage import data
 
 from mim_jax.data import randaugment
-from mim_jax.data.pipeline import Input, train_batches
+from mim_jax.data.input import Input
+from mim_jax.data.pipeline import train_batches
 from mim_jax.data.randaugment import OPERATIONS, RandAugment
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.photos import Photos

@@ -13,7 +13,8 @@ import tensorflow_datasets
 from sklearn.linear_model import LogisticRegression
 
 from mim_jax import presets
-from mim_jax.data.pipeline import EvalPasses, Input
+from mim_jax.data.input import Input
+from mim_jax.data.passes import EvalPasses
 from mim_jax.data.sets import SETS, conflicts, imagenet, objectnet
 from mim_jax.data.sets.digits import ROTATED, shifted
 from mim_jax.data.sources.digits import Digits

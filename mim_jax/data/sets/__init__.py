@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of evaluation sets: the name a config uses and what builds it."""
+"""The table of evaluation sets: the name a config uses and what builds the set."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mim_jax.data.sets import conflicts, digits, imagenet, objectnet
 from mim_jax.data.sets.base import EvaluationSet
 
-# Of (name, folder or "", source of the run).
+# Each is called with (name, folder or "", source of the run).
 SETS: dict[str, Callable[..., EvaluationSet]] = {
     "imagenet_v2": functools.partial(
         imagenet.build, dataset="imagenet_v2/matched-frequency", numbered=True

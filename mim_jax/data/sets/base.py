@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation set is: images, and which classes of a classifier are right."""
+"""What an evaluation set is: images, and which classes of a model are right."""
 
 import abc
 import dataclasses
@@ -12,15 +12,17 @@ from mim_jax.data.sources.tfds import Tfds
 
 
 class EvaluationSet(abc.ABC):
-    """Images to classify, with classes of their own. A concrete one is a dataclass.
+    """Images to classify. A concrete set is a dataclass.
+
+    A set has classes of its own, and says which classes of the model count as each.
 
     Attributes:
         classes: names of the set's own classes, in the order of its labels.
         members: for each of them, the classes of the model that count as it.
         model_classes: how many classes the model must have.
         labels: the most labels that an image can have.
-        pairs: False: any label of an image is right. True: the two labels are those of
-            its shape and of its texture.
+        pairs: False: any label of an image is right. True: an image has two labels,
+            one for its shape and one for its texture.
         border: pixels to cut off each side of a decoded image.
     """
 
@@ -50,7 +52,7 @@ class Files(EvaluationSet):
     """Image files in a folder, listed once.
 
     Attributes:
-        folder: that the names start from.
+        folder: names of files are relative to it.
         records: name of each file, and its labels.
     """
 
@@ -76,13 +78,13 @@ class Files(EvaluationSet):
 
 
 def data_dir_of(source: Source) -> str | None:
-    """Where the tfds data sets of a run lie; None: where TFDS looks."""
+    """Folder of the tfds data sets of a run; None: TFDS looks in its own."""
     while isinstance(source, Few):
         source = source.source
     return source.data_dir if isinstance(source, Tfds) else None
 
 
-def an_own_folder(entry: str, folder: str, layout: str) -> pathlib.Path:
+def find_folder(entry: str, folder: str, layout: str) -> pathlib.Path:
     """The folder of `NAME=FOLDER`.
 
     Raises:
@@ -95,21 +97,22 @@ def an_own_folder(entry: str, folder: str, layout: str) -> pathlib.Path:
     return path
 
 
-def without_folder(entry: str, folder: str) -> None:
-    """Refuses a folder for a set that the program makes itself."""
+def check_no_folder(entry: str, folder: str) -> None:
+    """ValueError if a folder is named for a set that the program makes itself."""
     if folder:
         raise ValueError(
             f"set '{entry}={folder}': the program makes {entry} itself; want {entry!r}"
         )
 
 
-def same_folders(
+def check_class_folders(
     entry: str, path: pathlib.Path, found: tuple[str, ...], wanted: tuple[str, ...]
 ) -> None:
-    """Refuses a folder whose sub-folders are not the classes of the set.
+    """Checks that the sub-folders of a folder are the classes of the set.
 
     Raises:
-        ValueError: with both counts, and an example of what is missing or unknown.
+        ValueError: they are not; the message has both counts and examples of missing
+            and unknown names.
     """
     missing = [name for name in wanted if name not in set(found)]
     unknown = [name for name in found if name not in set(wanted)]

@@ -8,17 +8,17 @@ from typing import Any
 from mim_jax.data.sets.base import (
     EvaluationSet,
     Files,
-    an_own_folder,
-    same_folders,
-    without_folder,
+    check_class_folders,
+    check_no_folder,
+    find_folder,
 )
 from mim_jax.data.sets.imagenet import CLASSES
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.cues import SHAPES, render
 from mim_jax.data.sources.folder import list_classes, list_images
 
-# First and last label of ImageNet of runs that belong to a category, as published with
-# arXiv:1811.12231. A few kinds of birds and dogs are in none.
+# Ranges of ImageNet's labels (first, last) that belong to a category, as published with
+# arXiv:1811.12231. A few kinds of birds and dogs belong to none.
 CATEGORIES: dict[str, tuple[tuple[int, int], ...]] = {
     "airplane": ((404, 404),),
     "bear": ((294, 297),),
@@ -47,15 +47,14 @@ CATEGORIES: dict[str, tuple[tuple[int, int], ...]] = {
     ),
 }
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.\w+")
-# Of each pair of different classes.
-_DRAWINGS = 8
+_DRAWINGS = 8  # for each pair of different classes
 
 
 def members() -> tuple[tuple[int, ...], ...]:
     """Labels of ImageNet in each of the 16 categories."""
     return tuple(
-        tuple(label for first, last in runs for label in range(first, last + 1))
-        for runs in CATEGORIES.values()
+        tuple(label for first, last in ranges for label in range(first, last + 1))
+        for ranges in CATEGORIES.values()
     )
 
 
@@ -63,15 +62,15 @@ def cue_conflict(entry: str, folder: str, source: Source) -> Files:
     """The published stimuli of arXiv:1811.12231: 16 folders of 80 images.
 
     Args:
-        folder: with a sub-folder per category of shape, of files such as
-            cat7-elephant1.png: a cat's shape and an elephant's skin.
+        folder: has a sub-folder per category of shapes, with files such as
+            cat7-elephant1.png, a cat's shape with an elephant's skin.
     Raises:
-        ValueError: other folders are there, or a file's name is no such pair.
+        ValueError: the sub-folders are others, or a file's name is no such pair.
     """
     del source
-    path = an_own_folder(entry, folder, "SHAPE/SHAPE1-TEXTURE1.png, 16 folders")
+    path = find_folder(entry, folder, "SHAPE/SHAPE1-TEXTURE1.png, 16 folders")
     names = tuple(CATEGORIES)
-    same_folders(entry, path, list_classes(path), names)
+    check_class_folders(entry, path, list_classes(path), names)
     records = []
     for shape in names:
         for image in list_images(path / shape):
@@ -96,10 +95,10 @@ def cue_conflict(entry: str, folder: str, source: Source) -> Files:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawnConflicts(EvaluationSet):
-    """Drawings as those of source `cues`, with every pair of different classes.
+    """Drawings like those of source `cues`, for every pair of different classes.
 
     Attributes:
-        drawings: of each pair.
+        drawings: per pair.
     """
 
     drawings: int = _DRAWINGS
@@ -116,17 +115,17 @@ class DrawnConflicts(EvaluationSet):
         pair = index // self.drawings
         shape, other = divmod(pair, self.model_classes - 1)
         texture = other + (other >= shape)
-        # A stream that neither split of the source draws from.
+        # Neither split of the source draws from a stream that begins with 2.
         image = render(shape, texture, (2, index))
         return {"image": image, "labels": (shape, texture)}
 
 
 def drawn(entry: str, folder: str, source: Source) -> DrawnConflicts:
-    """The conflicts that the program draws.
+    """The set that the program draws itself.
 
     Raises:
         ValueError: a folder is named.
     """
     del source
-    without_folder(entry, folder)
+    check_no_folder(entry, folder)
     return DrawnConflicts()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The held-out digits under fixed shifts: stand-ins for the variants of ImageNet."""
+"""The held-out digits under fixed shifts, in place of the variants of ImageNet."""
 
 import dataclasses
 import functools
@@ -8,17 +8,17 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from mim_jax.data.sets.base import EvaluationSet, without_folder
+from mim_jax.data.sets.base import EvaluationSet, check_no_folder
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.digits import Digits
 
-# Strong enough to cost accuracy, and weak enough for people to read on.
+# Strong enough to cost accuracy, and weak enough for people to read the digits.
 BLUR = 0.7  # pixels, the deviation of a Gaussian
-NOISE = 0.25  # deviation, white being 1
-DEGREES = 30.0  # by turns to the left and to the right
-CONTRAST = 0.3  # share of the distance from mid-grey that stays
+NOISE = 0.25  # standard deviation; white is 1
+DEGREES = 30.0  # alternately to the left and to the right
+CONTRAST = 0.3  # the distance of a pixel from mid-grey is multiplied by it
 # Like ImageNet-R, rotated digits have some of the classes, in an order of their own.
-# Without 6 and 9, which could be each other, and 8.
+# 6 and 9 are not among them, since each could be the other, nor is 8.
 ROTATED = (7, 3, 5, 1, 4, 0, 2)
 
 Shift = Literal["blur", "noise", "rotation", "contrast", "inversion"]
@@ -26,10 +26,10 @@ Shift = Literal["blur", "noise", "rotation", "contrast", "inversion"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShiftedDigits(EvaluationSet):
-    """Held-out digits, each changed in the same way whenever it is asked for.
+    """Held-out digits under a shift. Asking for an image twice gives the same.
 
     Attributes:
-        shift: what is done to them.
+        shift: how the images are changed.
         members: which digits there are, in the order of this set's labels.
     """
 
@@ -57,8 +57,8 @@ class ShiftedDigits(EvaluationSet):
 def shifted(
     image: UInt8[np.ndarray, "h w 1"], shift: Shift, index: int
 ) -> UInt8[np.ndarray, "h w 1"]:
-    """A grey image under a shift: a pure function of both and of the image's index."""
-    from scipy import ndimage  # slow to import: only when it is used
+    """A grey image under a shift: a pure function of image, shift and index."""
+    from scipy import ndimage  # slow to import, so only when it is used
 
     pixels: Float[np.ndarray, "h w"] = image[..., 0] / 255
     if shift == "blur":
@@ -83,7 +83,7 @@ def build(entry: str, folder: str, source: Source, *, shift: Shift) -> ShiftedDi
         ValueError: a folder is named.
     """
     del source
-    without_folder(entry, folder)
+    check_no_folder(entry, folder)
     digits = ROTATED if shift == "rotation" else tuple(range(10))
     return ShiftedDigits(
         shift=shift,

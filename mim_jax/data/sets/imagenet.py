@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation sets with the classes of ImageNet: V2, R, A, Sketch and ReaL.
 
-imagenet.json holds facts that the sets' authors published: the 1,000 WordNet ids in the
-order of labels, and which 200 of them ImageNet-A and ImageNet-R have.
+imagenet.json holds facts that the authors of the sets published: the 1,000 WordNet ids
+in the order of labels, and which 200 of them ImageNet-A and ImageNet-R have.
 """
 
 import dataclasses
@@ -16,36 +16,36 @@ import numpy as np
 from mim_jax.data.sets.base import (
     EvaluationSet,
     Files,
-    an_own_folder,
+    check_class_folders,
     data_dir_of,
-    same_folders,
+    find_folder,
 )
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.folder import list_classes, list_images
 from mim_jax.data.sources.tfds import Tfds
 
 CLASSES = 1000
-# Of one image in real.json; 3,163 images have none.
-MOST_REAL_LABELS = 9
+MOST_REAL_LABELS = 9  # of one image in real.json; 3,163 images have none
 _REAL = "real.json"
 _VALIDATION = "ILSVRC2012_val_{:08d}.JPEG"
 
 
 @functools.cache
 def facts() -> dict[str, tuple]:
-    """ "wnids", names in the order of labels; "imagenet_a" and "imagenet_r", labels."""
+    """ "wnids": names in the order of labels; "imagenet_a", "imagenet_r": labels."""
     path = pathlib.Path(__file__).with_name("imagenet.json")
     return {key: tuple(value) for key, value in json.loads(path.read_text()).items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared(EvaluationSet):
-    """A data set prepared by TFDS, whose labels are those of ImageNet.
+    """A data set prepared by TFDS, with labels of ImageNet.
 
     Attributes:
-        source: where its records are read.
-        label_key: the feature with one label, or with a sequence of them.
-        members: one label of ImageNet each; images with another are left out.
+        source: its records.
+        label_key: the feature with one label or a sequence of labels.
+        members: one label of ImageNet for each class; an image whose label is not among
+            them has none.
     """
 
     source: Tfds
@@ -78,17 +78,17 @@ def build(
     some: bool = False,
     numbered: bool = False,
 ) -> EvaluationSet:
-    """V2, R, A or Sketch, as TFDS prepared it or from its folder.
+    """V2, R, A or Sketch, prepared by TFDS or from its own folder.
 
     Args:
         entry: name in the table.
-        folder: with a sub-folder per class; "": ask TFDS.
-        source: of the run, which says where prepared data sets lie.
-        dataset: name in TFDS, of a split "test" labelled 0 to 999.
-        some: it has the classes that imagenet.json lists under `entry`.
-        numbered: sub-folders are labels, "0" to "999", not WordNet ids.
+        folder: has a sub-folder per class; "": ask TFDS.
+        source: of the run; it says where prepared data sets lie.
+        dataset: name in TFDS; its split "test" has labels 0 to 999.
+        some: the set has only the classes that imagenet.json lists under `entry`.
+        numbered: sub-folders have labels as names, "0" to "999", not WordNet ids.
     Raises:
-        ValueError: it is not there, or not with those classes.
+        ValueError: the set is absent or has other classes.
     """
     wnids = facts()["wnids"]
     chosen = facts()[entry] if some else tuple(range(CLASSES))
@@ -100,10 +100,10 @@ def build(
     layout = "a sub-folder per class, " + (
         "'0' to '999'" if numbered else "as n01440764"
     )
-    path = an_own_folder(entry, folder, layout)
-    # In the order of labels: as text, folder '10' would come before '2'.
+    path = find_folder(entry, folder, layout)
+    # In the order of labels; in the order of text, '10' would come before '2'.
     names = tuple(str(label) if numbered else wnids[label] for label in chosen)
-    same_folders(entry, path, list_classes(path), names)
+    check_class_folders(entry, path, list_classes(path), names)
     records = tuple(
         (f"{name}/{image}", (position,))
         for position, name in enumerate(names)
@@ -115,13 +115,13 @@ def build(
 def real(entry: str, folder: str, source: Source) -> EvaluationSet:
     """ImageNet's validation images with the labels of arXiv:2006.07159.
 
-    An image has any number of right labels; those with none are left out.
+    An image may have several right labels; evaluations leave out those with none.
 
     Args:
-        folder: with real.json and ILSVRC2012_val_*.JPEG, these side by side or in
+        folder: has real.json and ILSVRC2012_val_*.JPEG, the images directly or in
             sub-folders; "": ask TFDS.
     Raises:
-        ValueError: it is not there, or images and labels are not of one number.
+        ValueError: the set is absent, or the number of images is not that of labels.
     """
     members = tuple((label,) for label in range(CLASSES))
     if not folder:
@@ -132,7 +132,7 @@ def real(entry: str, folder: str, source: Source) -> EvaluationSet:
             members=members,
             labels=MOST_REAL_LABELS,
         )
-    path = an_own_folder(entry, folder, f"{_REAL} and ILSVRC2012_val_*.JPEG")
+    path = find_folder(entry, folder, f"{_REAL} and ILSVRC2012_val_*.JPEG")
     if not (path / _REAL).is_file():
         raise ValueError(
             f"set {entry!r}: no {_REAL} in {path}; want the one of "
@@ -142,7 +142,7 @@ def real(entry: str, folder: str, source: Source) -> EvaluationSet:
     found = {image: image for image in list_images(path)}
     for name in list_classes(path):
         found |= {image: f"{name}/{image}" for image in list_images(path / name)}
-    # The list has no names: entry i is of the image with number i + 1.
+    # The list has no names: entry i belongs to image number i + 1.
     names = [_VALIDATION.format(number) for number in range(1, len(labels) + 1)]
     missing = [name for name in names if name not in found]
     if missing or len(found) != len(labels):
@@ -161,7 +161,11 @@ def real(entry: str, folder: str, source: Source) -> EvaluationSet:
 
 
 def _tfds(entry: str, dataset: str, split: str, source: Source) -> Tfds:
-    """A prepared data set, if its labels are those of ImageNet."""
+    """A prepared data set.
+
+    Raises:
+        ValueError: it is not prepared, or its classes are not those of ImageNet.
+    """
     where = data_dir_of(source)
     try:
         found = Tfds(dataset=dataset, split=split, data_dir=where)

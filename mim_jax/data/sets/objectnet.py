@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ObjectNet, from its download, by the class map that comes with it."""
+"""ObjectNet, from its download, with the class map that comes with it."""
 
 import json
 import pathlib
 
-from mim_jax.data.sets.base import Files, an_own_folder, same_folders
+from mim_jax.data.sets.base import Files, check_class_folders, find_folder
 from mim_jax.data.sets.imagenet import CLASSES
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.folder import list_classes, list_images
 
 FOLDERS, SHARED = 313, 113
-# Every image has a red frame, so that it is recognised when used for training.
-BORDER = 2
+BORDER = 2  # pixels of red frame, by which the authors recognise copied images
 _LAYOUT = "images/FOLDER/*.png and mappings/*, as objectnet-1.0.zip has them"
 
 
 def objectnet(entry: str, folder: str, source: Source) -> Files:
     """The images of the 113 classes that ImageNet has, too.
 
-    A class of ObjectNet may be several of ImageNet: bicycles of both kinds. Images of
-    the other 200 classes are not read.
+    A class of ObjectNet may correspond to several of ImageNet: a bicycle to both kinds
+    of bicycles. Images of the other 200 classes are not read.
 
     Args:
-        folder: objectnet-1.0, with images and mappings.
+        folder: objectnet-1.0, which has images and mappings.
     Raises:
-        ValueError: there is no such folder, or not with 313 classes and 113 shared.
+        ValueError: there is no such folder, or it does not have 313 classes, 113 of
+            them shared with ImageNet.
     """
     del source
-    path = an_own_folder(entry, folder, _LAYOUT)
+    path = find_folder(entry, folder, _LAYOUT)
     for part in ("images", "mappings"):
-        an_own_folder(entry, str(path / part), _LAYOUT)
+        find_folder(entry, str(path / part), _LAYOUT)
     try:
         shared, folders = read_map(path / "mappings")
     except (OSError, KeyError, ValueError) as error:
@@ -39,7 +39,7 @@ def objectnet(entry: str, folder: str, source: Source) -> Files:
             f"set {entry!r}: {path / 'mappings'} has {len(folders)} classes, "
             f"{len(shared)} of them in ImageNet; want {FOLDERS} and {SHARED}"
         )
-    same_folders(entry, path / "images", list_classes(path / "images"), folders)
+    check_class_folders(entry, path / "images", list_classes(path / "images"), folders)
     names = tuple(sorted(shared))
     records = tuple(
         (f"images/{name}/{image}", (label,))
@@ -60,9 +60,10 @@ def read_map(
 ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
     """ObjectNet's own class map, from the four files of its download.
 
-    A class has a label text, that text the texts of classes of ImageNet, each of these
-    a line in the list of ILSVRC 2012, and that line's number a label of ImageNet. The
-    numbers count lines from 0 or from 1: their least one decides.
+    The files form a chain: from the folder of a class to its label text, from there to
+    texts of classes of ImageNet, from each text to its line in the list of ILSVRC 2012,
+    and from the line's number to a label of ImageNet. The lines are numbered from 0 or
+    from 1, whichever is the least number in the file.
 
     Returns:
         Labels of ImageNet by image folder, for folders that have some; and all folders.
@@ -93,7 +94,7 @@ def read_map(
 
 
 def _line(lines: list[str], text: str) -> int:
-    # ImageNet has classes called alike: crane, the bird and the machine.
+    # Classes of ImageNet share names: crane is a bird and a machine.
     if lines.count(text) != 1:
         raise ValueError(f"{text!r} is {lines.count(text)} lines of labels; want one")
     return lines.index(text)

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from mim_jax.data.fields import Fields
+
 
 class Source(abc.ABC):
-    """Random-access labelled images. A concrete one is a final frozen dataclass.
+    """Random-access records, each with an image. A concrete one is a final frozen
+    dataclass.
 
-    Its fields are its config. It checks at construction that the data are there,
-    and opens them at the first read, so that a worker process opens its own.
+    Its fields are its config. It checks at construction that the data are there, and
+    opens them at the first read, so that each worker process opens its own.
     """
 
     @abc.abstractmethod
@@ -25,7 +28,8 @@ class Source(abc.ABC):
 
         Returns:
             `image`: uint8 array of rows, columns, channels, or an encoded image as
-            bytes. `label`: position in `classes`, -1 if unknown.
+            bytes. `label`: position in `classes`, -1 if unknown. What `fields`
+            declares. Anything else that a plug-in of the kind `Examples` reads.
         """
 
     @property
@@ -46,23 +50,28 @@ class Source(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed: plain JSON values, no paths."""
 
+    def fields(self) -> Fields:
+        """Arrays of a fixed shape that every record has besides `image` and `label`,
+        such as `latents` or `attributes`. They go into the batches as they are."""
+        return {}
+
     def labels(self) -> np.ndarray:
         """Label of every record, int32. This reads each record once; a source that
-        knows its labels says so faster."""
+        knows its labels overrides it with something faster."""
         labels = [self[index]["label"] for index in range(len(self))]
         return np.array(labels, np.int32)
 
     def chosen(self) -> tuple[int, ...] | None:
-        """Positions of these records in a larger source, or None: there is none."""
+        """Positions of these records in a larger source; None if there is none."""
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Fields alone travel to a worker: open files and caches stay behind.
+        # Only fields travel to a worker; open files and caches do not.
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
         return {field.name: getattr(self, field.name) for field in fields}
 
 
 def check_split(split: str) -> None:
-    """Refuses a `split` other than the two that our own sources have."""
+    """ValueError for a `split` other than the two that our own sources have."""
     if split not in ("train", "held_out"):
         raise ValueError(f"split={split!r} is unknown; known: held_out, train")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawn shapes filled with textures: labelled images that need no file.
 
-In the splits, the shape and the texture of an image are those of its class: either of
-the two is enough to tell the class. `mim_jax.data.sets.conflicts` draws images with the
-shape of one class and the texture of another, which show by which of them a model goes.
+In both splits, an image has the shape and the texture of its class, so either of the
+two tells the class. `mim_jax.data.sets.conflicts` draws images with the shape of one
+class and the texture of another, which show whether a model uses shape or texture.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, UInt8
 from mim_jax.data.sources.base import Source, check_split
 
 SIZE = 32
-# Class k has shape k and texture k. A class is called by its shape.
+# Class k has shape k and texture k, and the name of its shape.
 SHAPES = ("disc", "square", "triangle", "plus", "ring", "diamond", "hourglass", "arch")
 TEXTURES = (
     *("rows", "columns", "rising", "falling"),
     *("checker", "dots", "grid", "grain"),
 )
-_FINE = 3  # points drawn per pixel and direction, whose mean is the pixel
+_FINE = 3  # points per pixel and direction; a pixel is the mean of its points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Cues(Source):
 
     @functools.cached_property
     def _drawn(self) -> dict[int, UInt8[np.ndarray, "32 32 1"]]:
-        return {}  # 1 kB an image: kept, so that an epoch costs no second drawing
+        return {}  # 1 kB per image, held so that each image is drawn once
 
     def __len__(self) -> int:
         return self.images if self.split == "train" else self.held_out_images
@@ -101,14 +101,14 @@ def render(
 
     Args:
         shape, texture: positions in SHAPES and TEXTURES.
-        stream: whole numbers that all else is drawn from.
+        stream: whole numbers that seed everything else.
     """
-    # Raw bits of a named generator are the same in every version of numpy.
+    # Raw bits of a named generator are the same in every version of NumPy.
     bits = np.random.PCG64(np.random.SeedSequence(stream))
     uniform = functools.partial(_uniform, bits)
     radius = uniform(0.3, 0.42) * SIZE
     row, col = (uniform(radius + 1, SIZE - radius - 1) for _ in range(2))
-    # Both levels of a texture stand out from the background, so that shapes are whole.
+    # Both levels of a texture differ from the background, so that shapes have no gaps.
     background, dark, light = uniform(0.4, 0.6), uniform(0.0, 0.25), uniform(0.75, 1.0)
     points = (np.arange(SIZE * _FINE) + 0.5) / _FINE
     y, x = np.meshgrid(points, points, indexing="ij")
@@ -129,7 +129,7 @@ def _uniform(bits: np.random.PCG64, low: float, high: float) -> float:
 def _inside(
     shape: str, y: Float[np.ndarray, "h w"], x: Float[np.ndarray, "h w"]
 ) -> Bool[np.ndarray, "h w"]:
-    """Points in a shape, which lies between -1 and 1 in both directions; y is down."""
+    """Which points lie in a shape; it spans -1 to 1 in both directions, y downwards."""
     across, along = np.abs(x), np.abs(y)
     most, least = np.maximum(across, along), np.minimum(across, along)
     if shape == "disc":
@@ -157,17 +157,17 @@ def _bright(
     period: float,
     grain: np.ndarray,
 ) -> Bool[np.ndarray, "h w"]:
-    """Points where a texture is light, a third to a half of them."""
+    """Which points of a texture are light: a third to a half of them."""
 
     def stripes(distance):
-        return (distance / period) % 1 < 0.5  # as wide as what lies between them
+        return (distance / period) % 1 < 0.5  # as wide as the gaps between them
 
-    if texture == "grain":  # squares of 2 x 2 pixels, light or dark by chance
+    if texture == "grain":  # squares of 2 x 2 pixels, randomly light or dark
         cells = grain.reshape(SIZE // 2, SIZE // 2).astype(bool)
         return cells.repeat(2 * _FINE, axis=0).repeat(2 * _FINE, axis=1)
     if texture == "dots":
         row, col = (y / period) % 1 - 0.5, (x / period) % 1 - 0.5
-        return np.hypot(row, col) <= 0.32  # apart: grown together, they are a grid
+        return np.hypot(row, col) <= 0.32  # larger dots would touch and form a grid
     if texture == "grid":
         return ((y / period) % 1 < 0.3) | ((x / period) % 1 < 0.3)
     if texture == "checker":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scanned digits that ship inside scikit-learn: labelled data without a download."""
+"""Scanned digits that scikit-learn ships: labelled data without a download."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ class Digits(Source):
 
     @functools.cached_property
     def _data(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn import datasets  # slow to import: only when digits are read
+        from sklearn import datasets  # slow to import, so only when digits are read
 
         digits: Any = datasets.load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         labels = digits.target.astype(np.int32)
-        order = np.zeros(len(labels), np.int32)  # position among those of its class
+        order = np.zeros(len(labels), np.int32)  # position among the class's images
         for label in range(10):
             order[labels == label] = np.arange(np.sum(labels == label))
         chosen = (order % 5 == 4) == (self.split == "held_out")

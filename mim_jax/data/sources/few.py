@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few images of another source, for training on those alone."""
+"""A few images of another source, for training on nothing else."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mim_jax.data.fields import Fields
 from mim_jax.data.sources.base import Source
 
 
@@ -18,27 +19,28 @@ class Few(Source):
     fine-tuning on a part of the labels.
 
     The choice is a pure function of the seed and the source's fingerprint, the same on
-    any machine. With one seed, 10 images are among the 100 of the same sampling, as
-    long as the class of "one_class" has so many.
+    any machine. With one seed and one sampling, a choice of 10 images is part of the
+    choice of 100; with "one_class", as long as the class of the 10 has 100 images.
 
-    "random" reads nothing. The others need the label of every record: at once from
-    `digits` and `folder`, but `tfds` keeps labels beside the images, so that each
+    "random" reads no record. The other samplings need the label of every record.
+    `digits` and `folder` know them. `tfds` stores labels beside the images, so each
     process of a run reads the whole data set once when it starts (ImageNet: 140 GB).
-    To spare that, give the ids that an earlier run wrote to its images.json.
+    To avoid that, set `ids` to those that an earlier run wrote to its images.json.
 
-    Held out is what the source holds out.
+    The held-out split is that of `source`.
 
     Attributes:
         source: to choose from.
         images: how many.
         share: if set, how many as a share 0..1 of the source, rounded; 0.1 for the
             10 % of semi-supervised fine-tuning.
-        sampling: "random" over all images; "one_class", all from one class, drawn among
-            those that are large enough; "one_per_class", no two from the same;
-            "stratified", from each class in proportion to its size, to within one.
+        sampling: "random": uniform over all images; "one_class": all from one class,
+            drawn among those that are large enough; "one_per_class": no two from the
+            same class; "stratified": from each class in proportion to its size, to
+            within one image.
         seed: of the choice, >= 0.
-        ids: positions in the source, if you choose them yourself; then `images`,
-            `sampling` and `seed` count for nothing.
+        ids: positions in the source. If set, they are the choice, and `images`,
+            `share`, `sampling` and `seed` have no effect.
     """
 
     source: Source
@@ -98,8 +100,8 @@ class Few(Source):
         return self.ids or tuple(self._choose().tolist())
 
     def _choose(self) -> np.ndarray:
-        # Sorting raw bits of a named generator: unlike shuffles and choices, those are
-        # the same in every version of numpy.
+        # Raw bits of a named generator are the same in every version of NumPy; its
+        # shuffles and choices are not.
         known = json.dumps(self.source.fingerprint(), sort_keys=True)
         digest = hashlib.sha256(known.encode()).digest()
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, *digest]))
@@ -128,8 +130,9 @@ class Few(Source):
         return np.array([order[labels == one][0] for one in found[: self._count]])
 
     def _stratified(self, order, labels, classes, counts) -> np.ndarray:
-        """Largest remainders: each class gets its share of all labelled images, rounded
-        down; what is left goes to the largest remainders, ties in random order."""
+        """By largest remainders: each class gets its share of the choice, rounded down.
+        The images still missing come one each from the classes with the largest
+        remainders; ties are in random order."""
         known = int(counts.sum())
         if self._count > known:
             raise ValueError(
@@ -162,6 +165,9 @@ class Few(Source):
     def channels(self) -> int:
         return self.source.channels
 
+    def fields(self) -> Fields:
+        return self.source.fields()
+
     def held_out(self) -> Source:
         return self.source.held_out()
 
@@ -174,7 +180,7 @@ class Few(Source):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # The choice travels too: a worker would read all labels again to make it.
+        # The choice travels too, or a worker would read all labels again to make it.
         return {**super().__getstate__(), "_chosen": self._chosen}
 
 

@@ -17,7 +17,7 @@ LAYOUT = "want PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg"
 
 
 def list_images(folder: pathlib.Path) -> list[str]:
-    """Images right in `folder`, by sorted name; suffixes in either case."""
+    """Names of the images directly in `folder`, sorted; suffixes in either case."""
     with os.scandir(folder) as entries:
         return sorted(
             entry.name
@@ -29,7 +29,7 @@ def list_images(folder: pathlib.Path) -> list[str]:
 
 
 def list_classes(folder: pathlib.Path) -> tuple[str, ...]:
-    """Sub-folders of `folder`, by sorted name: their order gives the labels."""
+    """Names of the sub-folders, sorted; this order gives the labels."""
     with os.scandir(folder) as entries:
         return tuple(
             sorted(
@@ -44,15 +44,15 @@ def list_classes(folder: pathlib.Path) -> tuple[str, ...]:
 class Folder(Source):
     """Images at `path/train/<class>/*` and `path/val/<class>/*`, or without classes.
 
-    Images that lie right in `path/train` have no label. The folder is listed once by
-    each process: leave it as it is while a run reads it.
+    Images that lie directly in `path/train` have no label. Each process lists the
+    folder once, so do not change it while a run reads it.
     """
 
     path: str = ""
     split: str = "train"  # "train" | "held_out"
     train_folder: str = "train"
     held_out_folder: str = "val"
-    # 1 or 3: every image is converted to that. A field stands for the property.
+    # 1 or 3: every image is converted to it. This field implements the property.
     channels: int = 3  # pyright: ignore
 
     def __post_init__(self):
@@ -109,7 +109,7 @@ class Folder(Source):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, label = self._records[index]
-        # Not by pathlib, which takes as long to join the names as the file to be read.
+        # pathlib would take as long to join the names as reading the file takes.
         with open(f"{self._root}/{name}", "rb") as file:
             return {"image": file.read(), "label": label}
 

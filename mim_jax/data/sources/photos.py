@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The photographs that ship inside scikit-image and scikit-learn."""
+"""The photographs that scikit-image and scikit-learn ship."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from PIL import Image
 
 from mim_jax.data.sources.base import Source, check_split
 
-# Every photograph of at least 300 pixels that lies in the wheels themselves, the same
-# files in scikit-image 0.24 to 0.26 and scikit-learn 1.5 to 1.9. Left out: pages and
-# text, drawings, colour charts, logos, computed images, other file formats.
+# Every photograph of at least 300 pixels in the wheels of scikit-image 0.24 to 0.26 and
+# scikit-learn 1.5 to 1.9, which all have the same files. Not listed: pages and text,
+# drawings, colour charts, logos, computed images, other file formats.
 TRAIN = (
     "skimage/data/astronaut.png",
     "skimage/data/brick.png",  # grey
@@ -24,7 +24,7 @@ TRAIN = (
     "skimage/data/gravel.png",  # grey
     "skimage/data/hubble_deep_field.jpg",
     "skimage/data/moon.png",  # grey
-    "skimage/data/motorcycle_left.png",  # a stereo pair: both on this side
+    "skimage/data/motorcycle_left.png",  # a stereo pair: both in this split
     "skimage/data/motorcycle_right.png",
     "skimage/data/retina.jpg",
     "sklearn/datasets/images/china.jpg",
@@ -45,7 +45,7 @@ def locate(name: str) -> pathlib.Path:
         FileNotFoundError: the package is not installed, or has no such file.
     """
     package, rest = name.split("/", 1)
-    spec = importlib.util.find_spec(package)  # finds the folder without importing it
+    spec = importlib.util.find_spec(package)  # this does not import the package
     for folder in (spec and spec.submodule_search_locations) or ():
         path = pathlib.Path(folder) / rest
         if path.is_file():
@@ -75,7 +75,7 @@ class Photos(Source):
 
     @functools.cached_property
     def _images(self) -> tuple[np.ndarray, ...]:
-        # About 20 MB decoded: kept, so that a record costs no decoding.
+        # About 20 MB decoded, held so that reading a record decodes nothing.
         images = tuple(
             np.array(Image.open(locate(name)).convert("RGB")) for name in self.files
         )

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets prepared by TFDS as array_record, read without TensorFlow."""
+"""Data sets that TFDS prepared as array_record, read without TensorFlow."""
 
 import dataclasses
 import functools
 import re
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from mim_jax.data.fields import Fields, FieldSpec
 from mim_jax.data.sources.base import Source
 
 PREPARE = "python -m mim_jax.data.prepare"
@@ -15,7 +17,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def find_version(data_dir: str, dataset: str) -> epath.Path | None:
-    """Folder of a prepared data set: of the version named, or of the newest one.
+    """Folder of a prepared data set, in the version named or else the newest one.
 
     Args:
         data_dir: where TFDS prepares; "~" is expanded.
@@ -38,7 +40,8 @@ def find_version(data_dir: str, dataset: str) -> epath.Path | None:
 class Tfds(Source):
     """A prepared data set, e.g. ImageNet. `mim_jax.data.prepare` prepares one.
 
-    Only the bytes of the wanted record are read, and images stay encoded.
+    Reading a record reads no other, and leaves its image encoded. A record has all
+    features of the data set besides `image` and `label`.
     """
 
     dataset: str = "imagenet2012"  # "name", "name/config" or "name:version"
@@ -47,6 +50,8 @@ class Tfds(Source):
     data_dir: str | None = None  # None: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     image_key: str = "image"
     label_key: str = "label"
+    # Further features that go into the batches: numbers or arrays of a fixed shape.
+    extra_keys: tuple[str, ...] = ()
 
     def __post_init__(self):
         info = self._builder.info
@@ -64,10 +69,11 @@ class Tfds(Source):
             ) from error
         if not count:
             raise ValueError(f"split={self.split!r} of {self.dataset} has no record")
+        self.fields()  # raises if a feature has no fixed shape
 
     @functools.cached_property
     def _builder(self) -> Any:
-        # Slow to import: only when it is used.
+        # Slow to import, so only when it is used.
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import constants
 
@@ -88,7 +94,7 @@ class Tfds(Source):
                 "  --config=configs/mae.py:photos\n"
                 "    trains on photographs that need no download"
             )
-        # Metadata alone: nothing is downloaded, and no code of the data set is run.
+        # This reads metadata. It downloads nothing and runs no code of the data set.
         builder = tfds.builder_from_directory(folder)
         found = builder.info.file_format
         if found is None or found.value != "array_record":
@@ -120,7 +126,27 @@ class Tfds(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.record(index)
         label = int(record.get(self.label_key, -1))
-        return {"image": record[self.image_key], "label": label}
+        return {**record, "image": record[self.image_key], "label": label}
+
+    def fields(self) -> Fields:
+        features, fields = self._builder.info.features, {}
+        for key in self.extra_keys:
+            if key not in features:
+                raise ValueError(
+                    f"extra_keys={self.extra_keys}: {key!r} is not a feature of "
+                    f"{self.dataset}; known: {', '.join(sorted(features))}"
+                )
+            feature = features[key]
+            shape, kind = feature.shape, getattr(feature, "np_dtype", None)
+            # A group of features has a dict of shapes, text the type object.
+            fixed = isinstance(shape, tuple) and None not in shape
+            if not fixed or np.dtype(kind).kind not in "biuf":
+                raise ValueError(
+                    f"extra_keys={self.extra_keys}: {key!r} of {self.dataset} is "
+                    f"{feature}; want numbers of a fixed shape"
+                )
+            fields[key] = FieldSpec(shape, np.dtype(kind).type)
+        return fields
 
     @property
     def classes(self) -> tuple[str, ...]:
