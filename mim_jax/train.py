@@ -21,7 +21,8 @@ from mim_jax import config as configs
 from mim_jax import optim, sharding
 from mim_jax import state as states
 from mim_jax.data.pipeline import EvalPasses, Input, check_replaced, train_batches
-from mim_jax.evals.base import Eval, Run, caption, save
+from mim_jax.evals.base import Eval, Run, caption
+from mim_jax.evals.report import save
 from mim_jax.objectives.base import LabelObjective, Objective
 from mim_jax.ops.backend import compile_for, made_if
 from mim_jax.run import log as metrics

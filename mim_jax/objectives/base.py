@@ -113,6 +113,12 @@ class Objective(abc.ABC):
         return ()
 
     @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        """How hidden patches reach the encoder in training: "drop" leaves them out, and
+        "mask_token" puts a learned token in their place."""
+        return "drop"
+
+    @property
     def feature(self) -> Literal["cls", "avg"]:
         """Which tokens represent an image: the class token, or the patches' mean."""
         return "cls"

@@ -58,6 +58,10 @@ class BEiT(Objective):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        return "mask_token"
+
+    @property
     def feature(self) -> Literal["cls", "avg"]:
         # The loss reads patch tokens alone; the paper's classifier their mean.
         return "avg"

@@ -166,6 +166,10 @@ class CMAE(Objective):
         return ("encoder/embed",) if self.stop_grad_patch_embed else ()
 
     @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        return "mask_token" if self.mask_token else "drop"
+
+    @property
     def feature(self) -> Literal["cls", "avg"]:
         # Where only patch tokens are compared, nothing teaches the class token.
         return "cls" if self.tokens == "cls" else "avg"
