@@ -206,6 +206,7 @@ class Compare:
         step: checkpoint to read of each; None is the newest.
         random: show the first run before training, too.
         skip: evaluations to leave out, by name.
+        also: further evaluations, by name, with their defaults.
         reconstruction, knn, cka, attention, tsne: what is measured.
         plugins: modules that add plug-ins to the tables; set by --plugins.
     """
@@ -214,9 +215,10 @@ class Compare:
     step: int | None = None
     random: bool = True
     skip: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     reconstruction: Reconstruction = Reconstruction(draws=1, inpainted=0)
     knn: KNN = KNN(k=(10,), rows=5)
-    cka: CKA = CKA(images=2000)
+    cka: CKA = CKA(images=2000, occlusion="model")
     attention: Attention = Attention(rows=4)
     tsne: TSNE = TSNE()
     plugins: tuple[str, ...] = free(())
@@ -227,9 +229,22 @@ class Compare:
                 "runs is empty: name run directories, e.g. "
                 """--config.runs='("runs/mae","runs/cmae")'"""
             )
-        known = ("reconstruction", "knn", "cka", "attention", "tsne")
         for name in self.skip:
-            _one_of("skip", name, known)
+            _one_of("skip", name, self._groups)
+        for name in self.also:
+            _one_of("also", name, [one for one in EVALS if one not in self._groups])
+
+    @property
+    def evaluations(self) -> dict[str, Eval]:
+        """What is measured, by name, in the order of the page."""
+        found = {n: one for n, one in self._groups.items() if n not in self.skip}
+        return found | {name: EVALS[name]() for name in self.also}
+
+    @property
+    def _groups(self) -> dict[str, Eval]:
+        """The evaluations that have config leaves here."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: one for name, one in values.items() if isinstance(one, Eval)}
 
 
 JOBS = {"train": Train, "eval": Evaluate, "compare": Compare}

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job "eval": one measurement of one or several training runs."""
+"""Job "eval": one evaluation of one or several trained runs."""
 
-import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -14,64 +12,47 @@ import numpy as np
 import mim_jax
 from mim_jax import config as configs
 from mim_jax import state
-from mim_jax.data.passes import EvalPasses
-from mim_jax.evals.base import Run, caption, save
-from mim_jax.run import rundir
-from mim_jax.run.checkpoint import read_parts
+from mim_jax.evals.report import save
+from mim_jax.run import loading, rundir
+from mim_jax.run.loading import load
 from mim_jax.sharding import path_name
+
+__all__ = ["load", "run"]
 
 
 def run(config: configs.Tree, workdir: pathlib.Path) -> None:
-    """Measure the runs of `config` as `config.eval` says.
+    """Measure the runs of `config` by the evaluation of `config.eval`.
 
-    Pictures and plain values go to workdir/report, values with units, counts and
-    confidence intervals to workdir/results.json.
+    Writes pictures, plain values and arrays to workdir/report, and values with units,
+    counts and confidence intervals to workdir/results.json.
 
     Raises:
         ConfigError: the config cannot work, or there is no such run or checkpoint.
     """
     settings = configs.build(config)
-    name = config.eval.name
-    found, about = {}, {}
-    for folder in (settings.run, *settings.also):
-        teacher = settings.weights == "teacher"
-        trained, training = load(folder, settings.step, teacher)
-        try:
-            settings.eval.check_objective(trained.objective)
-            settings.eval.check_data(trained.objective, EvalPasses(training.data))
-        except ValueError as error:
-            raise configs.ConfigError(f"config.eval: {error}") from error
-        if settings.weights == "initial":
-            trained = dataclasses.replace(
-                trained, params=trained.initial, name=f"{trained.name}, random", step=0
-            )
-        check_alike(folder, training, [one for _, one in found.values()])
-        title = caption(trained)
-        if title in about:
-            raise configs.ConfigError(
-                f"also={folder!r} is called {title!r} like another run: want folders "
-                "with different names"
-            )
-        about[title] = {
-            "run": str(folder),
-            "step": trained.step,
-            "weights": settings.weights,
-            "parameters_sha256": _digest(state.unstack_blocks(trained.params)),
-        }
-        found[title] = trained, training
+    evaluation, name = settings.eval, config.eval.name
+    folders = (settings.run, *settings.also)
+    runs = loading.load_all(folders, settings.step, settings.weights)
+    try:
+        for one in runs.values():
+            loading.check(evaluation, one)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.eval: {error}") from error
     with rundir.claim(workdir):
         (workdir / "config.json").write_text(configs.dumps(config))
-        try:
-            reports = {
-                title: settings.eval.measure(trained, EvalPasses(training.data))
-                for title, (trained, training) in found.items()
+        reports, reasons = loading.measure(evaluation, runs)
+        if reasons:
+            raise configs.ConfigError(f"config.eval: {next(iter(reasons.values()))}")
+        about = {
+            title: {
+                "run": str(one.folder),
+                "step": one.run.step,
+                "weights": settings.weights,
+                "parameters_sha256": _digest(state.unstack_blocks(one.run.params)),
+                "results": reports[title].described,
             }
-        except ValueError as error:  # what only the data can tell
-            raise configs.ConfigError(f"config.eval: {error}") from error
-        for title, report in reports.items():
-            about[title]["results"] = {
-                key: number._asdict() for key, number in report.numbers.items()
-            }
+            for title, one in runs.items()
+        }
         results = {
             "eval": name,
             "version": mim_jax.__version__,
@@ -79,25 +60,7 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             "config": json.loads(configs.dumps(config)),
         }
         (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        save(workdir / "report", name, reports, settings.eval.draw(reports))
-
-
-def check_alike(
-    folder: str, training: configs.Train, others: list[configs.Train]
-) -> None:
-    """Refuses a run that does not read the images of the others.
-
-    Raises:
-        ConfigError: source or size are not the same.
-    """
-    data = training.data
-    for other in others:
-        first = other.data
-        if (data.image_shape, data.source) != (first.image_shape, first.source):
-            raise configs.ConfigError(
-                f"{folder!r} reads {data.source} as {data.image_shape}, another run "
-                f"{first.source} as {first.image_shape}: want the same for all"
-            )
+        save(workdir / "report", name, reports, evaluation.draw(reports))
 
 
 def _digest(params: Any) -> str:
@@ -108,49 +71,3 @@ def _digest(params: Any) -> str:
         digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape} ".encode())
         digest.update(leaf.tobytes())
     return digest.hexdigest()
-
-
-def load(
-    folder: str | pathlib.Path, step: int | None = None, teacher: bool = False
-) -> tuple[Run, configs.Train]:
-    """A trained run and its built config, from its directory.
-
-    Args:
-        step: which checkpoint; None is the newest.
-        teacher: take the teacher's parameters, where it has them, for the student's.
-    Raises:
-        ConfigError: no run there, or no such checkpoint, or it has no teacher.
-    """
-    folder = pathlib.Path(folder)
-    if not (folder / "config.json").exists():
-        raise configs.ConfigError(
-            f"run={str(folder)!r}: no config.json there; want the work directory of a "
-            "training run"
-        )
-    training = configs.build(configs.load(folder / "config.json"))
-    try:
-        parts = ("params", "stats", *(["teacher"] if teacher else []))
-        step, found = read_parts(folder, step, parts)
-    except FileNotFoundError as error:
-        raise configs.ConfigError(f"run={str(folder)!r}: {error}") from error
-    if teacher and not found["teacher"]:
-        raise configs.ConfigError(
-            f"weights='teacher': run {str(folder)!r} has none; want 'trained'"
-        )
-    make = functools.partial(
-        state.initial,
-        training.objective,
-        seed=training.seed,
-        image_shape=training.data.image_shape,
-    )
-    # As it was trained: many deep networks in one evaluation compile slowly.
-    laid = functools.partial(state.layout, scan=training.scan)
-    run = Run(
-        objective=training.objective,
-        params=laid(found["params"] | (found["teacher"] if teacher else {})),
-        stats=laid(found["stats"]),
-        initial=jax.jit(lambda: laid(make()[0]))(),
-        step=step,
-        name=folder.resolve().name + (", teacher" if teacher else ""),
-    )
-    return run, training

@@ -152,6 +152,22 @@ def for_devices(
     return with_kernels(objective, settings.attention, tokens, device, mesh)
 
 
+def for_evaluation(settings: configs.Train) -> tuple[Objective, str]:
+    """The objective of a trained run for the first device of this process.
+
+    Its forms are chosen as in training. A form that the run's config names and that
+    this device cannot run gives way to the one that "auto" takes.
+
+    Returns:
+        The objective, and a line for people that says which forms it has.
+    """
+    try:
+        objective = for_devices(settings)
+    except ValueError:
+        objective = for_devices(dataclasses.replace(settings, attention="auto"))
+    return objective, described(objective)
+
+
 def _check_reads(objective: Objective, data: Input) -> None:
     """ValueError unless the data offer what a step reads, in shapes that fit."""
     data.check_offers(objective.batch_fields, type(objective).__name__)

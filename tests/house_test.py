@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "evals": (
         "evals.base",
         "evals.features",
+        "evals.figures",
+        "evals.images",
         "evals.logits",
+        "evals.report",
         "maskings.random",
         "objectives.base",
         "models",
@@ -104,6 +107,7 @@ MAY_IMPORT = {
         "data.passes",
         "data.pipeline",
         "evals.base",
+        "evals.report",
         "interrupt",
         "metrics",
         "objectives.base",
@@ -115,20 +119,21 @@ MAY_IMPORT = {
         "state",
         "warmstart",
     ),
-    "warmstart": ("checkpoint", "config", "ops", "sharding", "state"),
-    "compare": (
+    "run.loading": (
         "config",
         "data.passes",
         "evals.base",
-        "evaluate",
-        "rundir",
+        "evals.report",
+        "run.checkpoint",
+        "state",
     ),
+    "warmstart": ("checkpoint", "config", "ops", "sharding", "state"),
+    "compare": ("config", "evals.base", "evals.report", "run.loading", "run.rundir"),
     "evaluate": (
-        "checkpoint",
         "config",
-        "data.passes",
-        "evals.base",
-        "rundir",
+        "evals.report",
+        "run.loading",
+        "run.rundir",
         "sharding",
         "state",
     ),
@@ -161,7 +166,7 @@ TABLES = (
     *("data.sources", "data.examples"),
 )
 # What several plug-ins of a room share, besides its base.
-USED_BY_PLUG_INS = {"evals": {"features", "logits"}}
+USED_BY_PLUG_INS = {"evals": {"features", "figures", "images", "logits", "report"}}
 # Another package's module: the only rooms that may import it.
 ONLY_IN = {
     "flax.linen": ("models",),

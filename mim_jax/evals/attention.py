@@ -1,40 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the last block looks: attention maps over held-out images."""
+"""Attention maps of the last block over held-out images."""
 
 import dataclasses
+import functools
+from typing import ClassVar
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mim_jax.evals.base import (
-    Eval,
-    Number,
-    Passes,
-    Report,
-    Run,
-    mean_of,
-    show,
-    watched,
-)
+from mim_jax.evals.base import Eval, Headline, Passes, Run
+from mim_jax.evals.figures import Panel, gallery
+from mim_jax.evals.images import valid_images
+from mim_jax.evals.report import Number, Report, mean_of
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.patches import Grid, to_float
+
+_TOKENS = ("class_token", "chosen_token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention(Eval):
     """Attention of the last block, averaged over heads, over the whole image.
 
-    Figures 6 and 7 of arXiv:2306.04898: the class token's attention to every patch,
-    and that of one chosen patch (marked red). The numbers say how widely it is spread:
-    entropy over the patches, as a share of the largest possible.
+    Figures 6 and 7 of arXiv:2306.04898: the attention of the class token to every
+    patch, and that of one chosen patch (marked red). The numbers say how widely the
+    attention is spread: its entropy over the patches, as a share of the largest
+    possible entropy.
 
     Attributes:
         rows: images in the picture, spread over the held-out split.
-        token: row and column, as shares 0..1 of the image, of the chosen patch.
-        images: how many at most; all are held in memory.
+        token: row and column of the chosen patch, as shares 0..1 of the image.
+        images: number of images at most; all are held in memory.
     """
+
+    description: ClassVar[str] = (
+        "Where the last block looks. Bright patches get the most attention: from the "
+        "class token on the left of each pair, from the patch marked red on the right."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "attention_entropy_class_token",
+            "attention entropy",
+            "share",
+            "neither",
+            "How widely the class token spreads its attention: 100 % looks at every "
+            "patch alike, 0 % at one patch only.",
+        ),
+    )
 
     rows: int = 6
     token: tuple[float, float] = (0.5, 0.5)
@@ -63,35 +78,28 @@ class Attention(Eval):
             row, col = self._place(grid)
             return maps[:, [0, 1 + row * grid.cols + col], 1:]
 
-        images, parts, seen = [], [], 0
+        images, maps = [], []
         with data.held_out() as batches:
-            for batch in watched(batches, "attention", self.images):
-                wanted = np.flatnonzero(batch["valid"])[: self.images - seen]
-                if not len(wanted):
-                    break
-                maps = np.asarray(last(run.params, batch["image"]), np.float64)
-                parts.append(maps[wanted])
-                images.append(np.array(batch["image"][wanted]))
-                seen += len(wanted)
-        if not seen:
-            raise ValueError("attention: the held-out split has no images")
-        images, maps = np.concatenate(images), np.concatenate(parts)
+            for batch, rows in valid_images(batches, "attention", self.images):
+                found = np.asarray(last(run.params, batch["image"]), np.float64)
+                maps.append(found[rows])
+                images.append(batch["image"][rows])
+        images, maps = np.concatenate(images), np.concatenate(maps)
         grid = objective.grid(images.shape[1:])
-        numbers = {"images": Number(seen, "images")}
-        for i, name in enumerate(("class_token", "chosen_token")):
+        numbers = {"images": Number(len(images), "images")}
+        arrays = {"place": np.array([*self._place(grid), grid.patch])}
+        shown = np.linspace(0, len(images) - 1, min(self.rows, len(images)))
+        shown = shown.round().astype(int)
+        arrays["images"] = images[shown]
+        for i, name in enumerate(_TOKENS):
             spread = _entropy(maps[:, i])
             numbers[f"attention_entropy_{name}"] = mean_of(spread, "share")
-        shown = np.linspace(0, seen - 1, min(self.rows, seen)).round().astype(int)
-        shaped = maps[shown].reshape(len(shown), 2, grid.rows, grid.cols)
-        arrays = {
-            "images": images[shown],
-            "class_token": shaped[:, 0],
-            "chosen_token": shaped[:, 1],
-            "place": np.array([*self._place(grid), grid.patch]),
-        }
+            arrays[f"entropy_{name}"] = spread
+            arrays[name] = maps[shown, i].reshape(-1, grid.rows, grid.cols)
         return Report(numbers=numbers, arrays=arrays)
 
     def _place(self, grid: Grid) -> tuple[int, int]:
+        """Row and column of the chosen patch in the grid."""
         row, col = self.token
         return (
             min(int(row * grid.rows), grid.rows - 1),
@@ -100,38 +108,35 @@ class Attention(Eval):
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
         first = next(iter(found.values())).arrays
-        rows, columns = len(first["images"]), 1 + 2 * len(found)
-        figure = Figure(figsize=(1.7 * columns, 1.75 * rows + 0.6), dpi=110)
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for i in range(rows):
-            image = first["images"][i]
-            show(axes[i, 0], image, "held out" if i == 0 else "")
-            for number, (name, report) in enumerate(found.items()):
-                for offset, key in enumerate(("class_token", "chosen_token")):
-                    axis = axes[i, 1 + 2 * number + offset]
-                    title = f"{name}\n{key.replace('_', ' ')}" if i == 0 else ""
-                    _overlay(axis, image, report.arrays[key][i], title)
-                    if key == "chosen_token":
-                        row, col, patch = report.arrays["place"]
-                        corner = (col * patch - 0.5, row * patch - 0.5)
-                        mark = Rectangle(corner, patch, patch, fill=False, color="red")
-                        axis.add_patch(mark)
-        figure.tight_layout()
-        return {"attention": figure}
+        panels = []
+        for i, image in enumerate(first["images"]):
+            top = i == 0
+            panels.append(Panel(image, title="held out" if top else ""))
+            grey = image.mean(axis=-1, keepdims=True).astype(np.uint8)
+            for name, report in found.items():
+                for key in _TOKENS:
+                    title = f"{name}\n{key.replace('_', ' ')}" if top else ""
+                    weights = report.arrays[key][i]
+                    mark = report.arrays["place"] if key == "chosen_token" else None
+                    overlay = functools.partial(_overlay, grey, weights, mark)
+                    panels.append(Panel(grey, title=title, overlay=overlay))
+        return {"attention": gallery(panels, 1 + len(_TOKENS) * len(found))}
 
 
-def _entropy(weights: np.ndarray) -> np.ndarray:
-    """Of each row, made to sum to 1, over the logarithm of its length: 0..1."""
+def _entropy(weights: Float[np.ndarray, "n m"]) -> Float[np.ndarray, " n"]:
+    """Entropy of each row, scaled to sum 1, as a share of the largest, log(m)."""
     weights = weights / weights.sum(axis=1, keepdims=True)
     logs = np.log(np.where(weights > 0, weights, 1))
     return -(weights * logs).sum(axis=1) / np.log(weights.shape[1])
 
 
-def _overlay(axis, image: np.ndarray, weights: np.ndarray, title: str) -> None:
-    """Attention as colour over a faded grey image, each map on its own scale."""
+def _overlay(image: np.ndarray, weights: np.ndarray, place, axis) -> None:
+    """Draw attention as colour over an image, each map on a scale of its own.
+
+    Args:
+        place: row, column and side in pixels of a patch to mark red, or None.
+    """
     height, width = image.shape[:2]
-    grey = image.mean(axis=-1, keepdims=True).astype(np.uint8)
-    show(axis, grey, title)
     axis.imshow(
         weights,
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
@@ -139,3 +144,7 @@ def _overlay(axis, image: np.ndarray, weights: np.ndarray, title: str) -> None:
         alpha=0.65,
         interpolation="nearest",
     )
+    if place is not None:
+        row, col, patch = place
+        corner = (col * patch - 0.5, row * patch - 0.5)
+        axis.add_patch(Rectangle(corner, patch, patch, fill=False, color="red"))

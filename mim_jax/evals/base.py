@@ -1,33 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation is: a measurement of a run, on images of its source."""
+"""The protocol of evaluations: what one is, and what it is given."""
 
 import abc
 import dataclasses
-import json
-import pathlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 from matplotlib.figure import Figure
 
+from mim_jax.evals.report import Report
 from mim_jax.objectives.base import Objective
+
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained model with all that evaluations need to know of it.
+    """A trained model, with everything that evaluations need to know about it.
 
     Attributes:
         objective: built from the run's own config.
-        params: parameters, with the blocks stacked or not, as they were trained.
-        stats: running statistics, {} without any.
-        initial: new parameters by the run's seed: those that it started from, unless
-            it began with another run's.
+        params: trained parameters, in the layout of training: blocks stacked or not.
+        stats: running statistics; {} if the objective has none.
+        memory: state that the masking saves between its refreshes; None without any.
+        initial: parameters before training, drawn again from the run's seed. A run that
+            began with another run's parameters did not start from these.
         step: of the checkpoint.
         name: of the run, for captions.
     """
@@ -35,112 +34,60 @@ class Run:
     objective: Objective
     params: Any
     stats: Any = dataclasses.field(default_factory=dict)
+    memory: Any = None
     initial: Any
     step: int
     name: str
 
 
-class Number(NamedTuple):
-    """A measured number.
-
-    Attributes:
-        value: finite or not, never missing.
-        unit: "dB", "share" (0..1), "1" for pure numbers ...
-        n: of how many examples it is the mean, None if it is no mean.
-        interval: 95 % confidence interval of a mean over a sample.
-    """
-
-    value: float | int
-    unit: str
-    n: int | None = None
-    interval: tuple[float, float] | None = None
-
-
-def mean_of(values: Sequence | np.ndarray, unit: str) -> Number:
-    """Mean of a sample, its interval by Student's t."""
-    from scipy import stats  # slow to import: only when it is used
-
-    values = np.asarray(values, np.float64)
-    mean, n = float(values.mean()), len(values)
-    interval = None
-    if n > 1 and np.isfinite(values).all():
-        half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
-        interval = (mean - half, mean + half)
-    return Number(mean, unit, n, interval)
-
-
-def share_of(right: Sequence | np.ndarray) -> Number:
-    """Share of True, its interval by Wilson's score."""
-    from scipy import stats
-
-    right = np.asarray(right, bool)
-    found = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    interval = (float(found.low), float(found.high))
-    return Number(float(right.mean()), "share", len(right), interval)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What an evaluation found of one run.
-
-    Attributes:
-        numbers: by name, the unit being part of the name where it is not a share.
-        arrays: what the figures are drawn from, and values per example.
-    """
-
-    numbers: dict[str, Number]
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    @property
-    def scalars(self) -> dict[str, float | int]:
-        """The values alone."""
-        return {name: number.value for name, number in self.numbers.items()}
-
-
-Batch = dict[str, np.ndarray]
+def caption(run: Run) -> str:
+    """The name of a run in figures and tables."""
+    return f"{run.name}, step {run.step}"
 
 
 @runtime_checkable
 class SetPasses(Protocol):
-    """Passes over an evaluation set, as `Passes.evaluation_set` gives them."""
+    """Passes over an evaluation set; `Passes.evaluation_set` returns one."""
 
     @property
     def images(self) -> Any:
-        """What the labels mean: `mim_jax.data.sets.base.EvaluationSet`, of whose
-        attributes evaluations read classes, members, model_classes and pairs."""
+        """The set, a `mim_jax.data.sets.base.EvaluationSet`. Evaluations read its
+        classes, members, model_classes and pairs, which say what its labels mean."""
         ...
 
     def batches(self) -> AbstractContextManager[Iterable[Batch]]:
-        """One pass. For "label" there is "labels", int32 "b l": positions in the set's
-        classes, -1 fills."""
+        """One pass. Batches have "labels" (int32 "b l": positions in the set's classes,
+        -1 where an image has fewer than l) instead of "label"."""
         ...
 
 
 @runtime_checkable
 class Passes(Protocol):
-    """Passes over images, in order, without augmentation, each image once.
+    """Passes over images in order, without augmentation, each image once.
 
-    A pass is to be used in a `with` statement, and gives batches with "image" (uint8
-    "b h w c"), "label" (-1: unknown), "index" and "valid", False on padding.
+    Use a pass in a `with` statement. Its batches have "image" (uint8 "b h w c"),
+    "label" (int32 "b", -1 if unknown), "index" (of the record in its source), "valid"
+    (False on rows that are padding or could not be decoded), and whatever else the
+    examples of the source have.
     """
 
     def train(self) -> AbstractContextManager[Iterable[Batch]]:
-        """One pass over the images that the run learned from."""
+        """One pass over the training images."""
         ...
 
     def held_out(self) -> AbstractContextManager[Iterable[Batch]]:
-        """One pass over the images held out."""
+        """One pass over the held-out images."""
         ...
 
     def train_examples(self, indices: Sequence[int]) -> Batch:
-        """Those training images as one batch, by their "index"."""
+        """The training images with these values of "index", as one batch."""
         ...
 
     def evaluation_set(self, entry: str) -> SetPasses:
-        """Images besides those of the source, by "NAME" or "NAME=FOLDER".
+        """Images from outside the source, by "NAME" or "NAME=FOLDER".
 
         Raises:
-            ValueError: unknown name, or the set is not there or not whole.
+            ValueError: the name is unknown, or the set is missing or incomplete.
         """
         ...
 
@@ -150,95 +97,96 @@ class Passes(Protocol):
         ...
 
 
+class Headline(NamedTuple):
+    """A number of an evaluation that the compare page shows in its table.
+
+    Attributes:
+        key: a key of `Report.numbers`; or "START*", for every key that begins with
+            START, each in a column of its own.
+        title: of the column. "{}" is replaced by the part of the key that "*" matched.
+        unit: of the number, as in `Number`.
+        better: the direction of better models; "neither" if there is none.
+        meaning: what the number says, in one sentence, for a reader who does not know
+            the papers.
+    """
+
+    key: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    meaning: str
+
+    def columns(self, keys: Iterable[str]) -> dict[str, str]:
+        """Title by key, for those of the keys that this headline is about.
+
+        Example:
+            >>> sets = Headline("accuracy_*", "accuracy, {}", "share", "higher", "")
+            >>> sets.columns(["images", "accuracy_held_out"])
+            {'accuracy_held_out': 'accuracy, held out'}
+        """
+        if not self.key.endswith("*"):
+            return {key: self.title for key in keys if key == self.key}
+        start = self.key[:-1]
+        return {
+            key: self.title.format(key.removeprefix(start).replace("_", " "))
+            for key in keys
+            if key.startswith(start)
+        }
+
+
 class Eval(abc.ABC):
-    """A measurement: a frozen dataclass, whose fields are its config."""
+    """A measurement. A concrete one is a frozen dataclass; its fields are its config.
+
+    Attributes:
+        description: what the evaluation shows, in one or two sentences, for a reader
+            who does not know the papers.
+        headlines: its numbers for the table of the compare page.
+    """
+
+    description: ClassVar[str]
+    headlines: ClassVar[tuple[Headline, ...]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("description", "headlines"):
+            if not hasattr(cls, name):
+                raise TypeError(
+                    f"evaluation {cls.__name__} has no class attribute {name!r}, which "
+                    "the compare page shows: want `description: ClassVar[str]` and "
+                    "`headlines: ClassVar[tuple[Headline, ...]]`"
+                )
 
     @abc.abstractmethod
     def check_objective(self, objective: Objective) -> None:
-        """ValueError if this cannot be measured on runs of that objective."""
+        """Refuse an objective whose runs this evaluation cannot measure.
+
+        Raises:
+            ValueError: naming what the evaluation needs.
+        """
 
     def check_data(self, objective: Objective, data: Passes) -> None:
-        """ValueError if data that this reads besides the run's own are not there, or do
-        not fit the objective; asked for before hours of training."""
+        """Refuse data, besides the run's own images, that are missing or do not fit.
+
+        Training calls this before it starts, so that hours of work do not end in an
+        error of the report.
+
+        Raises:
+            ValueError: naming what is missing or does not fit.
+        """
         del objective, data
 
     @abc.abstractmethod
     def measure(self, run: Run, data: Passes) -> Report:
-        """Measure a run on the data of its config."""
+        """Measure a run on the data of its config.
+
+        Raises:
+            ValueError: the data cannot be measured, e.g. they have no labels.
+        """
 
     @abc.abstractmethod
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
-        """Figures by name, of the reports of one or several runs by their captions."""
+        """Figures by name.
 
-
-def caption(run: Run) -> str:
-    """How a run is called in figures and tables."""
-    return f"{run.name}, step {run.step}"
-
-
-def save(
-    folder: pathlib.Path, name: str, found: dict[str, Report], pictures: dict
-) -> None:
-    """Write the numbers as NAME.json and a PNG per figure; print the numbers.
-
-    Of several runs, NAME.json has one group for each.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {run: report.scalars for run, report in found.items()}
-    shown = next(iter(values.values())) if len(values) == 1 else values
-    (folder / f"{name}.json").write_text(json.dumps(shown, indent=2) + "\n")
-    for title, figure in pictures.items():
-        figure.savefig(folder / f"{title}.png")
-    for run, scalars in values.items():
-        if len(values) > 1:
-            print(run)
-        for key, value in scalars.items():
-            print(f"{key:32s} {value:.6g}")
-    print(f"report in {folder}", flush=True)
-
-
-def watched(
-    batches: Iterable[Batch], what: str, most: int | None = None
-) -> Iterator[Batch]:
-    """The batches of a pass, unchanged, with a bar that counts their images.
-
-    The bar stands on stderr while that is a terminal, and goes with the pass;
-    elsewhere nothing is written.
-
-    Args:
-        what: the caption.
-        most: the caller leaves the pass after that many images.
-    """
-    # Asked before the first is taken: the length of `Batches` is what is left.
-    count = len(batches) if isinstance(batches, Sized) else None
-    with tqdm.tqdm(
-        desc=what, unit=" images", leave=False, disable=None, dynamic_ncols=True
-    ) as bar:
-        for batch in batches:
-            rows = len(batch["valid"])
-            if count is not None and bar.total is None:
-                bar.reset(count * rows if most is None else min(count * rows, most))
-            yield batch
-            bar.update(rows)
-
-
-def keys_of(batch: Batch, seed: int, number: int = 0) -> jax.Array:
-    """A key for each image of a batch, whatever batch it comes in.
-
-    Args:
-        seed: of the evaluation.
-        number: of the draw, where an image gets several.
-    """
-    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
-    indices = jnp.asarray(batch["index"], jnp.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
-
-
-def show(axis: Any, image: np.ndarray, title: str = "", colour: str = "black") -> None:
-    """An image in 0..1 or uint8 on an axis without ticks."""
-    image = image[..., 0] if image.shape[-1] == 1 else image
-    top = 255 if image.dtype == np.uint8 else 1
-    axis.imshow(image, cmap="gray", vmin=0, vmax=top, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.set_title(title, fontsize=8, color=colour)
+        Args:
+            found: the reports of one or several runs, by their captions.
+        """

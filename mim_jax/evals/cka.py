@@ -2,19 +2,28 @@
 """How much features change when patches are hidden, block by block."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import Eval, Number, Passes, Report, Run, keys_of, watched
+from mim_jax.evals.base import Eval, Headline, Passes, Run
+from mim_jax.evals.images import hidden_pixels, keys_of, valid_images
+from mim_jax.evals.report import Number, Report
 from mim_jax.maskings.random import Random
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.cka import Moments
 from mim_jax.ops.masking import Mask, take
-from mim_jax.ops.patches import to_float, unpatchify
+from mim_jax.ops.patches import to_float
+
+# How hidden patches are called in figures.
+_HOW = {
+    "drop": "dropped",
+    "mask_token": "replaced by mask tokens",
+    "zero": "painted with the mean",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,25 +31,44 @@ class CKA(Eval):
     """Linear CKA between features of full and of masked images, after every block.
 
     Figure 1 of arXiv:2208.04164: 1 means that hiding patches does not change the
-    features, up to rotation and scale. Held-out images; one random mask per image and
-    ratio.
+    features, up to rotation and scale. Measured on held-out images, with one random
+    mask per image and ratio.
 
     Attributes:
         ratios: shares of hidden patches.
-        feature: of an image: "mean" of the patch tokens that are present, or the "cls"
-            token; or "visible_tokens", where every visible patch of every image is an
-            example, compared with the same patch of the full image.
-        occlusion: what hiding means: to "drop" patches, to put the learned
-            "mask_token" in their place, or to paint them with the data's mean ("zero").
+        feature: the features of an image: "mean" of the patch tokens that are present,
+            or the "cls" token; or "visible_tokens", where every visible patch of every
+            image is an example, compared with the same patch of the full image.
+        occlusion: how patches are hidden. "drop" leaves them out, "mask_token" puts the
+            learned token in their place, "zero" paints them with the data's mean;
+            "model" does what the encoder saw in training (`Objective.occlusion`), as a
+            model may fail on inputs of a kind that it never saw.
         estimator: "plain", or "debiased", which does not grow when images are few.
-        images: how many images at most; the paper's number is not stated, and the plain
-            estimate needs many more than the encoder is wide.
+        images: number of images at most. The paper does not state its number; the plain
+            estimate needs many more images than the encoder is wide.
         seed: of the masks.
     """
 
+    description: ClassVar[str] = (
+        "How similar the features of an image stay, block by block, when a share of "
+        "its patches is hidden: 1 means unchanged. Each title says how patches were "
+        "hidden."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "cka_ratio0.5_last_block",
+            "CKA, half hidden, last block",
+            "1",
+            "neither",
+            "How similar the last block's features of an image and of the same image "
+            "with half of its patches hidden are: 1 means the same up to rotation and "
+            "scale. Features that hardly differ between images are similar, too.",
+        ),
+    )
+
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     feature: Literal["mean", "cls", "visible_tokens"] = "mean"
-    occlusion: Literal["drop", "mask_token", "zero"] = "drop"
+    occlusion: Literal["model", "drop", "mask_token", "zero"] = "drop"
     estimator: Literal["plain", "debiased"] = "plain"
     images: int = 5000
     seed: int = 0
@@ -52,14 +80,15 @@ class CKA(Eval):
             raise ValueError(f"images={self.images}: want at least 4")
 
     def check_objective(self, objective: Objective) -> None:
-        pass  # every objective has an encoder; a missing mask token is found in measure
+        pass  # every objective has an encoder; only its parameters show a mask token
 
     def measure(self, run: Run, data: Passes) -> Report:
         objective = run.objective
-        if self.occlusion == "mask_token" and "mask_token" not in run.params["encoder"]:
+        occlusion = self._occlusion(objective)
+        if occlusion == "mask_token" and "mask_token" not in run.params["encoder"]:
             raise ValueError(
-                f"occlusion='mask_token': the encoder of {run.name} has no mask token; "
-                "want 'drop' or 'zero'"
+                f"occlusion={self.occlusion!r}: the encoder of {run.name} has no mask "
+                "token; want 'drop' or 'zero'"
             )
         maskings = [Random(ratio=ratio) for ratio in self.ratios]
         depth, width = objective.encoder.depth, objective.encoder.width
@@ -74,22 +103,21 @@ class CKA(Eval):
             for number, masking in enumerate(maskings):
                 own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
                 mask = masking(own, grid)
-                _, part = self._occluded(objective, params, pixels, mask)
-                pairs.append(self._pair(full["blocks"], part["blocks"], mask))
+                _, part = _encode_masked(objective, occlusion, params, pixels, mask)
+                pairs.append(
+                    self._pair(full["blocks"], part["blocks"], mask, occlusion)
+                )
             return pairs
 
         seen = 0
         with data.held_out() as batches:
-            for batch in watched(batches, "cka", self.images):
-                wanted = np.flatnonzero(batch["valid"])[: self.images - seen]
-                if not len(wanted):
-                    break
+            for batch, rows in valid_images(batches, "cka", self.images):
                 images = jnp.asarray(batch["image"])
                 pairs = features(run.params, images, keys_of(batch, self.seed))
                 for moments, pair in zip(found, jax.device_get(pairs), strict=True):
-                    f, g = (x[:, wanted].reshape(depth, -1, width) for x in pair)
+                    f, g = (x[:, rows].reshape(depth, -1, width) for x in pair)
                     moments.add(f, g)
-                seen += len(wanted)
+                seen += len(rows)
         curves = np.stack([getattr(one, self.estimator)() for one in found])
         numbers = {"images": Number(seen, "images")}
         for ratio, curve in zip(self.ratios, curves, strict=True):
@@ -99,23 +127,20 @@ class CKA(Eval):
             numbers[f"cka_ratio{ratio:g}_last_block"] = Number(
                 float(curve[-1]), "1", seen
             )
-        arrays = {"cka": curves, "ratios": np.asarray(self.ratios)}
+        arrays = {
+            "cka": curves,
+            "ratios": np.asarray(self.ratios),
+            "occlusion": np.array(occlusion),
+        }
         return Report(numbers=numbers, arrays=arrays)
 
-    def _occluded(self, objective: Objective, params, pixels, mask: Mask):
-        taps = ("blocks",)
-        if self.occlusion == "drop":
-            return objective.encode(params, pixels, keep=mask.keep, taps=taps)
-        if self.occlusion == "mask_token":
-            return objective.encode(params, pixels, hidden=mask.hidden, taps=taps)
-        grid = objective.grid(pixels.shape[1:])
-        hidden = jnp.repeat(mask.hidden[:, :, None], grid.patch**2, axis=2)
-        mean = jnp.asarray(objective.mean, pixels.dtype)[None, None, None]
-        painted = jnp.where(unpatchify(hidden, grid), mean, pixels)
-        return objective.encode(params, painted, taps=taps)
+    def _occlusion(self, objective: Objective) -> str:
+        return objective.occlusion if self.occlusion == "model" else self.occlusion
 
-    def _pair(self, full: jax.Array, part: jax.Array, mask: Mask) -> tuple:
-        """Features of full and of occluded images, "l b s d" with s examples each."""
+    def _pair(
+        self, full: jax.Array, part: jax.Array, mask: Mask, occlusion: str
+    ) -> tuple[jax.Array, jax.Array]:
+        """Features of full and masked images, "l b s d" with s examples per image."""
         if self.feature == "cls":
             return full[:, :, :1], part[:, :, :1]
         full, part = full[:, :, 1:], part[:, :, 1:]
@@ -125,7 +150,7 @@ class CKA(Eval):
         def visible(tokens):
             return jax.vmap(lambda layer: take(layer, mask.keep))(tokens)
 
-        return visible(full), part if self.occlusion == "drop" else visible(part)
+        return visible(full), part if occlusion == "drop" else visible(part)
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
         figure = Figure(figsize=(4.2 * len(found) + 0.8, 3.6), dpi=110)
@@ -142,7 +167,8 @@ class CKA(Eval):
                     label=f"{ratio:g}",
                     color=(0.9 * shade, 0.25, 0.9 * (1 - shade)),
                 )
-            axis.set_title(name, fontsize=9)
+            how = _HOW[report.arrays["occlusion"].item()]
+            axis.set_title(f"{name}\npatches {how}", fontsize=9)
             axis.set_xlabel("block")
             axis.set_xticks(blocks)
             axis.set_ylim(min(0.0, float(curves.min())), 1.02)
@@ -150,3 +176,18 @@ class CKA(Eval):
         axes[-1].legend(title="hidden", fontsize=7, title_fontsize=8)
         figure.tight_layout()
         return {"cka": figure}
+
+
+def _encode_masked(
+    objective: Objective, occlusion: str, params, pixels: jax.Array, mask: Mask
+):
+    """Tokens and blocks of the encoder, as of `Objective.encode`, on masked images."""
+    taps = ("blocks",)
+    if occlusion == "drop":
+        return objective.encode(params, pixels, keep=mask.keep, taps=taps)
+    if occlusion == "mask_token":
+        return objective.encode(params, pixels, hidden=mask.hidden, taps=taps)
+    hidden = hidden_pixels(mask, objective.grid(pixels.shape[1:]))
+    mean = jnp.asarray(objective.mean, pixels.dtype)[None, None, None]
+    painted = jnp.where(hidden[..., None], mean, pixels)
+    return objective.encode(params, painted, taps=taps)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from mim_jax.evals.base import Batch, watched
+from mim_jax.evals.base import Batch, Passes, Run
+from mim_jax.evals.images import valid_images
 
 
 class Features(NamedTuple):
@@ -28,22 +29,55 @@ class Features(NamedTuple):
 def extract(
     encode: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Batch]
 ) -> Features:
-    """Features of all valid images, with a progress bar on a terminal.
+    """Features of all valid images of a pass.
 
     Args:
-        encode: from parameters and uint8 images "b h w c" to features "b d"; jitted
-            here, and compiled once for all passes of one objective's method.
-        params: its first argument.
+        encode: from (parameters, uint8 images "b h w c") to features "b d". It is
+            jitted here. The method of one objective compiles once for all passes.
+        params: the first argument of `encode`.
     Raises:
         ValueError: there is no valid image.
+
+    Example:
+        >>> def brightness(params, images):
+        ...     return images.reshape(len(images), -1).mean(axis=1, keepdims=True)
+        >>> batch = {
+        ...     "image": np.full((2, 4, 4, 1), 7, np.uint8),
+        ...     "label": np.array([0, 1], np.int32),
+        ...     "index": np.array([0, -1], np.int32),
+        ...     "valid": np.array([True, False]),
+        ... }
+        >>> extract(brightness, None, [batch]).vectors.tolist()
+        [[7.0]]
     """
     jitted = jax.jit(encode)
-    vectors, labels, index = [], [], []
-    for batch in watched(batches, "features"):
-        valid = np.asarray(batch["valid"])
-        vectors.append(np.asarray(jitted(params, batch["image"]), np.float32)[valid])
-        labels.append(np.asarray(batch["label"])[valid])
-        index.append(np.asarray(batch["index"])[valid])
-    if not sum(map(len, labels)):
-        raise ValueError("features: the split has no images")
-    return Features(*(np.concatenate(part) for part in (vectors, labels, index)))
+    parts = []
+    for batch, rows in valid_images(batches, "features"):
+        vectors = np.asarray(jitted(params, batch["image"]), np.float32)
+        columns = (vectors, batch["label"], batch["index"])
+        parts.append([np.asarray(column)[rows] for column in columns])
+    return Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def extract_splits(run: Run, params: Any, data: Passes) -> tuple[Features, Features]:
+    """Features of the training images and of the held-out images, by
+    `Objective.features` with these parameters.
+
+    Raises:
+        ValueError: a split has no valid image.
+    """
+    with data.train() as batches:
+        train = extract(run.objective.features, params, batches)
+    with data.held_out() as batches:
+        return train, extract(run.objective.features, params, batches)
+
+
+def l2_normalised(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Rows scaled to length 1; rows of zeros stay zeros.
+
+    Example:
+        >>> l2_normalised(np.array([[3.0, 4.0]])).tolist()
+        [[0.6, 0.8]]
+    """
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(length, 1e-12)

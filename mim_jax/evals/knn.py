@@ -2,15 +2,18 @@
 """Nearest neighbours of frozen features: an accuracy and a picture."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import Eval, Number, Passes, Report, Run, share_of, show
-from mim_jax.evals.features import Features, extract
+from mim_jax.evals.base import Eval, Headline, Passes, Run
+from mim_jax.evals.features import Features, extract_splits, l2_normalised
+from mim_jax.evals.figures import Panel, gallery, one_per_run
+from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
 
 
@@ -20,16 +23,32 @@ class KNN(Eval):
 
     Features are those of the whole image (`Objective.features`), scaled to length 1.
     Each of the k most similar training images votes for its class with weight
-    exp(similarity / temperature), as in arXiv:1805.01978 and DINO. The same for the
-    parameters that the run started from. Without labels there is only the picture.
+    exp(similarity / temperature), as in arXiv:1805.01978 and DINO. The numbers are
+    given for the trained parameters ("model") and for those before training
+    ("untrained"). Without labels there is only the picture.
 
     Attributes:
         k: numbers of neighbours; those above the number of training images are left
             out.
         temperature: of the weights, > 0.
         rows: held-out images in the picture.
-        neighbours: of each in the picture.
+        neighbours: training images beside each of them.
     """
+
+    description: ClassVar[str] = (
+        "Held-out images, and beside each the training images whose features are most "
+        "similar to its own. A neighbour of another class is marked red."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "accuracy_model_k*",
+            "accuracy, {} nearest neighbours",
+            "share",
+            "higher",
+            "Share of held-out images whose class is found by a vote of the training "
+            "images with the most similar features. Nothing is trained for it.",
+        ),
+    )
 
     k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
@@ -51,13 +70,10 @@ class KNN(Eval):
         pass  # every objective has features
 
     def measure(self, run: Run, data: Passes) -> Report:
-        spaces = {}
-        for name, params in (("model", run.params), ("untrained", run.initial)):
-            encode = run.objective.features
-            with data.train() as batches:
-                train = extract(encode, params, batches)
-            with data.held_out() as batches:
-                spaces[name] = train, extract(encode, params, batches)
+        spaces = {
+            "model": extract_splits(run, run.params, data),
+            "untrained": extract_splits(run, run.initial, data),
+        }
         train, held_out = spaces["model"]
         counts = [k for k in self.k if k <= len(train.labels)]
         numbers = {
@@ -71,30 +87,25 @@ class KNN(Eval):
                 for k, predicted in zip(counts, found, strict=True):
                     right = (predicted == queries.labels)[known]
                     numbers[f"accuracy_{name}_k{k}"] = share_of(right)
-        arrays = self._gallery(data, train, held_out)
+        arrays = self._neighbours(data, train, held_out)
         return Report(numbers=numbers, arrays=arrays)
 
-    def _gallery(
+    def _neighbours(
         self, data: Passes, train: Features, held_out: Features
     ) -> dict[str, np.ndarray]:
+        """Some held-out images and their nearest training images, with classes."""
         rows = min(self.rows, len(held_out.labels))
-        # Spread over the split, which may be sorted by class.
+        # Spread over the split: it may be sorted by class.
         chosen = np.linspace(0, len(held_out.labels) - 1, rows).round().astype(int)
-        similar = _unit(held_out.vectors[chosen]) @ _unit(train.vectors).T
+        queries = l2_normalised(held_out.vectors[chosen])
+        similar = queries @ l2_normalised(train.vectors).T
         columns = min(self.neighbours, len(train.labels))
         order = np.argsort(-similar, axis=1, kind="stable")[:, :columns]
         near = data.train_examples([int(i) for i in train.indices[order].ravel()])
-        wanted = {int(held_out.indices[i]): row for row, i in enumerate(chosen)}
-        queries = {}
-        with data.held_out() as batches:
-            for batch in batches:
-                for i, index in enumerate(np.asarray(batch["index"])):
-                    if int(index) in wanted and batch["valid"][i]:
-                        queries[wanted[int(index)]] = np.array(batch["image"][i])
         images = near["image"].reshape(rows, columns, *near["image"].shape[1:])
         names = np.array([*data.classes, ""])  # -1, unknown, is the last
         return {
-            "queries": np.stack([queries[row] for row in range(rows)]),
+            "queries": _images(data, held_out.indices[chosen]),
             "neighbours": images,
             "similarity": np.take_along_axis(similar, order, axis=1),
             "query_class": names[held_out.labels[chosen]],
@@ -102,63 +113,71 @@ class KNN(Eval):
         }
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
-        figures = {}
-        for number, (name, report) in enumerate(found.items()):
-            title = "knn" if len(found) == 1 else f"knn{number}"
-            figures[title] = _picture(name, report)
-        return figures
+        return one_per_run("knn", found, _picture)
 
 
 def classify(
     bank: Features, queries: Features, counts: list[int], temperature: float
 ) -> Int[np.ndarray, "k n"]:
-    """Classes of the queries by weighted vote, for each number of neighbours.
+    """Classes of the queries by weighted vote, one row per number of neighbours.
 
     Args:
-        bank: labelled features; those without a label do not vote.
+        bank: features that vote; those without a label have no vote.
         counts: numbers of neighbours, none above the size of the bank.
+        temperature: of the weights exp(similarity / temperature).
+
+    Example:
+        >>> def features(vectors, labels):
+        ...     labels = np.array(labels, np.int32)
+        ...     return Features(np.array(vectors, np.float32), labels, labels)
+        >>> bank = features([[1, 0], [0, 1]], [3, 5])
+        >>> classify(bank, features([[0.9, 0.1]], [-1]), [1], 0.07).tolist()
+        [[3]]
     """
     classes = int(bank.labels.max()) + 1
-    vectors = jnp.asarray(_unit(bank.vectors))
+    vectors = jnp.asarray(l2_normalised(bank.vectors))
     votes = jnp.asarray(np.eye(classes + 1, dtype=np.float32)[bank.labels][:, :classes])
 
     @jax.jit
     def vote(rows):
         similar, near = jax.lax.top_k(rows @ vectors.T, max(counts))
-        # Relative to the nearest: exp(1 / .07) would be 1.6e6.
+        # Relative to the nearest, as exp(1 / .07) is 1.6e6.
         weights = jnp.exp((similar - similar[:, :1]) / temperature)
         weighted = weights[..., None] * votes[near]
         totals = jnp.cumsum(weighted, axis=1)
         return jnp.stack([totals[:, k - 1].argmax(axis=-1) for k in counts])
 
-    rows = _unit(queries.vectors)
+    rows = l2_normalised(queries.vectors)
     parts = [np.asarray(vote(rows[i : i + 256])) for i in range(0, len(rows), 256)]
     return np.concatenate(parts, axis=1)
 
 
-def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(length, 1e-12)
+def _images(data: Passes, indices: Int[np.ndarray, " r"]) -> np.ndarray:
+    """The held-out images with these values of "index", in this order."""
+    found = {}
+    with data.held_out() as batches:
+        for batch in batches:
+            rows = np.isin(batch["index"], indices) & batch["valid"]
+            for row in np.flatnonzero(rows):
+                found[int(batch["index"][row])] = np.array(batch["image"][row])
+    return np.stack([found[int(index)] for index in indices])
 
 
 def _picture(name: str, report: Report) -> Figure:
-    arrays = report.arrays
-    rows, columns = arrays["similarity"].shape
-    figure = Figure(figsize=(1.3 * (columns + 1), 1.5 * rows + 0.6), dpi=110)
-    axes = figure.subplots(rows, columns + 1, squeeze=False)
-    for row in range(rows):
-        label = arrays["query_class"][row]
-        show(axes[row, 0], arrays["queries"][row], label)
-        for column in range(columns):
-            other = arrays["neighbour_class"][row, column]
-            text = f"{other} {arrays['similarity'][row, column]:.2f}".strip()
+    arrays, panels = report.arrays, []
+    for row, label in enumerate(arrays["query_class"]):
+        panels.append(Panel(arrays["queries"][row], title=label))
+        for image, similarity, other in zip(
+            arrays["neighbours"][row],
+            arrays["similarity"][row],
+            arrays["neighbour_class"][row],
+            strict=True,
+        ):
+            text = f"{other} {similarity:.2f}".strip()
             wrong = label and other and label != other
             colour = "tab:red" if wrong else "black"
-            show(axes[row, column + 1], arrays["neighbours"][row, column], text, colour)
-    figure.suptitle(
-        f"{name}: held-out image, then its nearest training images by cosine "
-        "similarity",
-        fontsize=8,
+            panels.append(Panel(image, title=text, colour=colour))
+    title = (
+        f"{name}: held-out image, then its nearest training images by cosine similarity"
     )
-    figure.tight_layout()
-    return figure
+    return gallery(panels, 1 + arrays["similarity"].shape[1], (1.3, 1.5), title)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear probe of features that are extracted once, for many learning rates at once."""
+"""Linear probe of features that are extracted once, at many learning rates at once."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import Eval, Number, Passes, Report, Run, share_of
-from mim_jax.evals.features import Features, extract
+from mim_jax.evals.base import Eval, Headline, Passes, Run
+from mim_jax.evals.features import Features, extract_splits
+from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.lars import trusted
 from mim_jax.ops.losses import cross_entropy
@@ -22,20 +24,36 @@ from mim_jax.ops.losses import cross_entropy
 class Linear(Eval):
     """Accuracy of a linear classifier on frozen features (`Objective.features`).
 
-    The optimiser is that of MAE's linear probe (LARS, cosine, a warm-up of a ninth;
-    arXiv:2111.06377, table 10); unlike there, images are not augmented, and features
-    are standardised by their mean and deviation over all training images. The rate is
-    chosen on training images that are held back, then that classifier is fitted to all
-    of them. Features of all training images are held in memory, in float32.
+    The optimiser is that of MAE's linear probe (LARS, cosine decay, a warm-up of a
+    ninth of the steps; arXiv:2111.06377, table 10). Unlike there, images are not
+    augmented, and features are standardised by their mean and deviation over all
+    training images. A part of the training images is held back to choose the learning
+    rate; then a classifier is fitted to all of them at that rate. Features of all
+    training images are held in memory, in float32.
 
     Attributes:
-        rates: learning rates per 256 images, each fitted at the same time.
+        rates: learning rates per 256 images, all fitted at the same time.
         epochs: passes over the features.
         batch_size: features per step.
         held_back: share of the training images that chooses the rate.
         momentum, trust: of LARS.
-        seed: of the order, the choice and the first weights.
+        seed: of the order, of the images held back and of the first weights.
     """
+
+    description: ClassVar[str] = (
+        "A linear classifier trained on the frozen features of all training images. "
+        "The curve shows how its accuracy depends on the learning rate."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "accuracy",
+            "accuracy, linear probe",
+            "share",
+            "higher",
+            "Share of held-out images whose class a linear classifier finds from the "
+            "frozen features, trained on all training labels.",
+        ),
+    )
 
     rates: tuple[float, ...] = tuple(0.1 * 2.0**i for i in range(11))  # to 102.4
     epochs: int = 90
@@ -66,14 +84,10 @@ class Linear(Eval):
     def measure(self, run: Run, data: Passes) -> Report:
         if not data.classes:
             raise ValueError(
-                "the source has no labels, which a linear probe learns: want a source "
+                "a linear probe learns labels, and the source has none: want a source "
                 "with classes, such as digits"
             )
-        encode, params = run.objective.features, run.params
-        with data.train() as batches:
-            train = _known(extract(encode, params, batches))
-        with data.held_out() as batches:
-            held_out = _known(extract(encode, params, batches))
+        train, held_out = map(_labelled, extract_splits(run, run.params, data))
         mean, deviation = train.vectors.mean(axis=0), train.vectors.std(axis=0)
         scale = 1 / np.sqrt(deviation**2 + 1e-6)
 
@@ -94,7 +108,7 @@ class Linear(Eval):
         found = np.stack(
             [predict(one, bank[chosen]) == labels[chosen] for one in tried]
         ).mean(axis=1)
-        # The smallest of the best: ties are common on few images.
+        # argmax takes the smallest of equally good rates: ties are common.
         rate = self.rates[int(np.argmax(found))]
         (final,) = self.fit(bank, labels, len(data.classes), (rate,))
         queries, answers = standard(held_out)
@@ -105,7 +119,11 @@ class Linear(Eval):
             "accuracy_held_back": Number(float(found.max()), "share", back),
             "training_images": Number(count, "images"),
         }
-        arrays = {"rates": np.array(self.rates), "accuracy_held_back": found}
+        arrays = {
+            "rates": np.array(self.rates),
+            "accuracy_held_back": found,
+            "right": right,
+        }
         return Report(numbers=numbers, arrays=arrays)
 
     def fit(
@@ -115,9 +133,13 @@ class Linear(Eval):
         classes: int,
         rates: Sequence[float],
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(weights "d c", biases "c") for each rate, after all epochs."""
+        """Train a classifier at each rate.
+
+        Returns:
+            (weights "d c", biases "c") of each rate, after all epochs.
+        """
         rows = min(self.batch_size, len(labels))
-        steps = len(labels) // rows  # of an epoch; the rest waits for the next one
+        steps = len(labels) // rows  # per epoch; the rest is not read
         total = steps * self.epochs
         peak = jnp.asarray(rates, jnp.float32) * rows / 256
         base = jax.random.key(self.seed, impl="threefry2x32")
@@ -163,7 +185,7 @@ class Linear(Eval):
         )
         carry = head, jax.tree.map(jnp.zeros_like, head)
         for number in range(self.epochs):
-            # Given, not closed over: a constant of gigabytes would be compiled in.
+            # Arguments: closed over, gigabytes would be compiled in as constants.
             carry = epoch(images, targets, carry, number)
         kernels, biases = map(np.asarray, carry[0])
         return list(zip(kernels, biases, strict=True))
@@ -190,12 +212,22 @@ class Linear(Eval):
 def predict(
     head: tuple[np.ndarray, np.ndarray], features: Float[np.ndarray, "n d"]
 ) -> Int[np.ndarray, " n"]:
-    """Classes by a linear classifier."""
+    """Classes by a linear classifier.
+
+    Args:
+        head: weights "d c" and biases "c".
+
+    Example:
+        >>> head = np.array([[1.0, -1.0]]), np.array([0.0, 0.5])
+        >>> predict(head, np.array([[2.0], [-2.0]])).tolist()
+        [0, 1]
+    """
     return (features @ head[0] + head[1]).argmax(axis=1)
 
 
 def _schedule(step: Int[Array, " s"], total: int) -> Float[Array, " s"]:
-    """Share of the greatest rate: a rise over a ninth of the steps, half a cosine."""
+    """Share of the peak rate: a linear rise over a ninth of the steps, then half a
+    cosine."""
     warmup = total / 9
     at = step.astype(jnp.float32)
     fall = 0.5 * (
@@ -204,8 +236,12 @@ def _schedule(step: Int[Array, " s"], total: int) -> Float[Array, " s"]:
     return jnp.where(at < warmup, at / warmup, fall)
 
 
-def _known(features: Features) -> Features:
+def _labelled(features: Features) -> Features:
+    """The features of images with a label."""
     known = features.labels >= 0
     if not known.any():
-        raise ValueError("no image of the split has a label, which a probe needs")
+        raise ValueError(
+            "a linear probe needs labels, and no image of the split has one: want a "
+            "source with labels"
+        )
     return Features(*(part[known] for part in features))

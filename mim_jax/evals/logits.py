@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a classifier says of every image of a pass, and the sets that it is asked."""
+"""Logits of every image of a pass, and the classes of evaluation sets."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -8,24 +8,29 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mim_jax.evals.base import Batch, Passes, Run, SetPasses, watched
+from mim_jax.evals.base import Batch, Passes, Run, SetPasses
+from mim_jax.evals.images import watched
 from mim_jax.objectives.base import LabelObjective, Objective
 
 
 def classifier(run: Run) -> Callable[[Any], jax.Array]:
-    """Logits of uint8 images by a run's parameters; compiled once for all passes."""
+    """The function from uint8 images to a run's logits; compiled once for all passes.
+
+    Raises:
+        ValueError: the run's objective has no classes.
+    """
     objective = labelled(run.objective)
     jitted = jax.jit(objective.logits)
     return lambda images: jitted(run.params, run.stats, images)
 
 
 class Answers(NamedTuple):
-    """What a classifier says of the images of one batch.
+    """What a classifier answers to one batch.
 
     Attributes:
-        rows: of the batch, those that are images.
-        logits: of each.
-        unreadable: records of the batch that could not be decoded.
+        rows: the valid rows of the batch.
+        logits: of each of them.
+        unreadable: number of records of the batch that could not be decoded.
     """
 
     rows: Batch
@@ -36,36 +41,38 @@ class Answers(NamedTuple):
 def predict(
     classify: Callable[[Any], jax.Array], batches: Iterable[Batch]
 ) -> Iterator[Answers]:
-    """What a classifier says of each image of a pass, once, batch by batch."""
+    """The answers of a classifier, batch by batch, each image once."""
     for batch in watched(batches, "logits"):
         valid, index = (np.asarray(batch[name]) for name in ("valid", "index"))
-        # A copy: the batch may lie in memory that the next one is written to.
+        # A copy, as the next batch may be written to the same memory.
         rows = {name: np.array(value)[valid] for name, value in batch.items()}
         logits = np.asarray(classify(batch["image"]), np.float32)[valid]
-        # Rows that fill the last batch have no index.
+        # Padding has no index.
         yield Answers(rows, logits, int((~valid & (index >= 0)).sum()))
 
 
 def labelled(objective: Objective) -> LabelObjective:
-    """The objective, if it tells classes apart.
+    """The same objective, known to have classes.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it has none.
     """
     if not isinstance(objective, LabelObjective):
         raise ValueError(
-            f"{type(objective).__name__} tells no classes apart; want a run with "
-            "labels, of configs/finetune.py, configs/linear_probe.py or "
+            f"{type(objective).__name__} tells no classes apart; want a run that "
+            "learned labels, by configs/finetune.py, configs/linear_probe.py or "
             "configs/supervised.py"
         )
     return objective
 
 
 def find_set(objective: Objective, data: Passes, entry: str) -> SetPasses:
-    """The set of that name, if the objective has the classes that it speaks of.
+    """An evaluation set whose labels are about the classes of the objective.
 
+    Args:
+        entry: "NAME" or "NAME=FOLDER".
     Raises:
-        ValueError: it is not there, or is of other classes.
+        ValueError: the set is missing, or is about other classes.
     """
     found = data.evaluation_set(entry)
     want, have = found.images.model_classes, labelled(objective).classes
@@ -83,8 +90,12 @@ def membership(
     """True where a class of the model counts as a class of a set.
 
     Args:
-        members: for each class of the set, those classes of the model.
-        classes: of the model.
+        members: for each class of the set, the classes of the model that count as it.
+        classes: number of classes of the model.
+
+    Example:
+        >>> membership(((0, 2), (1,)), 3).tolist()
+        [[True, False, True], [False, True, False]]
     """
     table = np.zeros((len(members), classes), bool)
     for row, some in enumerate(members):

@@ -1,55 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well patches are filled in: numbers beside baselines, and pictures."""
+"""How well a model fills in hidden patches: numbers beside baselines, and pictures."""
 
 import dataclasses
-from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 from matplotlib.figure import Figure
 from skimage.restoration import inpaint_biharmonic
 
-from mim_jax.evals.base import (
-    Batch,
-    Eval,
-    Number,
-    Passes,
-    Report,
-    Run,
-    keys_of,
-    mean_of,
-    show,
-    watched,
-)
+from mim_jax.evals.base import Batch, Eval, Headline, Passes, Run
+from mim_jax.evals.figures import Panel, gallery
+from mim_jax.evals.images import example_fields, hidden_pixels, keys_of, valid_images
+from mim_jax.evals.report import Number, Report, mean_of
 from mim_jax.objectives.base import Objective, PixelObjective
 from mim_jax.ops import similarity
 from mim_jax.ops.masking import Mask, no_mask
 from mim_jax.ops.patches import Grid, patchify, unpatchify
+
+Pixels = Float[Array, "b h w c"]
+_MODEL = "psnr_model_db"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction(Eval):
     """Reconstructed held-out images against the originals, clipped to 0..1.
 
-    PSNR and MSE over hidden pixels, and beside the model, on the same images and masks:
-    the model before training, every hidden pixel set to the image's visible mean, and
-    biharmonic inpainting (scikit-image). Where targets are normalised per patch,
-    predictions are scaled by the true statistics of the patch, so the fair baseline is
-    the zero prediction: each hidden patch set to its true mean.
+    PSNR and MSE are taken over hidden pixels. Baselines on the same images and masks
+    stand beside the model: the model before training ("untrained"), every hidden pixel
+    set to the image's visible mean ("visible_mean"), and biharmonic inpainting by
+    scikit-image ("biharmonic"). Where targets are normalised per patch, predictions are
+    scaled by the true statistics of each patch; the fair baseline is then the zero
+    prediction, each hidden patch set to its true mean ("patch_mean").
 
-    Then MSE, PSNR, SSIM, FSIM and (colour) FSIMc of whole images, all patches being
-    predicted: "full_" from the unmasked image as in figure 5 of arXiv:2306.04898,
-    "masked_" from the masked one; "pasted_" with visible patches pasted in, as the PSNR
-    column of arXiv:2208.04164, table 1, is read.
+    MSE, PSNR, SSIM, FSIM and (colour) FSIMc of whole images follow, with every patch
+    predicted: "full_" from the unmasked image, as in figure 5 of arXiv:2306.04898,
+    "masked_" from the masked image, "pasted_" with the visible patches pasted in, as
+    the PSNR column of arXiv:2208.04164, table 1, is read.
+
+    An objective is measured through the methods of `PixelObjective` alone: `mask`,
+    `reconstruct` and `normalise_target`. The first two get every field of the examples.
 
     Attributes:
-        images: how many held-out images to measure at most.
-        draws: masks drawn per image.
+        images: number of held-out images at most.
+        draws: masks per image.
         inpainted: images (one mask each) that get biharmonic inpainting, which is slow.
         rows: images in the picture.
         seed: of the masks.
     """
+
+    description: ClassVar[str] = (
+        "Held-out images with some patches hidden, and what each model fills in. "
+        "Visible patches are pasted into the result."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "psnr_model_db",
+            "PSNR of hidden pixels",
+            "dB",
+            "higher",
+            "How close hidden pixels come to the true ones: 10 dB more is a tenth of "
+            "the squared error. Models that predict patches with mean and contrast "
+            "removed are helped by the true values of these two.",
+        ),
+        Headline(
+            "full_ssim",
+            "SSIM, nothing hidden",
+            "1",
+            "higher",
+            "Similarity of structure between an image and its reconstruction when the "
+            "model sees all of it: 1 means equal.",
+        ),
+    )
 
     images: int = 64
     draws: int = 4
@@ -68,112 +92,176 @@ class Reconstruction(Eval):
         if not isinstance(objective, PixelObjective):
             raise ValueError(
                 f"reconstruction of a {type(objective).__name__} run: want an "
-                "objective that predicts pixels"
+                "objective that predicts pixels, a PixelObjective"
             )
 
     def measure(self, run: Run, data: Passes) -> Report:
-        with data.held_out() as batches:
-            return self._measure(run, batches)
-
-    def _measure(self, run: Run, batches: Iterable[Batch]) -> Report:
-        objective = run.objective
-        assert isinstance(objective, PixelObjective)  # by `check`
-        draw = jax.jit(lambda images, keys: objective.mask({"image": images}, keys))
-        fill = jax.jit(
-            lambda params, images, mask: jnp.clip(
-                objective.reconstruct(params, {"image": images}, mask), 0, 1
-            )
-        )
-        compare = jax.jit(_compare)
-        values: dict[str, list] = {}
-        panels: list[tuple] = []
+        scorer = _Scorer(run)
+        samples: dict[str, list[float]] = {}
+        panels: list[list] = []
         seen = 0
 
-        def note(name, array, wanted):
-            values.setdefault(name, []).extend(np.asarray(array)[wanted].tolist())
+        def note(scores, rows):
+            for name, values in scores.items():
+                found = np.asarray(values)[rows].tolist()
+                samples.setdefault(name, []).extend(found)
 
-        for batch in watched(batches, "reconstruction", self.images):
-            wanted = np.flatnonzero(batch["valid"])[: self.images - seen]
-            if not len(wanted):
-                break
-            images = jnp.asarray(batch["image"])
-            grid = objective.grid(images.shape[1:])
-            pixels = images.astype(jnp.float32) / 255
-            whole = fill(run.params, images, no_mask(len(images), grid))
-            for name, score in compare(whole, pixels).items():
-                note(f"full_{name}", score, wanted)
-            for number in range(self.draws):
-                mask = draw(images, keys_of(batch, self.seed, number))
-                filled = {
-                    "model": fill(run.params, images, mask),
-                    "untrained": fill(run.initial, images, mask),
-                    "visible_mean": visible_mean(pixels, mask, grid),
-                }
-                if objective.normalise_target:
-                    filled["patch_mean"] = patch_means(pixels, grid)
-                region = hidden_pixels(mask, grid)
-                for name, image in filled.items():
-                    note(
-                        f"psnr_{name}_db",
-                        similarity.psnr(image, pixels, region),
-                        wanted,
-                    )
-                model = filled["model"]
-                note("mse_model", similarity.mse(model, pixels, region), wanted)
-                pasted = jnp.where(region[..., None], model, pixels)
-                for kind, image in (("masked", model), ("pasted", pasted)):
-                    for name, score in compare(image, pixels).items():
-                        note(f"{kind}_{name}", score, wanted)
-                if number:
-                    continue
-                scores = np.asarray(similarity.psnr(model, pixels, region))
-                for i in wanted:
-                    original, hidden = np.asarray(pixels[i]), np.asarray(region[i])
-                    if seen < self.inpainted:
-                        smooth = inpaint(original, hidden)
-                        score = similarity.psnr(
-                            jnp.asarray(smooth)[None], pixels[i][None], region[i][None]
-                        )
-                        note("psnr_biharmonic_db", score, [0])
-                        note("psnr_model_where_inpainted_db", scores, [i])
-                    if seen < self.rows:
-                        panels.append(
-                            (original, hidden, np.asarray(model[i]), scores[i])
-                        )
-                    seen += 1
-        if not seen:
-            raise ValueError("reconstruction: the held-out split has no images")
+        with data.held_out() as batches:
+            for batch, rows in valid_images(batches, "reconstruction", self.images):
+                note(scorer.unmasked(batch), rows)
+                first = scorer.masked(batch, keys_of(batch, self.seed))
+                note(first.scores, rows)
+                for number in range(1, self.draws):
+                    another = scorer.masked(batch, keys_of(batch, self.seed, number))
+                    note(another.scores, rows)
+                for i in rows[: max(0, self.inpainted - seen)]:
+                    note(_inpainted(first.original[i], first.hidden[i]), [0])
+                    score = {"psnr_model_where_inpainted_db": first.scores[_MODEL]}
+                    note(score, [i])
+                shown = rows[: max(0, self.rows - seen)]
+                score = np.asarray(first.scores[_MODEL])
+                columns = (first.original, first.hidden, first.model, score)
+                panels.append([column[shown] for column in columns])
+                seen += len(rows)
         numbers = {
             "images": Number(seen, "images"),
             "masks_per_image": Number(self.draws, "masks"),
         }
-        for name, sample in values.items():
+        for name, sample in samples.items():
             unit = "dB" if name.endswith("_db") else "1"
             numbers[name] = mean_of(sample, unit)
-        pooled = np.asarray(values["full_mse"]).mean()
+        pooled = np.asarray(samples["full_mse"]).mean()
         numbers["full_psnr_of_mean_mse_db"] = Number(
             float(-10 * np.log10(pooled)), "dB", seen
         )
-        arrays = {name: np.asarray(sample) for name, sample in values.items()}
+        arrays = {name: np.asarray(sample) for name, sample in samples.items()}
         shown = ("original", "hidden", "model", "psnr")
-        for name, column in zip(shown, zip(*panels, strict=True), strict=True):
-            arrays[f"panel_{name}"] = np.stack(column)
+        for name, parts in zip(shown, zip(*panels, strict=True), strict=True):
+            arrays[f"panel_{name}"] = np.concatenate(parts)
         return Report(numbers=numbers, arrays=arrays)
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
-        if len(found) > 1:
-            return {"reconstruction": _side_by_side(found)}
-        return {"reconstruction": _picture(*next(iter(found.items())))}
+        one = len(found) == 1
+        first = next(iter(found.values())).arrays
+        hidden = first["panel_hidden"][..., None]
+        columns = {
+            "original": first["panel_original"],
+            "masked": np.where(hidden, np.float32(0.5), first["panel_original"]),
+        }
+        if one:
+            columns["reconstruction"] = first["panel_model"]
+        scores = {}
+        for name, report in found.items():
+            title, arrays = "with visible patches" if one else name, report.arrays
+            columns[title] = np.where(
+                arrays["panel_hidden"][..., None],
+                arrays["panel_model"],
+                arrays["panel_original"],
+            )
+            scores[title] = arrays["panel_psnr"]
+        panels = []
+        for row in range(len(hidden)):
+            for title, images in columns.items():
+                below = (
+                    f"hidden: {scores[title][row]:.2f} dB" if title in scores else ""
+                )
+                top = title if row == 0 else ""
+                panels.append(Panel(images[row], title=top, below=below))
+        title = ""
+        if one:
+            ((name, report),) = found.items()
+            title = (
+                f"{name}: held-out images\nPSNR of hidden pixels in dB: "
+                f"{_summary(report)}"
+            )
+        return {"reconstruction": gallery(panels, len(columns), (1.95, 2.15), title)}
 
 
-def hidden_pixels(mask: Mask, grid: Grid) -> jax.Array:
-    """True at the pixels of hidden patches: "b h w"."""
-    per_pixel = jnp.repeat(mask.hidden[:, :, None], grid.patch**2, axis=2)
-    return unpatchify(per_pixel, grid)[..., 0]
+class _Filled(NamedTuple):
+    """A batch that a model filled in.
+
+    Attributes:
+        scores: by name, one per image.
+        original, model: images in 0..1, as they are and as the model predicts them.
+        hidden: True at hidden pixels.
+    """
+
+    scores: dict[str, Any]
+    original: Float[np.ndarray, "b h w c"]
+    hidden: Bool[np.ndarray, "b h w"]
+    model: Float[np.ndarray, "b h w c"]
 
 
-def visible_mean(images: jax.Array, mask: Mask, grid: Grid) -> jax.Array:
-    """Images whose every pixel is the mean of the visible ones, channel by channel."""
+class _Scorer:
+    """Fills in images by one run and scores them; each program compiles once."""
+
+    def __init__(self, run: Run):
+        objective = run.objective
+        assert isinstance(objective, PixelObjective)  # by `check_objective`
+        self._run, self._objective = run, objective
+        self._fill = jax.jit(
+            lambda params, fields, mask: jnp.clip(
+                objective.reconstruct(params, fields, mask), 0, 1
+            )
+        )
+        self._draw = jax.jit(self._mask)
+        self._compare = jax.jit(_compare)
+        self._on_hidden = jax.jit(self._score_hidden)
+
+    def _mask(self, memory: Any, fields: Any, keys: Key[Array, " b"]) -> Mask:
+        state = dataclasses.replace(self._run, memory=memory)
+        return self._objective.mask(fields, keys, state)
+
+    def unmasked(self, batch: Batch) -> dict[str, Float[Array, " b"]]:
+        """Scores of reconstructions from whole images."""
+        original, fields = _pixels(batch), example_fields(batch)
+        mask = no_mask(len(original), self._objective.grid(original.shape[1:]))
+        filled = self._fill(self._run.params, fields, mask)
+        scores = self._compare(filled, original)
+        return {f"full_{name}": values for name, values in scores.items()}
+
+    def masked(self, batch: Batch, keys: Key[Array, " b"]) -> _Filled:
+        """Reconstructions from masked images, one mask per key."""
+        original, fields = _pixels(batch), example_fields(batch)
+        mask = self._draw(self._run.memory, fields, keys)
+        model = self._fill(self._run.params, fields, mask)
+        untrained = self._fill(self._run.initial, fields, mask)
+        found, pasted, hidden = self._on_hidden(model, untrained, original, mask)
+        scores = dict(zip(self._names, found, strict=True))
+        for kind, images in (("masked", model), ("pasted", pasted)):
+            for name, values in self._compare(images, original).items():
+                scores[f"{kind}_{name}"] = values
+        return _Filled(scores, original, np.asarray(hidden), np.asarray(model))
+
+    @property
+    def _names(self) -> list[str]:
+        """Names of what `_score_hidden` returns."""
+        baselines = ["untrained", "visible_mean"]
+        baselines += ["patch_mean"] * self._objective.normalise_target
+        return [_MODEL, *(f"psnr_{name}_db" for name in baselines), "mse_model"]
+
+    def _score_hidden(
+        self, model: Pixels, untrained: Pixels, original: Pixels, mask: Mask
+    ) -> tuple[list[Float[Array, " b"]], Pixels, Bool[Array, "b h w"]]:
+        """Scores over hidden pixels, the model's images with the visible pixels pasted
+        in, and where pixels are hidden."""
+        grid = self._objective.grid(original.shape[1:])
+        region = hidden_pixels(mask, grid)
+        filled = [model, untrained, visible_mean(original, mask, grid)]
+        if self._objective.normalise_target:
+            filled.append(patch_means(original, grid))
+        scores = [similarity.psnr(images, original, region) for images in filled]
+        scores.append(similarity.mse(model, original, region))
+        return scores, jnp.where(region[..., None], model, original), region
+
+
+def _pixels(batch: Batch) -> Float[np.ndarray, "b h w c"]:
+    """A copy of the images in 0..1."""
+    return np.asarray(batch["image"]).astype(np.float32) / 255
+
+
+def visible_mean(images: Pixels, mask: Mask, grid: Grid) -> Pixels:
+    """Images of one colour each, the mean of the visible pixels, channel by channel."""
     weight = (~hidden_pixels(mask, grid))[..., None].astype(images.dtype)
     mean = (images * weight).sum(axis=(1, 2), keepdims=True) / weight.sum(
         axis=(1, 2), keepdims=True
@@ -181,8 +269,8 @@ def visible_mean(images: jax.Array, mask: Mask, grid: Grid) -> jax.Array:
     return jnp.broadcast_to(mean, images.shape)
 
 
-def patch_means(images: jax.Array, grid: Grid) -> jax.Array:
-    """Images whose every patch is its own mean, all channels together."""
+def patch_means(images: Pixels, grid: Grid) -> Pixels:
+    """Images whose patches are each filled with their mean over all channels."""
     patches = patchify(images, grid.patch)
     mean = patches.mean(axis=-1, keepdims=True)
     return unpatchify(jnp.broadcast_to(mean, patches.shape), grid)
@@ -195,70 +283,35 @@ def inpaint(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return np.clip(filled, 0, 1).astype(image.dtype)
 
 
-def _compare(images: jax.Array, pixels: jax.Array) -> dict[str, jax.Array]:
-    """Every measure that images of this size and number of channels have."""
+def _compare(images: Pixels, original: Pixels) -> dict[str, Float[Array, " b"]]:
+    """Scores per image by every measure that fits their size and channels."""
     scores = {
-        "mse": similarity.mse(images, pixels),
-        "psnr_db": similarity.psnr(images, pixels),
+        "mse": similarity.mse(images, original),
+        "psnr_db": similarity.psnr(images, original),
     }
-    height, width, channels = pixels.shape[1:]
+    height, width, channels = original.shape[1:]
     if min(height, width) >= 11:
-        scores["ssim"] = similarity.ssim(images, pixels)
-    # Its largest filters are 48 pixels long.
+        scores["ssim"] = similarity.ssim(images, original)
+    # FSIM's largest filters are 48 pixels long.
     if channels in (1, 3) and min(height, width) >= 32:
-        scores["fsim"] = similarity.fsim(images, pixels)
+        scores["fsim"] = similarity.fsim(images, original)
     if channels == 3 and "fsim" in scores:
-        scores["fsimc"] = similarity.fsim(images, pixels, chromatic=True)
+        scores["fsimc"] = similarity.fsim(images, original, chromatic=True)
     return scores
 
 
-def _masked(original: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    return np.where(hidden[..., None], np.float32(0.5), original)
+def _inpainted(original: np.ndarray, hidden: np.ndarray) -> dict[str, Array]:
+    """The score of biharmonic inpainting of one image."""
+    images = (inpaint(original, hidden), original, hidden)
+    score = similarity.psnr(*(jnp.asarray(one)[None] for one in images))
+    return {"psnr_biharmonic_db": score}
 
 
-def _picture(name: str, report: Report) -> Figure:
-    titles = ("original", "masked", "reconstruction", "with visible patches")
-    columns = [report.arrays[f"panel_{x}"] for x in ("original", "hidden", "model")]
-    rows = len(columns[0])
-    figure = Figure(figsize=(2 * len(titles), 2.25 * rows + 0.9), dpi=110)
-    axes = figure.subplots(rows, len(titles), squeeze=False)
-    scores = report.arrays["panel_psnr"]
-    for row, original, hidden, model, score in zip(axes, *columns, scores, strict=True):
-        pasted = np.where(hidden[..., None], model, original)
-        shown = (original, _masked(original, hidden), model, pasted)
-        for axis, image in zip(row, shown, strict=True):
-            show(axis, image)
-        row[-1].set_xlabel(f"hidden pixels {float(score):.2f} dB", fontsize=8)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
+def _summary(report: Report) -> str:
+    """The PSNR of hidden pixels by each way to fill them in."""
     values = {
         key.removeprefix("psnr_").removesuffix("_db").replace("_", " "): value
         for key, value in report.scalars.items()
         if key.startswith("psnr_") and "where" not in key
     }
-    numbers = ", ".join(f"{key} {value:.2f}" for key, value in values.items())
-    figure.suptitle(
-        f"{name}: held-out images\nPSNR of hidden pixels in dB: {numbers}", fontsize=8
-    )
-    figure.tight_layout()
-    return figure
-
-
-def _side_by_side(found: dict[str, Report]) -> Figure:
-    """The same images as each run fills them in, visible patches pasted."""
-    first = next(iter(found.values())).arrays
-    rows = len(first["panel_original"])
-    columns = 2 + len(found)
-    figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.4), dpi=110)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for i in range(rows):
-        original, hidden = first["panel_original"][i], first["panel_hidden"][i]
-        show(axes[i, 0], original, "original" if i == 0 else "")
-        show(axes[i, 1], _masked(original, hidden), "masked" if i == 0 else "")
-        for axis, (name, report) in zip(axes[i, 2:], found.items(), strict=True):
-            own, hole = report.arrays["panel_model"][i], report.arrays["panel_hidden"]
-            pasted = np.where(hole[i][..., None], own, original)
-            show(axis, pasted, name if i == 0 else "")
-            axis.set_xlabel(f"{report.arrays['panel_psnr'][i]:.2f} dB", fontsize=8)
-    figure.tight_layout()
-    return figure
+    return ", ".join(f"{key} {value:.2f}" for key, value in values.items())

@@ -3,25 +3,17 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import (
-    Batch,
-    Eval,
-    Number,
-    Passes,
-    Report,
-    Run,
-    SetPasses,
-    share_of,
-    show,
-)
+from mim_jax.evals.base import Batch, Eval, Headline, Passes, Run, SetPasses
+from mim_jax.evals.figures import Panel, gallery, one_per_run
 from mim_jax.evals.logits import classifier, find_set, labelled, membership, predict
+from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
 
 _PREFIX = "accuracy_"
@@ -32,18 +24,32 @@ _HELD_OUT = "held_out"
 class Robustness(Eval):
     """Top-1 and top-5 accuracy, on the held-out split and on any number of sets.
 
-    A set may have classes of its own. Only classes of the model that count as one of
-    them compete, since a model of 1,000 classes cannot know which 200 a set has; a
-    prediction is right if it counts as a right class of the image. Images without a
-    right class are left out, and their number is told.
+    A set may have classes of its own. Only those classes of the model compete that
+    count as one of them, since a model of 1,000 classes cannot know which 200 a set
+    has. A prediction is right if it counts as a right class of the image. Images
+    without a right class are left out, and counted in "left_out_SET".
 
     Top-5 is given where more than five classes compete.
 
     Attributes:
-        sets: "NAME", made by the program or prepared by TFDS, or "NAME=FOLDER":
+        sets: "NAME" of a set that the program makes or TFDS prepared, or "NAME=FOLDER";
             docs/data.md lists them.
-        mistakes: held-out images in the picture, whose class was not found.
+        mistakes: number of wrongly classified held-out images in the picture.
     """
+
+    description: ClassVar[str] = (
+        "Accuracy of a classifier on held-out images, and on sets of images that "
+        "differ from those it was trained on."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "accuracy_*",
+            "accuracy, {}",
+            "share",
+            "higher",
+            "Share of the images of a set whose most probable class is right.",
+        ),
+    )
 
     sets: tuple[str, ...] = ()
     mistakes: int = 12
@@ -86,12 +92,8 @@ class Robustness(Eval):
         return Report(numbers=numbers, arrays=arrays)
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
-        figures = {"robustness": _bars(found)}
-        for number, (name, report) in enumerate(found.items()):
-            if len(report.arrays["mistakes"]):
-                title = "mistakes" if len(found) == 1 else f"mistakes{number}"
-                figures[title] = _gallery(name, report)
-        return figures
+        bars = {"robustness": _bars(found)}
+        return bars | one_per_run("mistakes", found, _mistakes)
 
 
 def right(
@@ -104,10 +106,17 @@ def right(
 
     Args:
         logits: of the model's classes; of equal ones the first is better.
-        labels: right classes of the set, -1 fills; at least one of each image.
+        labels: right classes of the set, at least one per image; -1 fills the rest.
         members: True where a class of the model counts as one of the set; those that
             count as none do not compete.
         top: at most the number of classes that compete.
+
+    Example:
+        >>> logits = np.array([[0.1, 2.0, 1.0]])
+        >>> right(logits, np.array([[2]]), np.eye(3, dtype=bool)).tolist()
+        [False]
+        >>> right(logits, np.array([[2]]), np.eye(3, dtype=bool), top=2).tolist()
+        [True]
     """
     known = np.take(members, labels, axis=0) & (labels >= 0)[..., None]
     counts = known.any(axis=1)
@@ -117,7 +126,16 @@ def right(
 
 
 class _Pass(NamedTuple):
-    """What was found on one set: by image, and of the mistakes to show."""
+    """What was found on one set.
+
+    Attributes:
+        best, best5: per image, whether its first class, or one of its first five, is
+            right; None for the five if no more than five classes compete.
+        left_out: number of images without a right class.
+        unreadable: number of records that could not be decoded.
+        mistakes, labels, taken_for: wrongly classified images to show, their class and
+            the class that the model answered.
+    """
 
     best: list[bool]
     best5: list[bool] | None
@@ -146,7 +164,12 @@ def _pass(
     members: Bool[np.ndarray, "s c"],
     mistakes: int = 0,
 ) -> _Pass:
-    """One pass over a set; each of its images counts once."""
+    """One pass over a set.
+
+    Args:
+        batches: with "labels" "b l", as those of an evaluation set.
+        mistakes: number of wrongly classified images to return.
+    """
     best, best5, left_out, unreadable = [], [], 0, 0
     shown: list[tuple] = []
     for rows, logits, lost in predict(classify, batches):
@@ -187,6 +210,7 @@ def _name(entry: str) -> str:
 
 
 def _bars(found: dict[str, Report]) -> Figure:
+    """Top-1 accuracy per set, one bar per run."""
     first = next(iter(found.values())).numbers
     names = [key.removeprefix(_PREFIX) for key in first if key.startswith(_PREFIX)]
     width = 0.8 / len(found)
@@ -216,19 +240,14 @@ def _bars(found: dict[str, Report]) -> Figure:
     return figure
 
 
-def _gallery(name: str, report: Report) -> Figure:
+def _mistakes(name: str, report: Report) -> Figure | None:
     arrays = report.arrays
-    count = len(arrays["mistakes"])
-    columns = min(count, 6)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(1.6 * max(columns, 3), 1.95 * lines + 0.6), dpi=110)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for place, axis in enumerate(axes):
-        if place < count:
-            true, taken_for = arrays["mistaken"][place], arrays["taken_for"][place]
-            show(axis, arrays["mistakes"][place], f"{true},\ntaken for {taken_for}")
-        else:
-            axis.set_axis_off()
-    figure.suptitle(f"{name}: held-out images with a wrong answer", fontsize=8)
-    figure.tight_layout()
-    return figure
+    columns = (arrays["mistakes"], arrays["mistaken"], arrays["taken_for"])
+    panels = [
+        Panel(image, title=f"{true},\ntaken for {taken_for}")
+        for image, true, taken_for in zip(*columns, strict=True)
+    ]
+    if not panels:
+        return None
+    title = f"{name}: held-out images with a wrong answer"
+    return gallery(panels, 6, (1.6, 1.95), title)

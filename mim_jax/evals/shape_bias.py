@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a classifier goes by shape or by texture, where the two disagree."""
+"""Whether a classifier decides by shape or by texture, where the two disagree."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import (
-    Eval,
-    Number,
-    Passes,
-    Report,
-    Run,
-    SetPasses,
-    share_of,
-    show,
-)
+from mim_jax.evals.base import Eval, Headline, Passes, Run, SetPasses
+from mim_jax.evals.figures import Panel, gallery, one_per_run
 from mim_jax.evals.logits import classifier, find_set, labelled, membership, predict
+from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
 
 
@@ -26,15 +20,30 @@ class ShapeBias(Eval):
     """Shape bias of arXiv:1811.12231: shape / (shape + texture) decisions.
 
     Images have the shape of one category and the texture of another. A category's
-    probability is the mean over its classes, not the sum: dogs are 109 classes of
-    ImageNet, and knives one. Decisions for neither category are left out, and so are
-    images whose shape and texture are of one.
+    probability is the mean over its classes, not the sum: ImageNet has 109 classes of
+    dogs and one of knives. The bias leaves out decisions for neither category, and
+    images whose shape and texture are of the same one.
 
     Attributes:
         set: "cues", drawn by the program for runs on source `cues`; or
             "cue_conflict=FOLDER", the published images, for runs on ImageNet.
-        examples: images in the picture of decisions.
+        examples: number of images in the picture of decisions.
     """
+
+    description: ClassVar[str] = (
+        "Decisions of a classifier on images that have the shape of one category and "
+        "the texture of another."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "shape_bias",
+            "shape bias",
+            "share",
+            "higher",
+            "Share of decisions by shape among those by shape or by texture. People "
+            "nearly always decide by shape.",
+        ),
+    )
 
     set: str = "cues"
     examples: int = 12
@@ -62,7 +71,7 @@ class ShapeBias(Eval):
         found = self._find(run.objective, data)
         names = found.images.classes
         members = membership(found.images.members, labelled(run.objective).classes)
-        # Spread over the set, which may be sorted by category.
+        # Spread over the set: it may be sorted by category.
         spread = np.linspace(0, len(found.images) - 1, self.examples).round()
         pairs, decided, shown, count, unreadable = [], [], {}, 0, 0
         with found.batches() as batches:
@@ -102,12 +111,8 @@ class ShapeBias(Eval):
         return Report(numbers=numbers, arrays=arrays)
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
-        figures = {"shape_bias": _points(found)}
-        for number, (name, report) in enumerate(found.items()):
-            if len(report.arrays["chosen"]):
-                title = "decisions" if len(found) == 1 else f"decisions{number}"
-                figures[title] = _gallery(name, report)
-        return figures
+        points = {"shape_bias": _points(found)}
+        return points | one_per_run("decisions", found, _decisions)
 
 
 def decisions(
@@ -116,9 +121,14 @@ def decisions(
     """The category of greatest mean probability.
 
     Args:
-        logits: of the model's classes; probabilities are those over all of them.
-        members: True where a class belongs to a category; each has at least one.
-    Source: arXiv:1811.12231, by its authors' program: the mean, not the sum.
+        logits: of the model's classes; probabilities are taken over all of them.
+        members: True where a class belongs to a category; each has at least one class.
+    Source: arXiv:1811.12231; its authors' program takes the mean, not the sum.
+
+    Example:
+        >>> one_class_each = np.eye(3, dtype=bool)
+        >>> decisions(np.array([[0.0, 3.0, 1.0]]), one_class_each).tolist()
+        [1]
     """
     logits = logits.astype(np.float64)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -128,7 +138,7 @@ def decisions(
 
 
 def _bias(shape: Bool[np.ndarray, " n"], texture: Bool[np.ndarray, " n"]) -> Number:
-    """Share of shape among the decisions for one of the two; of none it is nobody's."""
+    """Share of shape among decisions for shape or texture; NaN without any."""
     either = shape | texture
     if not either.any():
         return Number(float("nan"), "share", 0)
@@ -136,7 +146,7 @@ def _bias(shape: Bool[np.ndarray, " n"], texture: Bool[np.ndarray, " n"]) -> Num
 
 
 def _points(found: dict[str, Report]) -> Figure:
-    """A line per category and a mark per run, as the figures of arXiv:1811.12231."""
+    """A line per category and a mark per run, as in the figures of arXiv:1811.12231."""
     names = next(iter(found.values())).arrays["names"]
     figure = Figure(figsize=(6.4, 1.4 + 0.24 * len(names)), dpi=110)
     axis = figure.subplots()
@@ -168,28 +178,23 @@ def _points(found: dict[str, Report]) -> Figure:
     return figure
 
 
-def _gallery(name: str, report: Report) -> Figure:
-    arrays = report.arrays
-    names, count = arrays["names"], len(arrays["chosen"])
-    columns = min(count, 6)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(1.6 * max(columns, 3), 2.1 * lines + 0.6), dpi=110)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for place, axis in enumerate(axes):
-        if place >= count:
-            axis.set_axis_off()
-            continue
-        row = arrays["chosen"][place]
-        pair, decided = arrays["pairs"][row], arrays["decided"][row]
-        word = {pair[0]: "shape", pair[1]: "texture"}
-        colour = {pair[0]: "tab:green", pair[1]: "tab:red"}
+def _decisions(name: str, report: Report) -> Figure | None:
+    arrays, panels = report.arrays, []
+    names = arrays["names"]
+    for row, image in zip(arrays["chosen"], arrays["examples"], strict=True):
+        shape, texture = arrays["pairs"][row]
+        decided = arrays["decided"][row]
+        by, colour = "", "black"
+        if decided == shape:
+            by, colour = " (shape)", "tab:green"
+        elif decided == texture:
+            by, colour = " (texture)", "tab:red"
         text = (
-            f"shape of {names[pair[0]]}\ntexture of {names[pair[1]]}\n"
-            f"says {names[decided]}"
-            + (f" ({word[decided]})" if decided in word else "")
+            f"shape of {names[shape]}\ntexture of {names[texture]}\n"
+            f"says {names[decided]}{by}"
         )
-        image = arrays["examples"][place]
-        show(axis, image, text, colour[decided] if decided in colour else "black")
-    figure.suptitle(f"{name} ({arrays['head']}): decisions", fontsize=8)
-    figure.tight_layout()
-    return figure
+        panels.append(Panel(image, title=text, colour=colour))
+    if not panels:
+        return None
+    title = f"{name} ({arrays['head']}): decisions"
+    return gallery(panels, 6, (1.6, 2.1), title)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of ten classes in the plane."""
+"""Features of some classes, mapped to the plane."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mim_jax.evals.base import Eval, Number, Passes, Report, Run
+from mim_jax.evals.base import Eval, Headline, Passes, Run
 from mim_jax.evals.features import extract
+from mim_jax.evals.report import Number, Report
 from mim_jax.objectives.base import Objective
 
 
@@ -15,17 +17,41 @@ from mim_jax.objectives.base import Objective
 class TSNE(Eval):
     """t-SNE of held-out features of some classes, figure 8 of arXiv:2306.04898.
 
-    By scikit-learn. A picture of t-SNE persuades too easily, so two numbers of the
-    features themselves stand beside it: the silhouette of the classes (cosine
-    distance, -1..1), and the accuracy of a linear classifier in five-fold
+    By scikit-learn. A t-SNE picture looks convincing whatever the features are, so two
+    numbers of the features themselves stand beside it: the silhouette of the classes
+    (cosine distance, -1..1), and the accuracy of a linear classifier in five-fold
     cross-validation.
 
     Attributes:
-        classes: how many, chosen at random.
+        classes: number of classes, chosen at random.
         images: per class at most.
         perplexity: of t-SNE.
-        seed: of the choice and of t-SNE.
+        seed: of the choice of classes and of t-SNE.
     """
+
+    description: ClassVar[str] = (
+        "Features of held-out images, mapped to the plane so that similar ones lie "
+        "close together; one colour per class. The numbers are of the features "
+        "themselves, not of the map."
+    )
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline(
+            "linear_accuracy",
+            "accuracy, linear, cross-validated",
+            "share",
+            "higher",
+            "Share of held-out images whose class a linear classifier finds, trained "
+            "on the features of the other held-out images.",
+        ),
+        Headline(
+            "silhouette",
+            "silhouette",
+            "1",
+            "higher",
+            "How well the features separate the classes: 1 means tight and far apart, "
+            "0 means overlapping, -1 means mixed up.",
+        ),
+    )
 
     classes: int = 10
     images: int = 50

@@ -108,15 +108,15 @@ class Objective(abc.ABC):
         return ()
 
     @property
+    def occlusion(self) -> Literal["drop", "mask_token"]:
+        """How hidden patches reach the encoder in training: "drop" leaves them out, and
+        "mask_token" puts a learned token in their place."""
+        return "drop"
+
+    @property
     def feature(self) -> Literal["cls", "avg"]:
         """Which tokens represent an image: the class token, or the patches' mean."""
         return "cls"
-
-    @property
-    def occlusion(self) -> Literal["drop", "mask_token"]:
-        """How this objective hides patches from its encoder: it drops them, or puts a
-        learned mask token in their place."""
-        return "drop"
 
     def for_run(self, total_steps: int) -> "Objective":
         """This objective for a run of so many steps, which its schedules may need."""

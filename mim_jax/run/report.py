@@ -9,8 +9,9 @@ from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax import state as states
 from mim_jax.data.passes import EvalPasses
-from mim_jax.evals.base import Eval, Run, caption, save
-from mim_jax.plan import Plan, for_devices
+from mim_jax.evals.base import Eval, Run, caption
+from mim_jax.evals.report import save
+from mim_jax.plan import Plan, for_evaluation
 from mim_jax.state import TrainState
 
 
@@ -19,7 +20,7 @@ def measure(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     settings, mesh = plan.settings, plan.mesh
     everywhere = sharding.replicated(mesh)
     gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
-    params, stats = gather(state.params), gather(state.stats)
+    params, stats, memory = map(gather, (state.params, state.stats, state.memory))
 
     def make():
         shape = settings.data.image_shape
@@ -32,9 +33,10 @@ def measure(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     if jax.process_index() != 0:
         return
     trained = Run(
-        objective=for_devices(settings),
+        objective=for_evaluation(settings)[0],
         params=jax.device_get(params),
         stats=jax.device_get(stats),
+        memory=jax.device_get(memory),
         initial=jax.device_get(initial),
         step=int(state.step),
         name=workdir.resolve().name,

@@ -14,10 +14,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from small_run import CMAE_SMALL, batches, passes, run
 
 from mim_jax.evals.attention import Attention
-from mim_jax.evals.base import keys_of, mean_of, share_of, watched
 from mim_jax.evals.cka import CKA
 from mim_jax.evals.features import Features, extract
+from mim_jax.evals.images import keys_of, watched
 from mim_jax.evals.knn import KNN, classify
+from mim_jax.evals.report import mean_of, share_of
 from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import grid_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from passes import Given
 
-from mim_jax.evals import base, reconstruction
+from mim_jax.evals import reconstruction, report
 from mim_jax.evals.base import Run
 from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.models.decoder import Decoder
@@ -129,12 +129,11 @@ def test_inpainting_restores_a_smooth_image_and_keeps_what_is_known():
 
 
 def test_report_is_written(tmp_path):
-    report = Reconstruction(inpainted=1).measure(_run(), Given([_batch(3)]))
-    found = {"x": report}
+    found = {"x": Reconstruction(inpainted=1).measure(_run(), Given([_batch(3)]))}
     pictures = Reconstruction().draw(found)
-    base.save(tmp_path / "report", "reconstruction", found, pictures)
+    report.save(tmp_path / "report", "reconstruction", found, pictures)
     saved = json.loads((tmp_path / "report" / "reconstruction.json").read_text())
-    assert saved == report.scalars
+    assert saved == found["x"].scalars
     assert (tmp_path / "report" / "reconstruction.png").stat().st_size > 10_000
 
 
