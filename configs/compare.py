@@ -4,8 +4,9 @@
 python -m mim_jax.main --config=configs/compare.py \
     --config.runs='("runs/mae-digits","runs/cmae-digits")' --workdir=runs/compare
 
-Table, CKA, reconstructions, attention, t-SNE, neighbours, training curves and what
-differs in the configs. Runs must read the same images.
+A table of numbers, reconstructions, neighbours, CKA, attention, t-SNE, training curves
+and what differs in the configs. --config.also='("ridge",)' adds other evaluations. Runs
+must read the same images.
 """
 
 from mim_jax import config

@@ -232,7 +232,11 @@ class Compare:
         for name in self.skip:
             _one_of("skip", name, self._groups)
         for name in self.also:
-            _one_of("also", name, [one for one in EVALS if one not in self._groups])
+            _one_of("also", name, EVALS)
+            if name in self._groups:
+                raise ValueError(
+                    f"also={name!r}: the page has it already; set --config.{name}.*"
+                )
 
     @property
     def evaluations(self) -> dict[str, Eval]:

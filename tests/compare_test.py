@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compare page of real, tiny runs: all in one file, every run in its table, and a
-browser shows it."""
+"""The compare page of real, tiny runs: all in one file, every run in its table, also
+for an evaluation that the program does not know; and a browser shows it."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -16,6 +17,10 @@ import pytest
 from PIL import Image
 
 from mim_jax import compare, config, train
+from mim_jax.evals import EVALS
+from mim_jax.evals.base import Eval, Headline
+from mim_jax.evals.figures import Panel, gallery
+from mim_jax.evals.report import Number, Report, mean_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -53,6 +58,43 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Brightness(Eval):
+    """An evaluation from elsewhere."""
+
+    description = "How bright < dark images are."
+    headlines = (
+        Headline("mean_*", "mean {}", "lux", "lower", "The mean of all pixels."),
+        Headline("share", "glare", "share", "neither", "Share of white pixels."),
+        Headline("gone", "gone", "1", "higher", "What nobody measured."),
+    )
+
+    def check_objective(self, objective):
+        if hasattr(objective, "smoothing"):
+            raise ValueError("too smooth")
+
+    def measure(self, run, data):
+        with data.held_out() as batches:
+            batch = next(batches)
+        numbers = {
+            "mean_pixel_value": mean_of(batch["image"].mean(axis=(1, 2, 3)), "lux"),
+            "share": Number(0.25, "share"),
+        }
+        return Report(numbers=numbers, arrays={"first": batch["image"][0].copy()})
+
+    def draw(self, found):
+        panels = [Panel(report.arrays["first"]) for report in found.values()]
+        return {"brightness": gallery(panels, 3)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere():
+    """The evaluation has a row, and no other line of the program knows it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EVALS, "brightness", Brightness)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -65,12 +107,12 @@ def tree_of(runs):
     tree.reconstruction.update(dict(images=2, rows=2))
     tree.cka.update(dict(images=20, ratios=(0.5,)))
     tree.attention.update(dict(rows=2, images=20))
-    tree.skip = ("tsne",)
+    tree.skip, tree.also = ("tsne",), ("brightness",)
     return tree
 
 
 @pytest.fixture(scope="module")
-def written(runs, tmp_path_factory):
+def written(runs, elsewhere, tmp_path_factory):
     """The work directory of a comparison."""
     workdir = tmp_path_factory.mktemp("compare")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -83,8 +125,8 @@ def test_one_page_with_everything_in_it(written):
     assert "<!--" not in text
     page = Page(text)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    # Reconstruction, a gallery for each of three, CKA, attention, curves.
-    assert len(page.images) == 1 + 3 + 1 + 1 + 1
+    # Reconstruction, a gallery for each of three, CKA, attention, brightness, curves.
+    assert len(page.images) == 1 + 3 + 1 + 1 + 1 + 1
     text = " ".join(page.texts)
     for title in ("mae, step 2", "supervised, step 2", "random (mae), step 0"):
         assert title in text
@@ -95,6 +137,41 @@ def test_one_page_with_everything_in_it(written):
     assert results["knn"]["mae, step 2"]["images"]["value"] == 355
     shown = results["knn"]["mae, step 2"]["accuracy_model_k10"]["value"]
     assert f"{shown:.1%}" in text
+    for number in ("psnr_model_db", "psnr_untrained_db", "mse_model"):
+        assert number in results["reconstruction"]["mae, step 2"]
+    with np.load(written / "report" / "cka.npz", allow_pickle=False) as arrays:
+        assert arrays["mae, step 2/cka"].shape == (1, 2)
+        # A supervised encoder has no mask token.
+        assert arrays["supervised, step 2/occlusion"].item() == "drop"
+
+
+def test_an_evaluation_says_all_that_the_page_shows_of_it(written):
+    text = (written / "report" / "index.html").read_text()
+    table, _, sections = text.partition("</table>")
+    heads = re.findall("<th>([^<]*)<small>([^<]*)</small></th>", table)
+    assert heads[-2:] == [
+        ("mean pixel value, lux", "lower is better"),
+        ("glare", "neither way is better in itself"),
+    ]
+    cells = re.findall("<tr><td>(.*)</td></tr>", table)
+    assert [row.rsplit("</td><td>", 1)[1] for row in cells] == ["25.0%", "–", "25.0%"]
+    results = json.loads((written / "results.json").read_text())["brightness"]
+    assert results.keys() == {"mae, step 2", "random (mae), step 0"}
+    low, high = results["mae, step 2"]["mean_pixel_value"]["interval"]
+    assert f"<small>{low:.3g} to {high:.3g}</small>" in cells[0]
+    section = sections.partition("id='brightness'")[2]
+    assert "How bright &lt; dark images are." in section
+    assert "<b>mean ..., lux</b>: The mean of all pixels. Lower is better." in section
+    assert "supervised, step 2: too smooth" in section
+
+
+def test_an_evaluation_that_explains_nothing_is_an_error():
+    with pytest.raises(
+        TypeError, match="evaluation Silent has no class attribute 'des"
+    ):
+
+        class Silent(Eval):
+            headlines = ()
 
 
 # Runs in the page, and leaves what it saw where `--dump-dom` prints it.
@@ -155,7 +232,7 @@ def test_a_browser_shows_the_page_without_a_network(written, browser, tmp_path):
     assert found["title"] == "mae, supervised, random (mae)"
     titles = ["mae, step 2", "supervised, step 2", "random (mae), step 0"]
     assert found["rows"] == titles
-    assert len(found["images"]) == 7
+    assert len(found["images"]) == 8
     assert all(min(widths) > 100 for widths in found["images"]), found["images"]
     assert [one for one in found["fetched"] if not one.startswith("data:")] == []
     assert found["width"] == 1280 and found["needed"] <= 1280
@@ -175,6 +252,11 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     tree.skip = ("tsn",)
     with pytest.raises(config.ConfigError, match="skip='tsn' is unknown"):
         compare.run(tree, tmp_path)
+    for name, why in (("brightnes", " is unknown; known: "), ("knn", ": the page has")):
+        tree = tree_of(runs)
+        tree.also = (name,)
+        with pytest.raises(config.ConfigError, match=f"also='{name}'{why}"):
+            compare.run(tree, tmp_path)
     other = shutil.copytree(runs[1], tmp_path / "other")
     values = json.loads((other / "config.json").read_text())
     values["data"]["image_size"] = [10, 10]

@@ -48,6 +48,10 @@ def test_a_checkpoint_gives_the_numbers_of_the_runs_own_report(trained, tmp_path
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, abs=1e-4), key
     assert ours["psnr_model_db"] != ours["psnr_untrained_db"]
+    per_image = trained / "report" / "reconstruction.npz"
+    with np.load(per_image, allow_pickle=False) as arrays:
+        mean = arrays["psnr_model_db"].mean()
+    assert mean == pytest.approx(theirs["psnr_model_db"], abs=1e-6)
 
 
 def test_runs_side_by_side_and_what_is_written_of_them(trained, tmp_path):
@@ -66,6 +70,9 @@ def test_runs_side_by_side_and_what_is_written_of_them(trained, tmp_path):
     assert number["unit"] == "dB" and number["n"] == 2
     low, high = number["interval"]
     assert (low + high) / 2 == pytest.approx(number["value"])
+    with np.load(tmp_path / "out" / "report" / "reconstruction.npz") as arrays:
+        for title in found["runs"]:
+            assert arrays[f"{title}/psnr_model_db"].shape == (2,)
     run, _ = evaluate.load(trained)
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(unstack_blocks(run.params)):
@@ -96,6 +103,7 @@ def test_a_run_is_what_its_own_config_says(trained):
     run, settings = evaluate.load(trained)
     assert run.step == 3 and run.name == "tiny" and settings.seed == 5
     assert settings.objective.encoder.width == 16
+    assert run.memory is None  # its masking has none
     # The blocks stacked, as they were trained.
     assert jax.tree.leaves(run.params["encoder"]["blocks"])[0].shape[0] == 2
     # The first update has learning rate 0; the next ones move every kernel.

@@ -91,6 +91,7 @@ def test_robustness_of_a_run_again(digits, tmp_path):
 def test_a_run_may_end_with_its_shape_bias(cues):
     assert {path.name for path in (cues / "report").iterdir()} == {
         "shape_bias.json",
+        "shape_bias.npz",
         "shape_bias.png",
     }
 

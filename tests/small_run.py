@@ -24,11 +24,12 @@ CMAE_SMALL = CMAE(
 CLASSES = ("a", "b", "c")
 
 
-def batches(count, size=7, seed=0):
+def batches(count, size=7, seed=0, side=8):
     """Images of three classes that differ in brightness, in padded batches."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
-    images = rng.integers(0, 60, (count, 8, 8, 1)) + 90 * labels[:, None, None, None]
+    noise = rng.integers(0, 60, (count, side, side, 1))
+    images = noise + 90 * labels[:, None, None, None]
     found = []
     for start in range(0, count, size):
         rows = slice(start, start + size)

@@ -16,7 +16,7 @@ from small_run import CMAE_SMALL, batches, passes, run
 from mim_jax.evals.attention import Attention
 from mim_jax.evals.cka import CKA
 from mim_jax.evals.features import Features, extract
-from mim_jax.evals.images import keys_of, watched
+from mim_jax.evals.images import example_fields, keys_of, valid_images, watched
 from mim_jax.evals.knn import KNN, classify
 from mim_jax.evals.report import mean_of, share_of
 from mim_jax.evals.tsne import TSNE
@@ -61,8 +61,29 @@ def test_padding_and_batch_size_change_no_feature():
     np.testing.assert_allclose(one.vectors, other.vectors, rtol=1e-5, atol=1e-6)
     assert one.labels.tolist() == other.labels.tolist() == [0, 1, 2] * 3 + [0]
     assert one.indices.tolist() == other.indices.tolist() == list(range(10))
-    with pytest.raises(ValueError, match="no images"):
-        extract(encode, params, [])
+
+
+def test_a_pass_gives_its_valid_rows_up_to_a_number():
+    def rows_of(most, *valid):
+        pass_ = ({"valid": np.array(one, bool)} for one in valid)
+        given = list(valid_images(pass_, "example", most))
+        return [rows.tolist() for _, rows in given], len(list(pass_))
+
+    assert rows_of(None, [1, 0, 1], [0, 0, 0], [0, 1, 0]) == ([[0, 2], [1]], 0)
+    # A batch that cannot be read does not end the pass; what is not needed is not read.
+    assert rows_of(3, [0, 0], [1, 1], [1, 1], [1, 1]) == ([[0, 1], [0]], 1)
+    for nothing in ([], [[0, 0]]):
+        with pytest.raises(ValueError, match="example: the split has no images"):
+            rows_of(3, *nothing)
+
+
+def test_objectives_read_the_example_and_not_where_it_comes_from():
+    batch = batches(4, 4)[0] | {
+        "replaced": np.zeros(4, bool),
+        "tree": np.zeros((4, 3), np.float32),
+        "file": np.array(["a", "b", "c", "d"]),
+    }
+    assert example_fields(batch).keys() == {"image", "label", "tree"}
 
 
 class Screen(io.StringIO):
@@ -117,16 +138,25 @@ def test_knn_tells_classes_that_are_easy_and_draws_them():
     assert KNN().draw({"x": report, "y": report}).keys() == {"knn0", "knn1"}
 
 
-def test_cka_by_hand_and_for_any_batch_size():
-    evaluation = CKA(ratios=(0.5,), images=20)
-    report = evaluation.measure(run(), passes(size=7))
-    again = evaluation.measure(run(), passes(size=24))
-    np.testing.assert_allclose(
-        report.arrays["cka"], again.arrays["cka"], rtol=1e-5, atol=1e-6
-    )
-    assert report.numbers["images"].value == 20
-    assert report.arrays["cka"].shape == (1, 2)
-    assert 0 < report.arrays["cka"].min() <= report.arrays["cka"].max() < 0.9999
+def test_cka_hides_patches_as_it_is_told_or_as_the_model_does():
+    def curves(occlusion, objective=CMAE_SMALL):
+        evaluation = CKA(ratios=(0.5,), images=20, occlusion=occlusion)
+        subject = dataclasses.replace(run(), objective=objective)
+        report = evaluation.measure(subject, passes())
+        assert report.numbers["images"].value == 20
+        return report.arrays["cka"], report.arrays["occlusion"].item()
+
+    assert CKA().occlusion == "drop"  # what configs without a value have always meant
+    dropped, replaced = curves("drop"), curves("mask_token")
+    for curve, _ in (dropped, replaced):
+        assert curve.shape == (1, 2) and 0 < curve.min() <= curve.max() < 0.9999
+    assert np.abs(dropped[0] - replaced[0]).max() > 1e-3
+    # C-MAE hides by mask tokens, unless it is told not to.
+    dropping = dataclasses.replace(CMAE_SMALL, mask_token=False, tokens="avg")
+    for want, objective in ((replaced, CMAE_SMALL), (dropped, dropping)):
+        found, how = curves("model", objective)
+        np.testing.assert_array_equal(found, want[0])
+        assert how == want[1]
 
 
 @pytest.mark.parametrize("feature", ["mean", "cls", "visible_tokens"])

@@ -209,11 +209,6 @@ def test_ridge_counts_shots_and_draws():
     assert "ridge" in settings.draw({"a": report})
 
 
-def test_padding_and_batch_size_change_nothing():
-    reports = [Ridge(shots=(2,)).measure(run(), passes(size=size)) for size in (5, 24)]
-    assert reports[0].scalars == pytest.approx(reports[1].scalars)
-
-
 @pytest.mark.parametrize(
     "fields", [dict(shots=()), dict(draws=0), dict(penalties=(0.0,))], ids=str
 )

@@ -2,7 +2,6 @@
 """The reconstruction report against hand-made numbers and objectives that know all."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from passes import Given
 
-from mim_jax.evals import reconstruction, report
+from mim_jax.evals import reconstruction
 from mim_jax.evals.base import Run
 from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.models.decoder import Decoder
@@ -53,25 +52,6 @@ def test_psnr_of_a_known_error():
     # The error is .05 everywhere: -20 log10(.05) dB.
     assert report.scalars["psnr_model_db"] == pytest.approx(26.0206, abs=1e-3)
     assert report.scalars["psnr_untrained_db"] < 10
-
-
-def test_padding_and_batch_size_change_nothing():
-    measure = Reconstruction(inpainted=3, draws=2).measure
-    whole = _batch(5)
-    padded = []
-    for start in (0, 2, 4):
-        part = {name: value[start : start + 2] for name, value in whole.items()}
-        if start == 4:
-            blank = {"image": np.zeros((1, 8, 8, 3), np.uint8)}
-            blank |= {"index": np.array([-1], np.int32), "valid": np.array([False])}
-            part = {k: np.concatenate([part[k], blank[k]]) for k in part}
-        padded.append(part)
-    one, many = measure(_run(), Given([whole])), measure(_run(), Given(padded))
-    assert one.scalars.keys() == many.scalars.keys()
-    for name, value in one.scalars.items():
-        assert many.scalars[name] == pytest.approx(value, rel=1e-5), name
-    assert one.arrays["psnr_biharmonic_db"].shape == (3,)
-    assert one.arrays["psnr_model_db"].shape == (10,)
 
 
 def test_no_more_images_than_asked_for():
@@ -126,15 +106,6 @@ def test_inpainting_restores_a_smooth_image_and_keeps_what_is_known():
     filled = reconstruction.inpaint(image, hidden)
     np.testing.assert_allclose(filled, image, atol=1e-3)
     np.testing.assert_array_equal(filled[~hidden], image[~hidden])
-
-
-def test_report_is_written(tmp_path):
-    found = {"x": Reconstruction(inpainted=1).measure(_run(), Given([_batch(3)]))}
-    pictures = Reconstruction().draw(found)
-    report.save(tmp_path / "report", "reconstruction", found, pictures)
-    saved = json.loads((tmp_path / "report" / "reconstruction.json").read_text())
-    assert saved == found["x"].scalars
-    assert (tmp_path / "report" / "reconstruction.png").stat().st_size > 10_000
 
 
 def test_masks_do_not_depend_on_the_model():

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every evaluation at a small size, and a tiny untrained run of every objective."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from passes import Given, GivenSet
+from small_run import CLASSES, batches
+from tiny import FAST, tree_of
+
+from mim_jax import config
+from mim_jax.evals import EVALS
+from mim_jax.evals.base import Eval, Run
+
+SIDE = 12  # pixels: SSIM's window has 11
+# Fields that make an evaluation fast. One without a row is tested with its defaults.
+SMALL: dict[str, dict[str, Any]] = {
+    "reconstruction": dict(images=20, draws=2, inpainted=1, rows=2),
+    "knn": dict(k=(3, 5), rows=2, neighbours=2),
+    "linear": dict(rates=(1.0, 10.0), epochs=5, batch_size=16),
+    "ridge": dict(shots=(1, 3), draws=2),
+    "cka": dict(ratios=(0.5,), images=20, occlusion="model"),
+    "attention": dict(rows=2, images=20),
+    "tsne": dict(classes=3, images=8, perplexity=5.0),
+    "robustness": dict(mistakes=2),
+    "shape_bias": dict(examples=2),
+}
+
+
+def small(name: str) -> Eval:
+    fields: dict[str, Any] = SMALL[name] if name in SMALL else {}
+    return EVALS[name](**fields)
+
+
+@functools.cache
+def objective_of(name: str) -> Any:
+    return config.build_objective(tree_of(name))
+
+
+@functools.cache
+def run_of(name: str) -> Run:
+    """A tiny run of an objective; its parameters are drawn, not trained."""
+    objective = objective_of(name)
+    batch = {"image": jnp.asarray(batches(1, 1, side=SIDE)[0]["image"])}
+    init = jax.jit(lambda key: objective.init(key, batch), compiler_options=FAST)
+    (params, stats), (initial, _) = (init(jax.random.key(seed)) for seed in (0, 1))
+    return Run(
+        objective=objective,
+        params=disturbed(params),
+        stats=stats,
+        initial=initial,
+        step=3,
+        name=name,
+    )
+
+
+def disturbed(params: Any) -> Any:
+    """Parameters with noise, since many start at zero or one."""
+    noise = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(0.2 * noise.standard_normal(x.shape), x.dtype), params
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Conflicts:
+    """What the labels of a set of cue conflicts mean."""
+
+    classes = CLASSES
+    members = ((0,), (1,), (2,))
+    model_classes = 10
+    pairs = True
+
+    def __len__(self) -> int:
+        return 12
+
+
+def passes_of(size: int, labels: bool = True) -> Given:
+    """24 held-out and 40 training images in batches of that size, the last one padded;
+    and the set "cues", whatever the labels."""
+    held_out, training = (
+        batches(count, size, seed, SIDE) for count, seed in ((24, 0), (40, 1))
+    )
+    cues = []
+    for batch in batches(12, size, 2, SIDE):
+        label = batch.pop("label")
+        cues.append(batch | {"labels": np.stack([label, (label + 1) % 3], axis=1)})
+    if not labels:
+        for batch in (*held_out, *training):
+            batch["label"][:] = -1
+    sets = {"cues": GivenSet(Conflicts(), cues)}
+    return Given(held_out, training, CLASSES if labels else (), sets)
