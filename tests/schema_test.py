@@ -228,7 +228,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("cls, expected", REFUSED, ids=lambda it: str(it)[:40])
+@pytest.mark.parametrize(
+    "cls, expected", REFUSED, ids=lambda it: getattr(it, "__name__", "")
+)
 def test_a_class_that_cannot_be_configured_says_why(cls, expected, tables):
     assert message(config.register, "mine", cls).startswith(called(cls) + expected)
     assert "mine" not in config.KINDS[Masking][1]
