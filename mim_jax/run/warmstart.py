@@ -25,9 +25,10 @@ _NORM = "encoder/norm"
 
 
 def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.Tree:
-    """The config with what `Objective.adopt` takes from the run that it begins with.
+    """The config with what its objective adopts from the run of config.init_from.
 
-    A run that has begun already is asked itself: the other one may be gone.
+    Once the new run has a config.json, that file is read instead: the other run may be
+    gone.
 
     Args:
         workdir: of the run that begins.
