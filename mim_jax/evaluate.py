@@ -17,7 +17,7 @@ from mim_jax import state
 from mim_jax.data.pipeline import EvalPasses
 from mim_jax.evals.base import Run, caption, save
 from mim_jax.run import rundir
-from mim_jax.run.checkpoint import read_parts
+from mim_jax.run.parts import read_parts
 from mim_jax.sharding import path_name
 
 

@@ -53,10 +53,19 @@ MAY_IMPORT = {
     "state": (),
     "sharding": ("ops.backend",),
     "optim": ("objectives.base", "ops.lars", "sharding"),
-    "checkpoint": ("interrupt", "sharding", "state"),
-    "metrics": (),
-    "profiler": (),
-    "interrupt": (),
+    "run.checkpoint": (
+        "run.digests",
+        "run.interrupt",
+        "run.storage",
+        "sharding",
+        "state",
+    ),
+    "run.digests": ("sharding",),
+    "run.storage": ("run.digests",),
+    "run.parts": ("run.checkpoint", "run.digests", "run.storage"),
+    "run.log": (),
+    "run.profiler": (),
+    "run.interrupt": (),
     # The only module that knows all tables; below it are built objects only.
     "config": (
         "checkpoint",
@@ -75,7 +84,16 @@ MAY_IMPORT = {
     "embedded": ("config",),
     # Jobs, which do not know each other, and what they share.
     "commandline": ("config",),
-    "rundir": ("config",),
+    "run.rundir": ("config",),
+    # An encoder for programs that use the package as a library.
+    "run.pretrained": (
+        "config",
+        "data.transforms",
+        "objectives.base",
+        "run.parts",
+        "run.rundir",
+        "state",
+    ),
     "train": (
         "checkpoint",
         "config",
@@ -142,7 +160,7 @@ ONLY_IN = {
     "tensorflow": ("data.prepare",),
     "tensorflow_datasets": ("data",),
     "torch": (),
-    "orbax": ("checkpoint",),
+    "orbax": ("run.storage",),
     "grain": ("data.pipeline",),
 }
 NEVER_IN_DATA = ("jax", "flax", "optax", "orbax")

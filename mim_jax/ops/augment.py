@@ -382,8 +382,18 @@ def adjust_hue(image: Float[Array, "h w 3"], turns) -> Float[Array, "h w 3"]:
 def to_float(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """0..255 to 0..1 in float32; float images are taken to be in 0..1 already."""
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    """uint8 images to floats in 0..1; float images are in 0..1 already and unchanged.
+
+    Raises:
+        TypeError: images of another type, such as int32.
+    """
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images are {images.dtype}: want uint8 in 0..255, or floats in 0..1"
+        )
+    return images
 
 
 def normalise(
@@ -391,7 +401,15 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Float[Array, "b h w c"]:
-    """Standardised images, from values in 0..1."""
+    """Standardised images, from values in 0..1.
+
+    Raises:
+        TypeError: the values are integers; `to_float` makes uint8 ones floats.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images are {images.dtype}: want floats in 0..1, such as to_float returns"
+        )
     centre, scale = _per_channel(mean, images), _per_channel(std, images)
     return (images - centre) / scale
 
