@@ -69,13 +69,14 @@ MAY_IMPORT = {
         "sharding",
         "state",
     ),
-    "run.digests": ("run.storage", "sharding", "state"),
-    "run.storage": ("sharding", "state"),
+    "run.digests": ("sharding",),
+    "run.storage": ("run.digests",),
+    "run.parts": ("run.checkpoint", "run.digests", "run.storage"),
     "run.interrupt": (),
     "run.log": (),
     "run.plugins": (),
     "run.profiler": (),
-    # The machinery of config trees: marks of fields, trees; and the only module that knows all tables; below
+    # The machinery of config trees, and the only module that knows all tables; below
     # it are built objects only.
     "schema": (),
     "trees": ("run.plugins",),
@@ -93,14 +94,14 @@ MAY_IMPORT = {
     # ... and these do.
     "run.commandline": ("config",),
     "run.rundir": ("config",),
-    "run.warmstart": ("config", "ops", "run.checkpoint", "sharding", "state"),
+    "run.warmstart": ("config", "ops", "run.parts", "sharding", "state"),
     "run.loading": (
-        *("config", "data.passes", "evals.base", "evals.report", "plan", "state"),
-        "run.checkpoint",
+        *("config", "data.passes", "evals.base", "evals.report", "objectives.base"),
+        *("plan", "run.parts", "run.rundir", "state"),
     ),
     "run.pretrained": (
-        *("config", "data.transforms", "objectives.base", "ops", "plan", "state"),
-        *("run.checkpoint", "run.loading", "run.rundir", "kernels.choice"),
+        *("config", "data.transforms", "objectives.base", "plan"),
+        *("run.loading", "run.rundir"),
     ),
     "run.monitor": ("data.pipeline", "plan", "run.log", "sharding"),
     "run.summary": ("plan", "sharding", "state"),

@@ -17,7 +17,7 @@ from mim_jax import sharding
 from mim_jax import state as states
 from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.ops.posembed import resized
-from mim_jax.run.checkpoint import read_parts
+from mim_jax.run.parts import read_parts
 from mim_jax.state import TrainState
 
 _POSITIONS = "encoder/pos_embed"

@@ -18,9 +18,8 @@ from mim_jax.evals.images import example_fields, hidden_pixels, keys_of
 from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.models.vit import Encoder
 from mim_jax.objectives.base import PixelObjective
-from mim_jax.ops import augment
 from mim_jax.ops.masking import from_scores
-from mim_jax.ops.patches import unpatchify
+from mim_jax.ops.patches import denormalise, to_float, unpatchify
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +43,15 @@ class Simple(PixelObjective):
         return from_scores(batch["order"], batch["order"].shape[1] // 2)
 
     def reconstruct(self, params, batch, mask):
-        images = augment.to_float(batch["image"])
+        images = to_float(batch["image"])
         hidden = mask.hidden & (not self.leaks)
         tokens, _ = self.encode(params, images, hidden=hidden)
         patches = tokens[:, 1:] @ params["head"]
         image = unpatchify(patches, self.grid(images.shape[1:]))
-        return augment.denormalise(image, self.mean, self.std)
+        return denormalise(image, self.mean, self.std)
 
     def init(self, key, batch):
-        patches, grid = self.patches(augment.to_float(batch["image"]))
+        patches, grid = self.patches(to_float(batch["image"]))
         hidden = jnp.zeros(patches.shape[:2], bool)
         found = self.encoder.init(key, patches, grid, hidden=hidden)
         head = jax.random.normal(key, (self.encoder.width, patches.shape[2]))
