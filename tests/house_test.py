@@ -124,6 +124,7 @@ MAY_IMPORT = {
     "main": (
         *("compare", "config", "evaluate", "train", "sharding"),
         *("run.checkpoint", "run.commandline", "run.interrupt", "run.log"),
+        "run.storage",
     ),
     "aot": (
         *("aot", "config", "data.sources.base", "plan", "sharding", "train"),
