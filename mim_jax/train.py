@@ -126,9 +126,8 @@ class Plan:
             draws = settings.epoch_images or len(data.source)
             total = math.ceil(settings.epochs * draws / settings.batch_size)
         stop = min(total, settings.stop_after or total)
-        if hasattr(objective, "total_steps"):
-            objective = dataclasses.replace(objective, total_steps=total)
-            settings = dataclasses.replace(settings, objective=objective)
+        objective = objective.for_run(total)
+        settings = dataclasses.replace(settings, objective=objective)
         schedule = settings.optim.schedule(settings.batch_size, settings.epochs, total)
         tx = settings.optim.build(schedule, total, objective.frozen)
         return cls(settings, mesh, tx, schedule, total, stop)

@@ -28,6 +28,7 @@ from mim_jax.data.randaugment import RandAugment
 from mim_jax.data.sets import SETS
 from mim_jax.data.sets.base import EvaluationSet
 from mim_jax.data.sources.base import Source
+from mim_jax.schema import free
 
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # one row of a batch
@@ -56,9 +57,9 @@ class Input:
     flip: bool = True  # left to right, one image of two
     randaugment: RandAugment = RandAugment()  # of every crop, after the flip
     eval_crop_fraction: float = 0.875  # 224 of 256
-    workers: int = 8  # processes that read; 0: threads of this process
-    threads: int = 4  # that read one batch together, in each process
-    prefetch: int = 2  # batches held ready, per process
+    workers: int = free(8)  # processes that read; 0: threads of this process
+    threads: int = free(4)  # that read one batch together, in each process
+    prefetch: int = free(2)  # batches held ready, per process
     max_replaced: float = 0.01  # largest share of undecodable images; above, stop
 
     def __post_init__(self):

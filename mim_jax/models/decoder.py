@@ -11,6 +11,7 @@ from mim_jax.models.vit import LayerNorm, check_width, layer_flops, run_blocks, 
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
+from mim_jax.schema import shared
 
 
 class Decoder(nn.Module):
@@ -29,8 +30,8 @@ class Decoder(nn.Module):
     depth: int = 8
     heads: int = 16
     mlp_ratio: float = 4.0
-    dtype: str = "float32"
-    remat: str = "none"
+    dtype: str = shared("float32")
+    remat: str = shared("none")
 
     @nn.compact
     def __call__(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from mim_jax.models.vit import LayerNorm, gelu, xavier
 from mim_jax.ops.backend import accurate
 from mim_jax.ops.contrastive import l2_normalise
+from mim_jax.schema import shared
 
 
 class BatchNorm(nn.Module):
@@ -61,7 +62,7 @@ class Head(nn.Module):
     norm: Literal["batch", "layer", "none"] = "batch"
     activation: Literal["gelu", "relu"] = "gelu"
     last_norm: bool = False
-    dtype: str = "float32"
+    dtype: str = shared("float32")
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.out}"]:
@@ -111,7 +112,7 @@ class Prototypes(nn.Module):
     hidden: int = 2048
     bottleneck: int = 256
     out: int = 65536
-    dtype: str = "float32"
+    dtype: str = shared("float32")
 
     @nn.compact
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b {self.out}"]:
@@ -155,7 +156,7 @@ class Classifier(nn.Module):
 
     classes: int
     deviation: float = 2e-5
-    dtype: str = "float32"
+    dtype: str = shared("float32")
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.classes}"]:

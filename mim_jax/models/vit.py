@@ -20,6 +20,7 @@ from mim_jax.ops.attention import attend, attend_with_weights
 from mim_jax.ops.backend import accurate, dense_dot
 from mim_jax.ops.patches import Grid
 from mim_jax.ops.posembed import sincos_2d
+from mim_jax.schema import shared
 
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -245,8 +246,8 @@ class Encoder(nn.Module):
     positions: Literal["fixed", "learned"] = "fixed"
     norm: Literal["tokens", "pooled"] = "tokens"
     drop_path: float = 0.0
-    dtype: str = "float32"
-    remat: str = "none"
+    dtype: str = shared("float32")
+    remat: str = shared("none")
 
     @nn.compact
     def __call__(

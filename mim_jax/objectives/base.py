@@ -2,6 +2,7 @@
 """What an objective is: what is learned, as pure functions of pytrees."""
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -86,16 +87,11 @@ class Objective(abc.ABC):
 
     Attributes:
         reads: keys of a batch that the loss needs; see `mim_jax.data.pipeline.Input`.
-        inherits: leaves of the config that a run decides from which this one starts.
         encoder: the network that is learned.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
-    inherits: ClassVar[tuple[str, ...]] = (
-        *(f"encoder.{name}" for name in ("patch", "width", "depth", "heads")),
-        *("encoder.mlp_ratio", "mean", "std"),
-    )
 
     encoder: Encoder
     mean: tuple[float, ...]
@@ -116,6 +112,33 @@ class Objective(abc.ABC):
     def feature(self) -> Literal["cls", "avg"]:
         """Which tokens represent an image: the class token, or the patches' mean."""
         return "cls"
+
+    def for_run(self, total_steps: int) -> "Objective":
+        """This objective for a run of so many steps, which its schedules may need."""
+        del total_steps
+        return self
+
+    def adopt(self, other: "Objective") -> "Objective":
+        """A copy that can begin with the parameters of another run.
+
+        The form of the encoder and the standardisation of images become those of
+        `other`, the objective of that run.
+        """
+        encoder = dataclasses.replace(
+            self.encoder,
+            patch=other.encoder.patch,
+            width=other.encoder.width,
+            depth=other.encoder.depth,
+            heads=other.encoder.heads,
+            mlp_ratio=other.encoder.mlp_ratio,
+        )
+        # Every concrete objective is a dataclass.
+        return dataclasses.replace(
+            self,  # pyright: ignore[reportArgumentType]
+            encoder=encoder,
+            mean=other.mean,
+            std=other.std,
+        )
 
     @abc.abstractmethod
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:

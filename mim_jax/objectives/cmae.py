@@ -28,6 +28,7 @@ from mim_jax.ops.contrastive import Negatives, cosine_distance, info_nce
 from mim_jax.ops.ema import EMA
 from mim_jax.ops.masking import Mask, complement, no_mask, unshuffle
 from mim_jax.ops.patches import Grid, patchify
+from mim_jax.schema import internal
 
 
 class View(NamedTuple):
@@ -82,7 +83,7 @@ class CMAE(Objective):
         ema: momentum of the target.
         stop_grad_patch_embed: keep the patch embedding at its first values.
         mean, std: of the data, per channel, for pixels in 0..1.
-        total_steps: of the run; set by the trainer.
+        total_steps: of the run; `for_run` sets it.
     """
 
     encoder: Encoder = Encoder(**SIZES["B"])
@@ -108,7 +109,7 @@ class CMAE(Objective):
     stop_grad_patch_embed: bool = False
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    total_steps: int = 1
+    total_steps: int = internal(1)
 
     def __post_init__(self):
         if not self.temperature > 0 or self.chunk < 1:
@@ -169,6 +170,9 @@ class CMAE(Objective):
     def feature(self) -> Literal["cls", "avg"]:
         # Where only patch tokens are compared, nothing teaches the class token.
         return "cls" if self.tokens == "cls" else "avg"
+
+    def for_run(self, total_steps: int) -> "CMAE":
+        return dataclasses.replace(self, total_steps=total_steps)
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         self.check_encoder(image_shape)

@@ -21,6 +21,7 @@ from mim_jax.objectives.base import (
 from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.ema import EMA
+from mim_jax.schema import internal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class DINO(Objective):
         view1, view2, local: augmentation of the two global crops and of local ones.
         ema: momentum of the teacher.
         mean, std: of the data, per channel, for pixels in 0..1.
-        total_steps: of the run; set by the trainer.
+        total_steps: of the run; `for_run` sets it.
     """
 
     reads = ("image", "image2", "local")
@@ -60,7 +61,7 @@ class DINO(Objective):
     ema: EMA = EMA(base=0.996, schedule="cosine")
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    total_steps: int = 1
+    total_steps: int = internal(1)
 
     def __post_init__(self):
         temperatures = (self.student_temperature, *self.teacher_temperature)
@@ -76,6 +77,9 @@ class DINO(Objective):
     @property
     def batch_coupled(self) -> bool:
         return True  # by the centre, which is a mean over the batch
+
+    def for_run(self, total_steps: int) -> "DINO":
+        return dataclasses.replace(self, total_steps=total_steps)
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         self.check_encoder(image_shape)

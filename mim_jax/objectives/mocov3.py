@@ -23,6 +23,7 @@ from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.contrastive import info_nce
 from mim_jax.ops.ema import EMA
+from mim_jax.schema import internal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class MoCoV3(Objective):
         view1, view2: augmentation of each crop.
         ema: momentum of the target.
         mean, std: of the data, per channel, for pixels in 0..1.
-        total_steps: of the run; set by the trainer.
+        total_steps: of the run; `for_run` sets it.
     """
 
     reads = ("image", "image2")
@@ -59,7 +60,7 @@ class MoCoV3(Objective):
     ema: EMA = EMA(base=0.99, schedule="cosine")
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    total_steps: int = 1
+    total_steps: int = internal(1)
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -72,6 +73,9 @@ class MoCoV3(Objective):
     @property
     def frozen(self) -> tuple[str, ...]:
         return ("encoder/embed",)
+
+    def for_run(self, total_steps: int) -> "MoCoV3":
+        return dataclasses.replace(self, total_steps=total_steps)
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         self.check_encoder(image_shape)

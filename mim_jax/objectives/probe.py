@@ -46,7 +46,6 @@ class Probe(LabelObjective):
     """
 
     reads = ("image", "label")
-    inherits = (*Objective.inherits, "encoder.positions", "encoder.norm", "pool")
 
     encoder: Encoder = Encoder(**SIZES["B"])
     classes: int = 1000
@@ -76,6 +75,22 @@ class Probe(LabelObjective):
     @property
     def feature(self) -> Literal["cls", "avg"]:
         return self.pool
+
+    def adopt(self, other: Objective) -> "Probe":
+        """As `Objective.adopt`; the feature becomes that of the other run, too."""
+        adopted = super().adopt(other)
+        encoder = dataclasses.replace(
+            adopted.encoder,
+            positions=other.encoder.positions,
+            norm=other.encoder.norm,
+        )
+        return dataclasses.replace(
+            self,
+            encoder=encoder,
+            mean=adopted.mean,
+            std=adopted.std,
+            pool=other.feature,
+        )
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         self.check_encoder(image_shape)

@@ -25,10 +25,13 @@ _NORM = "encoder/norm"
 
 
 def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.Tree:
-    """The config with what the run that it begins from decides: `Objective.inherits`.
+    """The config with what its objective adopts from the run of config.init_from.
 
-    A run that was begun already is asked itself: the other may have gone.
+    Once the new run has a config.json, that file is read instead: the other run may be
+    gone.
 
+    Args:
+        workdir: of the run that begins.
     Raises:
         ConfigError: there is no such run.
     """
@@ -38,14 +41,9 @@ def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.
     if workdir is not None and (workdir / "config.json").exists():
         folder = workdir
     saved = _saved(folder, config.init_from.run)
+    objective = configs.build_objective(config).adopt(configs.build_objective(saved))
     config = copy.deepcopy(config)
-    for path in configs.objective_class(config).inherits:
-        *above, name = path.split(".")
-        if path == "pool":
-            value = configs.build_objective(saved).feature
-        else:
-            value = _node(saved.objective, above)[name]
-        _node(config.objective, above)[name] = value
+    configs.write(config.objective, objective)
     return config
 
 
@@ -175,10 +173,6 @@ def _saved(folder: pathlib.Path, name: str) -> configs.Tree:
             f"config.init_from.run={name!r}: job {saved.job!r}; want a training run"
         )
     return saved
-
-
-def _node(tree: configs.Tree, path: list[str]) -> configs.Tree:
-    return functools.reduce(lambda node, name: node[name], path, tree)
 
 
 def _below(name: str, parts: tuple[str, ...]) -> bool:
