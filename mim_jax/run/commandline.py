@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line that all programs share: --config, checked before absl reads it."""
+"""The command line that all programs share: --plugins and --config.
+
+Both are read before absl reads them, since absl reports mistakes as tracebacks.
+"""
 
 import os
 import re
@@ -19,9 +22,18 @@ CONFIG = config_flags.DEFINE_config_file(
 flags.mark_flag_as_required("config")
 
 
+def _define_plugins(values: flags.FlagValues) -> flags.FlagHolder[list[str]]:
+    about = "Modules to import before --config is read: they add plug-ins of yours."
+    return flags.DEFINE_list("plugins", [], about, flag_values=values)
+
+
+_PLUGINS = _define_plugins(flags.FLAGS)
+
+
 def parse(argv: list[str]) -> list[str]:
-    """Reads the command line; says in one line what is wrong with it, and leaves."""
+    """Imports --plugins and reads all flags; a mistake ends the process with a line."""
     try:
+        _import_plugins(argv)
         _check_config(argv)
         rest = flags.FLAGS(argv)
     except (configs.ConfigError, flags.Error) as error:
@@ -31,6 +43,10 @@ def parse(argv: list[str]) -> list[str]:
             f"error: unexpected arguments {rest[1:]}: want flags only, --NAME=VALUE",
             EXIT_CONFIG,
         )
+    tree = CONFIG.value
+    if "plugins" in tree:
+        # A config file may have loaded some itself.
+        tree.plugins = tuple(dict.fromkeys([*tree.plugins, *_PLUGINS.value]))
     return rest
 
 
@@ -38,17 +54,28 @@ def leave(message: str, code: int) -> NoReturn:
     """Ends the process with a line on stderr."""
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    # A compilation may still hold a thread, and has nothing left to give.
+    # A thread may still compile, which would hold the process for nothing.
     os._exit(code)
 
 
+def _import_plugins(argv: list[str]) -> None:
+    """Imports the modules of --plugins: the file of --config may name their rows."""
+    values = flags.FlagValues()
+    plugins = _define_plugins(values)
+    values(argv, known_only=True)
+    configs.load_plugins(plugins.value)
+
+
 def _check_config(argv: list[str]) -> None:
-    """Holds --config and every --config.LEAF against the file, before absl reads them:
-    its own errors are tracebacks."""
+    """Checks --config and the path of every --config.LEAF against the file."""
     line = "\n".join(argv[1:]) + "\n"
     found = re.search(r"^--?config[=\n](.*)$", line, re.MULTILINE)
     if found is None:
         return  # absl says that it is required
     tree = configs.read(found[1])
     for leaf in re.findall(r"^--?(?:no)?config\.([^=\n]+)", line, re.MULTILINE):
+        if leaf == "plugins":
+            raise configs.ConfigError(
+                "config.plugins records what --plugins=MODULE imports: want that flag"
+            )
         configs.check_path(tree, leaf)
