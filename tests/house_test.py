@@ -3,6 +3,7 @@
 
 import ast
 import functools
+import importlib
 import pathlib
 import re
 import socket
@@ -57,24 +58,30 @@ MAY_IMPORT = {
     "metrics": (),
     "profiler": (),
     "interrupt": (),
+    # Config trees: what fields say of them, the machinery, modules from outside.
+    "schema": (),
+    "trees": ("run.plugins",),
+    "run.plugins": (),
     # The only module that knows all tables; below it are built objects only.
     "config": (
-        "checkpoint",
         "data",
         "evals",
         "maskings",
-        "metrics",
         "models",
         "objectives",
         "optim",
-        "profiler",
+        "run.checkpoint",
+        "run.log",
+        "run.plugins",
+        "run.profiler",
         "sharding",
         "tokenizers",
+        "trees",
     ),
     # Leaves of config trees; used by configs/.
-    "embedded": ("config",),
+    "presets": ("config",),
     # Jobs, which do not know each other, and what they share.
-    "commandline": ("config",),
+    "run.commandline": ("config",),
     "rundir": ("config",),
     "train": (
         "checkpoint",
@@ -92,7 +99,7 @@ MAY_IMPORT = {
         "state",
         "warmstart",
     ),
-    "warmstart": ("checkpoint", "config", "ops", "sharding", "state"),
+    "run.warmstart": ("config", "ops", "run.checkpoint", "sharding", "state"),
     "compare": (
         "config",
         "data.pipeline",
@@ -133,7 +140,14 @@ MAY_IMPORT = {
     "targets": ("config", "hlo", "sharding"),
     "hlo": (),
 }
-TABLES = ("maskings", "tokenizers", "objectives", "evals", "data.sources")
+# Marks of fields and ConfigError: every module may import them.
+ANYWHERE = ("schema",)
+# The kinds of plug-in that have a room, whose base.py holds the base class.
+ROOMS = {
+    kind.__module__.removeprefix("mim_jax.").removesuffix(".base"): kind
+    for kind in config.KINDS
+    if kind.__module__.endswith(".base")
+}
 # What several plug-ins of a room share, besides its base.
 USED_BY_PLUG_INS = {"evals": {"features", "logits"}}
 # Another package's module: the only rooms that may import it.
@@ -187,17 +201,25 @@ def test_a_module_imports_from_lower_rows_only(name):
         allowed = (name,)
     else:
         rooms = [room for room in MAY_IMPORT if inside(name, [room])]
-        assert rooms, f"{name} has no row in MAY_IMPORT: where does it belong?"
-        allowed = MAY_IMPORT[max(rooms, key=len)]
+        assert rooms, (
+            f"mim_jax.{name} has no row: add {name!r}: (WHAT IT MAY IMPORT,) to "
+            "MAY_IMPORT in tests/house_test.py"
+        )
+        allowed = (*MAY_IMPORT[max(rooms, key=len)], *ANYWHERE)
     for found in imports(MODULES[name]) - {"mim_jax"}:
         if inside(found, ["mim_jax"]):
             below = found.removeprefix("mim_jax.")
-            assert inside(below, allowed), f"{name} imports {below}; may: {allowed}"
+            assert inside(below, allowed), (
+                f"mim_jax.{name} imports {below}; its row in MAY_IMPORT of "
+                f"tests/house_test.py allows {allowed}"
+            )
 
 
 def test_every_row_of_the_layers_exists():
     for room in MAY_IMPORT:
-        assert inside(room, MODULES) or room in MODULES
+        assert inside(room, MODULES) or room in MODULES, (
+            f"there is no mim_jax.{room}: remove its row from MAY_IMPORT"
+        )
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -218,27 +240,59 @@ def test_a_config_file_imports_config_and_kinds_only(path):
         assert allowed or re.fullmatch(r"mim_jax\.[\w.]+\.base\.\w+", found), found
 
 
-@pytest.mark.parametrize("room", TABLES)
+def unlisted(room: str, files: set[str], table: dict[str, type]) -> list[str]:
+    """What to do for each plug-in file without a row, and each row without a file."""
+    found = {cls.__module__.rsplit(".", 1)[1] for cls in table.values()}
+    rooms = vars(importlib.import_module(f"mim_jax.{room}"))
+    (name,) = (name for name, value in rooms.items() if value is table)
+    where = f"{name} in mim_jax/{room.replace('.', '/')}/__init__.py"
+    todo = [
+        f"{file}.py has no row: add {file!r}: CLASS to {where}, or, where it is no "
+        f"plug-in but shared by several, {file!r} to USED_BY_PLUG_INS in "
+        "tests/house_test.py"
+        for file in sorted(files - found)
+    ]
+    return todo + [
+        f"{cls.__qualname__} of {cls.__module__} has a row in {where}, and no file of "
+        "that room: move it there"
+        for cls in table.values()
+        if cls.__module__.rsplit(".", 1)[1] not in files
+    ]
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_every_plug_in_file_has_a_row_in_its_table(room):
     folder = PACKAGE / room.replace(".", "/")
     files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
     files -= USED_BY_PLUG_INS.get(room, set())
-    kinds = [
-        table
-        for kind, (_, table) in config.KINDS.items()
-        if kind.__module__ == f"mim_jax.{room}.base"
-    ]
-    (table,) = kinds
-    assert {cls.__module__.rsplit(".", 1)[1] for cls in table.values()} == files
+    todo = unlisted(room, files, config.KINDS[ROOMS[room]][1])
+    assert not todo, "\n".join(todo)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_missing_row_is_told_with_its_place(room):
+    _, table = config.KINDS[ROOMS[room]]
+    files = {cls.__module__.rsplit(".", 1)[1] for cls in table.values()}
+    (line,) = unlisted(room, files | {"mine"}, table)
+    assert line.startswith("mine.py has no row: add 'mine': CLASS to ")
+    assert f"mim_jax/{room.replace('.', '/')}/__init__.py" in line
+    lone = next(file for file in files)
+    assert any(
+        "no file of that room" in it for it in unlisted(room, files - {lone}, table)
+    )
 
 
 @pytest.mark.parametrize("kind", config.KINDS)
 def test_no_plug_in_inherits_from_another(kind):
     rows = list(config.KINDS[kind][1].values())
-    assert kind.__abstractmethods__
+    assert kind.__abstractmethods__, f"{kind.__name__} demands nothing"
     for row in rows:
         assert not row.__abstractmethods__
-        assert not any(issubclass(row, other) for other in rows if other is not row)
+        for other in rows:
+            assert row is other or not issubclass(row, other), (
+                f"{row.__name__} derives from the plug-in {other.__name__}: want what "
+                "both need in the room's base.py or in ops/"
+            )
 
 
 # A default belongs to the field of a class, once.
