@@ -257,7 +257,7 @@ MISTAKES = [
     (
         lambda: config.experiment("train", maskin="grid"),
         "kind of plug-in 'maskin' is unknown (did you mean 'masking'?); known: "
-        "eval, masking, objective, optimiser, source, tokenizer",
+        "eval, examples, masking, objective, optimiser, source, tokenizer",
     ),
     (
         lambda: config.experiment("eval", masking="grid"),
@@ -275,7 +275,7 @@ MISTAKES = [
     (
         lambda: config.variant("photos,maskng=grid", ("photos",)),
         "kind of plug-in 'maskng' is unknown (did you mean 'masking'?); known: "
-        "eval, masking, objective, optimiser, source, tokenizer",
+        "eval, examples, masking, objective, optimiser, source, tokenizer",
     ),
     (
         lambda: config.read("configs/mea.py"),
