@@ -138,8 +138,9 @@ class Tfds(Source):
 
     @functools.cached_property
     def _extra_fields(self) -> Fields:
-        features, fields = self._builder.info.features, {}
+        fields = {}
         for key in self.extra_keys:
+            features = self._builder.info.features
             if key not in features:
                 raise ValueError(
                     f"extra_keys={self.extra_keys}: {key!r} is not a feature of "
