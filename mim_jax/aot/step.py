@@ -127,7 +127,8 @@ def _lowered_without_devices(plan: Plan) -> tuple[jax.stages.Lowered, str]:
             raise
         reason = str(error).splitlines()[0]
     settings = dataclasses.replace(plan.settings, attention="plain")
-    plain = for_devices(settings, mesh=plan.mesh)
+    shape, total = settings.data.image_shape, plan.total
+    plain = for_devices(settings.objective, "plain", shape, plan.mesh).for_run(total)
     plan = dataclasses.replace(plan, settings=settings, objective=plain)
     return lowered(plan), f"priced with plain attention: {reason}"
 
