@@ -285,7 +285,8 @@ def register(name: str, cls: type) -> None:
 
     A module that calls this is named by `--plugins=my_module`, or imported by your own
     program. From then on configs choose the class by its name, as
-    `--config=configs/mae.py:masking=top` does here.
+    `--config=configs/mae.py:masking=top` does here. A source that worker processes read
+    is defined in a module, not in a notebook, so that they can import it.
 
     Example:
         >>> import dataclasses, jax.numpy as jnp

@@ -16,10 +16,11 @@ from absl import app, flags, logging
 
 from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
-from mim_jax.run.checkpoint import CheckpointError, MismatchError, wait_for_all
+from mim_jax.run.checkpoint import CheckpointError, MismatchError
 from mim_jax.run.commandline import CONFIG, EXIT_CONFIG, leave, parse
 from mim_jax.run.interrupt import EXIT_INTERRUPTED, Interrupted
 from mim_jax.run.log import MetricsError
+from mim_jax.run.storage import wait_for_all
 
 JOBS = {"train": train.run, "eval": evaluate.run, "compare": compare.run}
 

@@ -68,7 +68,7 @@ class Plan:
                 _check_labels(objective, data)
                 settings.report.check_data(objective, EvalPasses(data))
             data.source.chosen()  # refuses here what only labels can tell
-            chosen = for_devices(settings, mesh=mesh)
+            chosen = for_devices(objective, settings.attention, data.image_shape, mesh)
         except ValueError as error:
             raise configs.ConfigError(f"config: {error}") from error
         _check_batch(settings, sharding.row_parts(mesh))
@@ -134,25 +134,27 @@ class Plan:
 
 
 def for_devices(
-    settings: configs.Train,
+    objective: Objective,
+    attention: str,
+    image_shape: tuple[int, int, int],
     mesh: jax.sharding.Mesh | None = None,
-    device: Any = None,
 ) -> Objective:
-    """The objective of a built config for a mesh, or for one device.
+    """An objective for a mesh, or for the first device of this process.
 
     Args:
-        device: where there is no mesh; None: the first one of this process.
+        attention: the form of attention, or "auto", as `config.attention`.
+        image_shape: rows, columns and channels.
     Raises:
-        ValueError: config.attention names a form that cannot run there.
+        ValueError: the form is unknown or cannot run there.
     """
-    if device is None:
-        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    objective = settings.objective
-    tokens = objective.grid(settings.data.image_shape).size + 1
-    return with_kernels(objective, settings.attention, tokens, device, mesh)
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    tokens = objective.grid(image_shape).size + 1
+    return with_kernels(objective, attention, tokens, device, mesh)
 
 
-def for_evaluation(settings: configs.Train) -> tuple[Objective, str]:
+def for_evaluation(
+    objective: Objective, attention: str, image_shape: tuple[int, int, int]
+) -> tuple[Objective, str]:
     """The objective of a trained run for the first device of this process.
 
     Its forms are chosen as in training. A form that the run's config names and that
@@ -162,10 +164,10 @@ def for_evaluation(settings: configs.Train) -> tuple[Objective, str]:
         The objective, and a line for people that says which forms it has.
     """
     try:
-        objective = for_devices(settings)
+        found = for_devices(objective, attention, image_shape)
     except ValueError:
-        objective = for_devices(dataclasses.replace(settings, attention="auto"))
-    return objective, described(objective)
+        found = for_devices(objective, "auto", image_shape)
+    return found, described(found)
 
 
 def _check_reads(objective: Objective, data: Input) -> None:

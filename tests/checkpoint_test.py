@@ -16,15 +16,15 @@ import optax
 import pytest
 
 from mim_jax import sharding, state
-from mim_jax.run import checkpoint
+from mim_jax.run import storage
 from mim_jax.run.checkpoint import (
     Checkpointer,
     CheckpointError,
     Checkpoints,
     MismatchError,
-    read_parts,
 )
 from mim_jax.run.interrupt import Interrupted
+from mim_jax.run.parts import read_parts
 from mim_jax.state import TrainState, stack_blocks, unstack_blocks
 
 # Orbax drops coroutines of reads and writes that fail; who collects them is chance.
@@ -146,9 +146,9 @@ def test_names_on_disk_do_not_depend_on_scan(tmp_path, before, after):
     found = restore(tmp_path, like(layouts[after]))[1]
     assert jax.tree.structure(found) == jax.tree.structure(layouts[after])
     assert_same_bits(unstack_blocks(found), placed(make(3)))
-    about = checkpoint._about(tmp_path / "checkpoints", 3)
-    assert "params/encoder/block01/mlp/fc1/kernel" in about["leaves"]
-    assert not any("/blocks/" in name for name in about["leaves"])
+    names = storage.read_record(tmp_path / "checkpoints", 3)["leaves"]
+    assert "params/encoder/block01/mlp/fc1/kernel" in names
+    assert not any("/blocks/" in name for name in names)
 
 
 @pytest.mark.parametrize("devices, fsdp", [(8, 1), (8, 4), (2, 2), (1, 1)])
@@ -283,7 +283,7 @@ def test_too_little_memory_is_not_damage(fill, tmp_path, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError("64 GiB")
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", exhausted)
+    monkeypatch.setattr(storage.ocp.Checkpointer, "restore", exhausted)
     with pytest.raises(MemoryError):
         restore(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
@@ -376,6 +376,7 @@ def test_read_parts_reads_what_is_asked_for(fill, tmp_path):
     assert_same_bits(found["teacher"], make(2).teacher)
     assert_same_bits(found["stats"], make(2).stats)
     assert read_parts(tmp_path, 2)[0] == 2
+    assert read_parts(tmp_path, 2, ("memory",)) == (2, {"memory": {}})
     with pytest.raises(FileNotFoundError, match="steps there: 2, 4"):
         read_parts(tmp_path, 3)
     with pytest.raises(FileNotFoundError, match="none"):

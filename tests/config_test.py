@@ -115,6 +115,29 @@ def test_shared_fields_are_set_once_for_all():
     assert built.objective.encoder.remat == built.objective.decoder.remat == "full"
 
 
+def test_a_name_that_is_shared_anywhere_is_shared_everywhere():
+    """Else a network would have a dtype of its own, float32, without a word."""
+    found, waiting = set(), list(config.JOBS.values())
+    while waiting:
+        cls = waiting.pop()
+        found.add(cls)
+        kinds = [field.type for field in dataclasses.fields(cls)]
+        below = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        for kind in set(kinds) & set(config.KINDS):
+            below += config.KINDS[kind][1].values()
+        waiting += set(below) - found
+    fields = [
+        (cls, field)
+        for cls in found - set(config.JOBS.values())
+        for field in dataclasses.fields(cls)
+    ]
+    names = {field.name for _, field in fields if "shared" in field.metadata}
+    assert names
+    for cls, field in fields:
+        if field.name in names:
+            assert "shared" in field.metadata, f"{cls.__name__}.{field.name}"
+
+
 def test_a_plug_in_is_chosen_where_it_belongs():
     tree = train(masking="grid", source="photos")
     assert tree.objective.masking.to_dict() == {"name": "grid", "cell": 2}

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mim_jax.run.checkpoint import read_parts
+from mim_jax.run.parts import read_parts
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 12

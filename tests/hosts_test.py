@@ -19,8 +19,8 @@ import pytest
 from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax.data.pipeline import train_batches
-from mim_jax.run.checkpoint import read_parts
 from mim_jax.run.interrupt import Interrupts
+from mim_jax.run.parts import read_parts
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, BATCH = 6, 16

@@ -15,15 +15,12 @@ from absl import app
 
 from mim_jax import main, train
 from mim_jax.data.sources.digits import Digits
-from mim_jax.run import checkpoint
+from mim_jax.run import digests, storage
 from mim_jax.run.commandline import parse
 
 HOST = os.environ.get("JAX_PROCESS_ID", "0")
-read_record, restored, report = (
-    Digits.__getitem__,
-    checkpoint._restored,
-    train.report.measure,
-)
+read_record, restored = Digits.__getitem__, storage.read_tree
+report = train.report.measure
 bad_records = set(map(int, os.environ.get("UNDECODABLE", "-1").split(",")))
 bad_host, _, bad_step = os.environ.get("UNREADABLE", "").partition(":")
 
@@ -38,7 +35,7 @@ def reading(self, index):
 
 def restoring(folder, step, target):
     if (HOST, str(step)) == (bad_host, bad_step):
-        raise checkpoint._DamageError("this host's part is gone")
+        raise digests.DamageError("this host's part is gone")
     return restored(folder, step, target)
 
 
@@ -50,6 +47,6 @@ def reporting(plan, state, workdir):
 
 if __name__ == "__main__":
     Digits.__getitem__ = reading
-    checkpoint._restored = restoring
+    storage.read_tree = restoring
     train.report.measure = reporting
     app.run(main.main, flags_parser=parse)

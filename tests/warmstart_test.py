@@ -15,7 +15,8 @@ from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.ops.posembed import resized
 from mim_jax.plan import Plan
 from mim_jax.run import rundir, warmstart
-from mim_jax.run.checkpoint import Checkpointer, Checkpoints, read_parts
+from mim_jax.run.checkpoint import Checkpointer, Checkpoints
+from mim_jax.run.parts import read_parts
 
 QKV = "encoder/block00/attn/qkv/kernel"
 # An encoder of another size than that of `tree_of`.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step for devices that are not here: planned, compiled, priced."""
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -19,7 +20,7 @@ from mim_jax.aot.devices import (
     usable_memory,
 )
 from mim_jax.data.sources.base import Source
-from mim_jax.plan import Plan
+from mim_jax.plan import Plan, for_devices
 from mim_jax.run.warmstart import adopt
 from mim_jax.train import lowered
 
@@ -27,17 +28,25 @@ from mim_jax.train import lowered
 def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
     """The plan of a run on devices that are not here, and where its images come from.
 
-    Where the data are not here either, photographs of the same size stand in: what is
-    compiled depends on the shape of a batch alone.
-
     Raises:
-        ConfigError: the config cannot work on those, or is of no training.
+        ConfigError: as `plan_on`, or there is no such topology.
     """
     if config.job != "train":
         raise configs.ConfigError(
             f"config.job={config.job!r}: want a training config, e.g. configs/mae.py"
         )
-    devices = devices_of(topology)
+    return plan_on(config, devices_of(topology))
+
+
+def plan_on(config: configs.Tree, devices: list) -> tuple[Plan, str]:
+    """The plan of a run whose data may be absent, and where its images come from.
+
+    Where the data are absent, photographs of the same size take their place: the
+    compiled step depends on the shape of a batch alone.
+
+    Raises:
+        ConfigError: the config cannot work on those devices.
+    """
     config = adopt(config)
     wanted = config.data.source.name
     try:
@@ -66,6 +75,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "batch_per_device": settings.batch_size // sharding.row_parts(plan.mesh),
         "micro_batches": settings.accumulate,
         "coupled": settings.objective.batch_coupled,
+        "forms": plan.forms,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "state_bytes": sharding.bytes_per_device(state, placed),
         "hbm_bytes": usable_memory(plan.mesh),
@@ -78,10 +88,11 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
     Returns:
         `compiles`; `peak_bytes`, to two decimals of its unit if it does not; then also
         `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the output that
-        takes the place of donated arguments), `temp_bytes`; `compile_seconds`. And the
-        program's text, "" if there is none.
+        takes the place of donated arguments), `temp_bytes`; `compile_seconds`; `note`,
+        of what was compiled in the place of what was planned, "" if nothing was. And
+        the program's text, "" if there is none.
     """
-    traced = lowered(plan)
+    traced, note = _lowered_without_devices(plan)
     started, text = time.monotonic(), ""
     try:
         compiled = traced.compile(compiler_options(plan.mesh))
@@ -99,7 +110,27 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
             "alias_bytes": memory.alias_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
         }
-    return found | {"compile_seconds": time.monotonic() - started}, text
+    seconds = time.monotonic() - started
+    return found | {"compile_seconds": seconds, "note": note}, text
+
+
+def _lowered_without_devices(plan: Plan) -> tuple[jax.stages.Lowered, str]:
+    """The traced step, and a note if it has plain attention for want of cuDNN.
+
+    JAX asks cuDNN for its version when it traces. That needs cuDNN's library, which
+    comes with JAX's plug-in for CUDA, and no GPU.
+    """
+    try:
+        return lowered(plan), ""
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+    settings = dataclasses.replace(plan.settings, attention="plain")
+    shape, total = settings.data.image_shape, plan.total
+    plain = for_devices(settings.objective, "plain", shape, plan.mesh).for_run(total)
+    plan = dataclasses.replace(plan, settings=settings, objective=plain)
+    return lowered(plan), f"priced with plain attention: {reason}"
 
 
 def verdict(found: dict[str, Any]) -> dict[str, Any]:

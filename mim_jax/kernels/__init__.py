@@ -3,7 +3,8 @@
 
 The plain form, `mim_jax.ops.attention.attention`, runs everywhere and defines what all
 others compute. To add a form, write a module beside `cpu`, `gpu` and `tpu` and add its
-row to FORMS.
+row to FORMS; a module from outside, named by `--plugins`, adds the row itself. `Form`
+has an example.
 """
 
 from jaxtyping import Array, Float

@@ -47,6 +47,8 @@ class Site(NamedTuple):
         tokens: length of the longest sequence, the class token included.
         width: of a token, in numbers; where devices share the heads, of those of one.
         heads: number of heads; likewise.
+        capability: of a GPU, as JAX names it: "9.0" of an H100, "gfx942" of an MI300X;
+            "" elsewhere.
     """
 
     platform: str
@@ -55,15 +57,33 @@ class Site(NamedTuple):
     tokens: int
     width: int
     heads: int
+    capability: str = ""
 
 
 class Form(NamedTuple):
-    """A form of attention.
+    """A form of attention: a row of `mim_jax.kernels.FORMS`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from mim_jax.kernels import FORMS
+        >>> from mim_jax.kernels.choice import choose_attention
+        >>> def by_jax(qkv, bias, heads):
+        ...     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        ...     parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, -1)
+        ...     q, k, v = jnp.moveaxis(parts, 2, 0)
+        ...     mixed = jax.nn.dot_product_attention(q, k, v)
+        ...     return mixed.reshape(rows, tokens, width)
+        >>> def misfit(site):
+        ...     return "" if site.tokens < 1000 else "1000 tokens or more: want fewer"
+        >>> FORMS["by_jax"] = Form(by_jax, "cpu", misfit)
+        >>> site = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
+        >>> choose_attention("by_jax", site)  # as --config.attention=by_jax does
+        'by_jax'
 
     Attributes:
         run: from (qkv "b n e", bias "e", heads) to mixed values "b n e//3", as the
-            first result of `mim_jax.ops.attention.attention`.
-        platform: the only one that can run it.
+            first result of `mim_jax.ops.attention.attention`; JAX differentiates it.
+        platform: the only one that can run it: "cpu", "gpu" or "tpu".
         misfit: says of a site why this form cannot run there; "" if it can.
         preferred: says whether "auto" takes it at a site where it can run.
     """

@@ -15,6 +15,13 @@ _Objective = TypeVar("_Objective")
 def choose_attention(wanted: str, site: Site) -> str:
     """The form of attention for a site: "plain", or a name of FORMS.
 
+    Example:
+        >>> site = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
+        >>> choose_attention("auto", site)
+        'recompute'
+        >>> choose_attention("plain", site)
+        'plain'
+
     Args:
         wanted: "auto" takes the fastest known form that fits; "plain" or the name of a
             form takes that one.
@@ -38,10 +45,20 @@ def choose_attention(wanted: str, site: Site) -> str:
     form = FORMS[wanted]
     why = form.misfit(site)
     if form.platform != site.platform:
-        why = f"it runs on {form.platform}, and this is {site.platform}"
+        why = f"it runs on {form.platform}: want a form of {site.platform}"
     if why:
-        raise ValueError(f"attention={wanted!r}: {why}; or want attention='auto'")
+        raise ValueError(f"attention={wanted!r}: {why}, or attention='auto'")
     return wanted
+
+
+def site_of(device: Any, dtype: str, tokens: int, width: int, heads: int) -> Site:
+    """The site of a network on a device of JAX; the rest is as in `Site`."""
+    # Plug-ins of JAX may call a GPU by its maker.
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    capability = getattr(device, "compute_capability", "")
+    return Site(
+        platform, device.device_kind, dtype, tokens, width, heads, str(capability)
+    )
 
 
 def with_kernels(
@@ -56,11 +73,18 @@ def with_kernels(
     The same call serves training, evaluation, `aot` and use as a library, so one run
     computes attention in one form wherever it is on the same kind of device.
 
+    Example:
+        >>> from mim_jax.objectives.mae import MAE
+        >>> cpu = jax.devices("cpu")[0]
+        >>> told = with_kernels(MAE(), "auto", tokens=197, device=cpu)
+        >>> told.encoder.kernels
+        Kernels(attention='recompute', merge_rows=True, mesh=None)
+
     Args:
         objective: a dataclass; each field that has a field `kernels` is a network.
         wanted: as for `choose_attention`.
         tokens: length of the longest sequence, the class token included.
-        device: that the networks run on; of several, any of them.
+        device: one of those that the networks run on.
         mesh: of several devices that share the work; None for one.
     Raises:
         ValueError: as `choose_attention`, with the name of the network.
@@ -72,7 +96,10 @@ def with_kernels(
             continue
         attention = "plain"
         if hasattr(network, "heads"):
-            attention = _attention_of(network, wanted, tokens, device, mesh)
+            try:
+                attention = _attention_of(network, wanted, tokens, device, mesh)
+            except ValueError as error:
+                raise ValueError(f"{field.name}: {error}") from error
         kernels = Kernels(
             attention=attention,
             merge_rows=device.platform == "cpu",
@@ -85,21 +112,16 @@ def with_kernels(
 def _attention_of(network, wanted: str, tokens: int, device, mesh) -> str:
     parts = 1 if mesh is None else mesh.shape["tensor"]
     if network.heads % parts:
+        if wanted not in ("auto", "plain"):
+            raise ValueError(
+                f"attention={wanted!r}: {network.heads} heads on mesh.tensor={parts}: "
+                "want a multiple, or attention='auto'"
+            )
         return "plain"  # the compiler splits it as it can
-    site = Site(
-        platform=_platform(device),
-        device=device.device_kind,
-        dtype=network.dtype,
-        tokens=tokens,
-        width=network.width // parts,
-        heads=network.heads // parts,
+    width, heads = network.width // parts, network.heads // parts
+    return choose_attention(
+        wanted, site_of(device, network.dtype, tokens, width, heads)
     )
-    return choose_attention(wanted, site)
-
-
-def _platform(device) -> str:
-    # Plug-ins of JAX may call a GPU by its maker.
-    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
 def described(objective: Any) -> str:

@@ -124,10 +124,10 @@ class Objective(abc.ABC):
         return self
 
     def adopt(self, other: "Objective") -> "Objective":
-        """This objective with what the run that it begins with decides of it.
+        """A copy that can begin with the parameters of another run.
 
-        Args:
-            other: the objective of that run.
+        The form of the encoder and the standardisation of images become those of
+        `other`, the objective of that run.
         """
         encoder = dataclasses.replace(
             self.encoder,

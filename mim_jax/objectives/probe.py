@@ -76,6 +76,7 @@ class Probe(LabelObjective):
         return self.pool
 
     def adopt(self, other: Objective) -> "Probe":
+        """As `Objective.adopt`; the feature becomes that of the other run, too."""
         adopted = super().adopt(other)
         encoder = dataclasses.replace(
             adopted.encoder,

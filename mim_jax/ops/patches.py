@@ -43,12 +43,22 @@ def grid_of(height: int, width: int, patch: int) -> Grid:
 def to_float(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """0..255 to 0..1 in float32; float images are taken to be in 0..1 already.
+    """uint8 images to float32 in 0..1; float images are in 0..1 already and unchanged.
 
     Raises:
-        TypeError: images are neither uint8 nor floats.
+        TypeError: images of another type, such as int32.
     """
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    if images.dtype != jnp.uint8:
+        return _floating(images)
+    return images.astype(jnp.float32) / 255
+
+
+def _floating(images: Array) -> Float[Array, "b h w c"]:
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images are {images.dtype}: want uint8 in 0..255, or floats in 0..1"
+        )
+    return images
 
 
 def normalise(

@@ -62,7 +62,6 @@ def _import_plugins(argv: list[str]) -> None:
     """Imports the modules of --plugins: the file of --config may name their rows."""
     values = flags.FlagValues()
     plugins = _define_plugins(values)
-    values.set_gnu_getopt()  # the FILE of "--config FILE" does not end the flags
     values(argv, known_only=True)
     configs.load_plugins(plugins.value)
 

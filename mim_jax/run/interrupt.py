@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaving in good order: SIGTERM and SIGINT ask, the training loop answers."""
+"""Signals: after SIGTERM or SIGINT the training loop saves the state and leaves."""
 
 import concurrent.futures
 import os
@@ -10,22 +10,29 @@ from typing import TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, the same command goes on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved; the same command resumes the run
 
 _T = TypeVar("_T")
 
 
 class Interrupted(Exception):
-    """The run was asked to leave, and nothing that it did is lost."""
+    """The run was asked to leave. Its state is saved, or there was none to save."""
 
 
 class Interrupts:
-    """Turns SIGTERM and SIGINT into a flag; a second one ends the process at once,
-    with 128 + its number.
+    """Inside this block SIGTERM and SIGINT set a flag instead of ending the process.
 
-    With several hosts all must leave at the same step, so there JAX's preemption
-    service owns SIGTERM and tells every host which step that is; SIGINT just ends one,
-    and the others with it.
+    A second signal ends the process at once, with exit code 128 + its number.
+
+    With several hosts, all must leave at the same step. There JAX's preemption service
+    handles SIGTERM and tells every host that step; SIGINT ends the process, and the
+    other hosts fail with it.
+
+    Example:
+        >>> with Interrupts() as interrupts:
+        ...     for step in range(1, 4):
+        ...         if interrupts.asked(step):
+        ...             break  # after saving
     """
 
     def __enter__(self) -> "Interrupts":
@@ -42,18 +49,23 @@ class Interrupts:
             signal.signal(name, handler)
 
     def asked(self, step: int) -> bool:
-        """True if the run should save and leave after `step` steps."""
+        """True if the run should save and leave, now that `step` steps are done.
+
+        With several hosts, every host must call this after every step.
+        """
         if jax.process_count() > 1:
-            # Counted from this start: JAX settles on the step after the last one that
-            # it was told of, and before the first that is 1, also for a resumed run.
+            # Count from the start of this process: JAX agrees on the step after the
+            # last one that any host reported, and before the first report that is 1,
+            # also in a resumed run.
             self._steps += 1
             return multihost_utils.reached_preemption_sync_point(self._steps)
         return self._asked
 
     def patiently(self, work: Callable[[], _T]) -> _T:
-        """The result of long work that leaves nothing behind, such as compiling. It
-        runs in a thread, so that a signal is noticed meanwhile.
+        """The result of `work()`, run in a thread so that a signal can end the wait.
 
+        Args:
+            work: takes long and changes nothing outside, such as compiling.
         Raises:
             Interrupted: asked to leave before the work was done; the thread goes on.
         """
@@ -70,5 +82,5 @@ class Interrupts:
             os._exit(128 + number)
         self._asked = True
         name = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may have interrupted a print.
         os.write(2, f"\n{name}: saving and leaving; once more to leave now\n".encode())

@@ -2,20 +2,21 @@
 """Trained runs, read from their directories, and their measurement."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from mim_jax import config as configs
-from mim_jax import state
+from mim_jax import state as states
 from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.base import Eval, Run, caption
 from mim_jax.evals.report import Report
+from mim_jax.objectives.base import Objective
 from mim_jax.plan import for_evaluation
-from mim_jax.run.checkpoint import read_parts
+from mim_jax.run import rundir
+from mim_jax.run.parts import read_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,41 +60,71 @@ def load(
         >>> features = run.objective.features(run.params, images)  # doctest: +SKIP
     """
     folder = pathlib.Path(folder)
-    if not (folder / "config.json").exists():
-        raise configs.ConfigError(
-            f"run={str(folder)!r}: no config.json there; want the work directory of a "
-            "training run"
-        )
-    training = configs.build(configs.load(folder / "config.json"))
-    parts = ["params", "stats", "memory"] + ["teacher"] * teacher
-    try:
-        step, found = read_parts(folder, step, tuple(parts))
-    except FileNotFoundError as error:
-        raise configs.ConfigError(f"run={str(folder)!r}: {error}") from error
-    if teacher and not found["teacher"]:
-        raise configs.ConfigError(
-            f"weights='teacher': run {str(folder)!r} has none; want 'trained'"
-        )
-    make = functools.partial(
-        state.initial,
-        training.objective,
-        seed=training.seed,
-        image_shape=training.data.image_shape,
-    )
-    # In the layout of training: unstacked, many deep networks compile slowly.
-    laid = functools.partial(state.layout, scan=training.scan)
-    objective, forms = for_evaluation(training)
+    config = rundir.read_config(folder, f"run={str(folder)!r}")
+    training = configs.build(config)
+    parts = ("params", "stats", "memory")
+    step, found = read_trained(folder, config, step, parts, teacher)
+    shape = training.data.image_shape
+    objective, forms = for_evaluation(training.objective, training.attention, shape)
     print(f"{folder.resolve().name}, step {step}: {forms}", flush=True)
     run = Run(
         objective=objective,
-        params=laid(found["params"] | (found["teacher"] if teacher else {})),
-        stats=laid(found["stats"]),
-        memory=laid(found["memory"]) or None,
-        initial=jax.jit(lambda: laid(make()[0]))(),
+        params=found["params"],
+        stats=found["stats"],
+        memory=found["memory"] or None,
+        initial=initial_params(config, training.objective),
         step=step,
         name=folder.resolve().name + (", teacher" if teacher else ""),
     )
     return run, training
+
+
+def read_trained(
+    folder: pathlib.Path,
+    config: configs.Tree,
+    step: int | None,
+    parts: tuple[str, ...],
+    teacher: bool,
+) -> tuple[int, dict[str, Any]]:
+    """(step, {part: tree}) of a run's checkpoint, in the layout of its training.
+
+    Args:
+        folder: run directory.
+        config: the config saved there.
+        step: which checkpoint; None is the newest.
+        parts: fields of TrainState.
+        teacher: replace the student's parameters by the teacher's, where it has them.
+    Raises:
+        ConfigError: no such checkpoint, or it has no teacher.
+        CheckpointError: the checkpoint is damaged.
+    """
+    read = (*parts, "teacher") if teacher else parts
+    try:
+        step, found = read_parts(folder, step, read)
+    except FileNotFoundError as error:
+        raise configs.ConfigError(f"run={str(folder)!r}: {error}") from error
+    if teacher:
+        if not found["teacher"]:
+            raise configs.ConfigError(
+                f"weights='teacher': run {str(folder)!r} has none; want 'trained'"
+            )
+        found["params"] |= found["teacher"]
+    # Unstacked, many deep networks in one program compile slowly.
+    return step, {part: states.layout(found[part], config.scan) for part in parts}
+
+
+def initial_params(config: configs.Tree, objective: Objective) -> Any:
+    """New parameters by the run's seed, in the layout of its training.
+
+    Training started from them, unless it began with another run's.
+    """
+    shape = (*config.data.image_size, len(objective.mean))
+
+    def make():
+        params, _ = states.initial(objective, seed=config.seed, image_shape=shape)
+        return states.layout(params, config.scan)
+
+    return jax.jit(make)()
 
 
 def load_all(

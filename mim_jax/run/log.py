@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: JSON lines, TensorBoard events, a progress bar or plain lines."""
+"""The log of a run: JSON lines, TensorBoard events, a progress bar or plain lines."""
 
 import contextlib
 import dataclasses
@@ -16,14 +16,14 @@ import tqdm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
-    """What is written how often; never changes what is learned.
+    """What to log and how often. No setting changes what is learned.
 
     Attributes:
-        every: steps between lines of metrics.jsonl; a line's values are means over the
-            steps since the last one.
+        every: steps between lines of metrics.jsonl. The values of a line are means over
+            the steps since the line before.
         tensorboard: write event files too.
-        progress: "auto" shows a bar on a terminal and plain lines elsewhere; "bar",
-            "lines" or "none" decide.
+        progress: "bar", "lines" or "none"; "auto" is a bar on a terminal and plain
+            lines elsewhere.
     """
 
     every: int = 50
@@ -40,39 +40,48 @@ class Log:
 
 
 class Window:
-    """Sums since the last logged step; saved with a checkpoint, so that a resumed run
-    logs the same means."""
+    """Sums of metrics since the last logged step.
+
+    They are saved with each checkpoint, so that a resumed run logs the same means.
+
+    Example:
+        >>> window = Window()
+        >>> window.add({"loss": 1.0})
+        >>> window.add({"loss": 2.0})
+        >>> window.take()
+        {'loss': 1.5}
+    """
 
     def __init__(self, saved: dict | None = None):
         self.sums: dict[str, float] = dict(saved["sums"]) if saved else {}
         self.steps: int = saved["steps"] if saved else 0
 
     def add(self, values: dict[str, float]) -> None:
-        """One step's values."""
+        """Add the values of one step."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
 
     def take(self) -> dict[str, float]:
-        """The means, and a new window."""
+        """The means of all added values; the window is empty afterwards."""
         means = {name: value / self.steps for name, value in self.sums.items()}
         self.sums, self.steps = {}, 0
         return means
 
     def saved(self) -> dict[str, Any]:
-        """Plain JSON values; floats survive exactly."""
+        """The window as plain JSON values, for `Window(saved)`; floats stay exact."""
         return {"sums": dict(self.sums), "steps": self.steps}
 
 
 class MetricsError(RuntimeError):
-    """A line could not be written; a resumed run writes it again."""
+    """A line could not be written. A resumed run writes it again."""
 
 
 class Writer:
-    """metrics.jsonl and TensorBoard events of one run, continued after `step`.
+    """Writes metrics.jsonl and TensorBoard events of a run that goes on after `step`.
 
-    Lines of later steps and torn lines, left by a killed process, are dropped: the
-    resumed run writes them again.
+    A killed process may leave lines of later steps and an incomplete last line. Those
+    are deleted first: the resumed run writes them again.
     """
 
     def __init__(self, workdir: pathlib.Path, log: Log, step: int):
@@ -85,16 +94,16 @@ class Writer:
         self._file = path.open("a")
         self._events = None
         if log.tensorboard:
-            # The purge also hides what a run wrote that was killed before it saved.
+            # The purge also hides what a process wrote that was killed before saving.
             self._events = tensorboardX.SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=step + 1
             )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One object: {"step": step, **values}.
+        """Write one line, the JSON object {"step": step, **values}.
 
         Raises:
-            MetricsError: the disk does not take it.
+            MetricsError: the file cannot be written; the disk is full, for example.
         """
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -109,15 +118,15 @@ class Writer:
             self._events.flush()
 
     def close(self) -> None:
-        """Flush and close; later writes fail."""
-        with contextlib.suppress(OSError):  # told by `write` already
+        """Flush and close the files; later writes fail."""
+        with contextlib.suppress(OSError):  # `write` has raised it already
             self._file.close()
         if self._events is not None:
             self._events.close()
 
 
 def _step_of(line: bytes) -> float:
-    """The step that a line of metrics.jsonl tells of; infinite if it is torn."""
+    """The step of a line of metrics.jsonl; infinite if the line is incomplete."""
     try:
         return float(json.loads(line)["step"]) if line[-1:] == b"\n" else math.inf
     except (ValueError, KeyError, TypeError):
@@ -125,7 +134,12 @@ def _step_of(line: bytes) -> float:
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere, nothing on hosts but the first."""
+    """Shows how far a run is: a bar on a terminal, or a plain line per logged step.
+
+    Args:
+        mode: as `Log.progress`.
+        start, total: steps done at the start of this process, and at its end.
+    """
 
     def __init__(self, mode: str, start: int, total: int):
         if mode == "auto":
@@ -139,12 +153,12 @@ class Progress:
             )
 
     def advance(self, step: int) -> None:
-        """`step` steps are done."""
+        """Move the bar: `step` steps are done."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Values of a logged step."""
+        """Show "loss" and "images_per_second" of a logged step."""
         loss, rate = values["loss"], values["images_per_second"]
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
@@ -158,6 +172,6 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating; the bar stays on the screen."""
         if self._bar is not None:
             self._bar.close()

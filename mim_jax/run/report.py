@@ -32,8 +32,10 @@ def measure(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
     initial = jax.jit(make, out_shardings=everywhere)()
     if jax.process_index() != 0:
         return
+    shape = settings.data.image_shape
+    objective, _ = for_evaluation(settings.objective, settings.attention, shape)
     trained = Run(
-        objective=for_evaluation(settings)[0],
+        objective=objective,
         params=jax.device_get(params),
         stats=jax.device_get(stats),
         memory=jax.device_get(memory),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: one process at a time, one configuration for good."""
+"""The run directory: one process at a time, and one config that does not change."""
 
 import contextlib
 import fcntl
@@ -17,12 +17,14 @@ from mim_jax import config as configs
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the directory against a second run; released even by a killed process.
+    """Lock the directory, so that a second run cannot use it meanwhile.
 
-    Of several processes of one run the first holds it for all.
+    The lock ends with the block, or with the process, even if that is killed. Of
+    several processes of one run, only the first takes the lock.
 
     Raises:
-        ConfigError: another process holds it, named by host and pid.
+        ConfigError: another process has the lock (the message names its host and pid),
+            or `workdir` is no directory that can be written.
     """
     if "://" in str(workdir) or ":/" in str(workdir):
         raise configs.ConfigError(
@@ -56,10 +58,13 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def check_config(workdir: pathlib.Path, config: configs.Tree) -> list[str]:
-    """What the config changes in a run that is there already, leaf by leaf.
+    """Lines "leaf: old -> new" where `config` differs from the one that is saved.
+
+    Leaves that change nothing that is learned may differ and are not listed. If no
+    config is saved yet, the list is empty.
 
     Raises:
-        ConfigError: that is something, and config.on_change is "refuse"; or the saved
+        ConfigError: there are such lines and config.on_change is "refuse"; or the saved
             config cannot be read.
     """
     path = workdir / "config.json"
@@ -76,8 +81,27 @@ def check_config(workdir: pathlib.Path, config: configs.Tree) -> list[str]:
     return changes
 
 
+def read_config(workdir: pathlib.Path, named: str) -> configs.Tree:
+    """The saved config of a training run. Its data need not be on this machine.
+
+    Args:
+        named: how the user named the run, for messages: "run='runs/mae'".
+    Raises:
+        ConfigError: no training run there, or its config cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise configs.ConfigError(
+            f"{named}: no config.json there; want the work directory of a training run"
+        )
+    config = configs.load(path)
+    if config.job != "train":
+        raise configs.ConfigError(f"{named}: job {config.job!r}; want a training run")
+    return config
+
+
 def write_config(workdir: pathlib.Path, config: configs.Tree) -> None:
-    """Write config.json; call it once nothing can refuse the config any more."""
+    """Write config.json. Call it only once every check of the config has passed."""
     if jax.process_index() != 0:
         return
     path = workdir / "config.json"
@@ -87,10 +111,11 @@ def write_config(workdir: pathlib.Path, config: configs.Tree) -> None:
 
 
 def write_images(workdir: pathlib.Path, ids: tuple[int, ...] | None) -> None:
-    """Write images.json, once: which records of a larger source the run learns from.
+    """Write images.json, unless it exists: the records that the run learns from.
 
     Args:
-        ids: their positions there; None, where a source is read in full: no file.
+        ids: their positions in the larger source from which they were chosen. None if
+            the run reads a whole source: then no file is written.
     """
     path = workdir / "images.json"
     if ids is None or jax.process_index() != 0 or path.exists():

@@ -17,7 +17,7 @@ from mim_jax import sharding
 from mim_jax import state as states
 from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.ops.posembed import resized
-from mim_jax.run.checkpoint import read_parts
+from mim_jax.run.parts import read_parts
 from mim_jax.state import TrainState
 
 _POSITIONS = "encoder/pos_embed"
@@ -25,9 +25,10 @@ _NORM = "encoder/norm"
 
 
 def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.Tree:
-    """The config with what `Objective.adopt` takes from the run that it begins with.
+    """The config with what its objective adopts from the run of config.init_from.
 
-    A run that has begun already is asked itself: the other one may be gone.
+    Once the new run has a config.json, that file is read instead: the other run may be
+    gone.
 
     Args:
         workdir: of the run that begins.

@@ -2,10 +2,12 @@
 """Every way to make examples keeps the contract, and another one is easy to add."""
 
 import dataclasses
+import io
 import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 from records import Numbered, assert_same, join
 
 from mim_jax.data.decoding import decode
@@ -233,10 +235,15 @@ def test_an_example_may_have_no_more_than_declared():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawn(Numbered):
-    """White rectangles on black, one to three of them, and where they are."""
+    """Grey rectangles on black, one to three of them, and where they are.
+
+    Attributes:
+        enlarged: if above 1, a JPEG of so many times the rows and columns.
+    """
 
     count: int = 40
     bad: tuple[int, ...] = (5,)
+    enlarged: int = 1
 
     def __getitem__(self, index):
         record = super().__getitem__(index)
@@ -250,6 +257,11 @@ class Drawn(Numbered):
             bottom, right = top + int(rng.integers(20, 50)), left + 28
             image[top:bottom, left:right] = 60 * (third + 1) + 20
             boxes.append([top / 96, left / 120, bottom / 96, right / 120])
+        if self.enlarged > 1:
+            image = image.repeat(self.enlarged, axis=0).repeat(self.enlarged, axis=1)
+            file = io.BytesIO()
+            Image.fromarray(image[..., 0]).save(file, "JPEG", quality=95)
+            image = file.getvalue()
         return record | {"image": image, "boxes": np.array(boxes, np.float32)}
 
 
@@ -291,15 +303,18 @@ class Boxes(Examples):
         }
 
 
-def test_boxes_follow_crop_and_flip():
+@pytest.mark.parametrize("enlarged", [1, 8])
+def test_boxes_follow_crop_and_flip(enlarged):
     data = Input(
-        source=Drawn(),
+        source=Drawn(enlarged=enlarged),
         examples=Boxes(),
         image_size=(48, 64),
         crop_scale=(0.3, 1.0),
         workers=0,
     )
     data.check_offers(("image", "boxes", "boxes_valid"), "Detector")
+    if enlarged > 1:  # training decodes a quarter of the rows and columns
+        assert decode(data.source[0]["image"], 1, data.suffices).shape == (192, 240, 1)
     batches = {
         "train": read(data, batch_size=20, stop=6),
         "eval": read_eval(data, batch_size=25),

@@ -18,9 +18,8 @@ from mim_jax.evals.images import example_fields, hidden_pixels, keys_of
 from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.models.vit import Encoder
 from mim_jax.objectives.base import PixelObjective
-from mim_jax.ops import augment
 from mim_jax.ops.masking import from_scores
-from mim_jax.ops.patches import unpatchify
+from mim_jax.ops.patches import denormalise, to_float, unpatchify
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +43,15 @@ class Simple(PixelObjective):
         return from_scores(batch["order"], batch["order"].shape[1] // 2)
 
     def reconstruct(self, params, batch, mask):
-        images = augment.to_float(batch["image"])
+        images = to_float(batch["image"])
         hidden = mask.hidden & (not self.leaks)
         tokens, _ = self.encode(params, images, hidden=hidden)
         patches = tokens[:, 1:] @ params["head"]
         image = unpatchify(patches, self.grid(images.shape[1:]))
-        return augment.denormalise(image, self.mean, self.std)
+        return denormalise(image, self.mean, self.std)
 
     def init(self, key, batch):
-        patches, grid = self.patches(augment.to_float(batch["image"]))
+        patches, grid = self.patches(to_float(batch["image"]))
         hidden = jnp.zeros(patches.shape[:2], bool)
         found = self.encoder.init(key, patches, grid, hidden=hidden)
         head = jax.random.normal(key, (self.encoder.width, patches.shape[2]))
@@ -72,7 +71,7 @@ def batch_of(rows: int = 5) -> dict[str, np.ndarray]:
 
 def simple(**fields) -> Run:
     objective = Simple(encoder=Encoder(patch=2, width=8, depth=1, heads=2), **fields)
-    params, _ = objective.init(jax.random.key(0), batch_of(1))
+    params, _ = jax.jit(objective.init)(jax.random.key(0), example_fields(batch_of(1)))
     params = disturbed(params)
     return Run(objective=objective, params=params, initial=params, step=1, name="x")
 
@@ -83,7 +82,7 @@ def check_no_leak(run: Run) -> None:
     Without `normalise_target`: with it, the true statistics of hidden patches scale the
     result, by design.
     """
-    objective, batch = run.objective, example_fields(batch_of())
+    objective, batch = run.objective, jax.device_put(example_fields(batch_of()))
     if objective.normalise_target:
         objective = dataclasses.replace(objective, normalise_target=False)
     mask = objective.mask(batch, keys_of(batch_of(), seed=0))
@@ -94,7 +93,7 @@ def check_no_leak(run: Run) -> None:
             run.params, batch | {"image": images}, mask
         )
     )
-    images = batch["image"]
+    images = batch_of()["image"]
     whole, other_hidden, other_visible = (
         np.asarray(fill(np.where(place, 255 - images, images)))
         for place in (False, hidden, ~hidden)
@@ -131,8 +130,9 @@ def test_reconstruction_needs_three_members_and_hands_on_every_field():
     hidden = hidden.reshape(5, 6, 6).repeat(2, axis=1).repeat(2, axis=2)
     np.testing.assert_array_equal(report.arrays["panel_hidden"], hidden[:2])
     # By hand, from the objective's own reconstruction.
-    mask = run.objective.mask(batch, None)
-    filled = np.asarray(run.objective.reconstruct(run.params, batch, mask)).clip(0, 1)
+    fields = jax.device_put(example_fields(batch))
+    mask = run.objective.mask(fields, None)
+    filled = np.asarray(run.objective.reconstruct(run.params, fields, mask)).clip(0, 1)
     error = (filled - batch["image"] / 255)[..., 0] ** 2
     psnr = -10 * np.log10(
         [one[place].mean() for one, place in zip(error, hidden, strict=True)]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every form of attention against its formula in float64, and which form is chosen."""
 
+import doctest
 import types
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax.kernels import FORMS, attend, cpu, tpu
+from mim_jax.kernels import FORMS, attend, base, choice, cpu, gpu, tpu
 from mim_jax.kernels.base import Kernels, Site
 from mim_jax.kernels.choice import choose_attention, described, with_kernels
 from mim_jax.kernels.spread import gathered
@@ -47,19 +49,40 @@ def by_formula(qkv, bias, heads):
     return np.concatenate(mixed, axis=-1), np.stack(weights, axis=1)
 
 
-# What runs on this machine, by the name of its row; cuDNN runs on a GPU alone.
+by_jax = jax.nn.dot_product_attention
+
+
+def without_cudnn(qkv, bias, heads):
+    """cuDNN's form with JAX's own attention in the place of cuDNN's."""
+
+    def stand_in(*arrays, implementation, **lengths):
+        assert implementation == "cudnn"
+        assert arrays[0].shape[1] % 2 == 0  # JAX refuses others
+        return by_jax(*arrays, **lengths)
+
+    with mock.patch("jax.nn.dot_product_attention", stand_in):
+        return gpu.cudnn_attention(qkv, bias, heads)
+
+
+# What runs on this machine, by the name of its row.
 HERE = {
     "plain": lambda *args: attention(*args)[0],
     "recompute": cpu.recomputing_attention,
     "pallas": lambda *args: tpu.short_attention(*args, True),
+    "cudnn": without_cudnn,
 }
 
 
-def test_every_form_is_tested_here_or_wants_a_gpu():
+def test_every_form_is_tested_here():
     missing = set(FORMS) - set(HERE)
-    assert {FORMS[name].platform for name in missing} <= {"gpu"}, (
-        f"add {missing} to HERE in this file"
-    )
+    assert not missing, f"add {missing} to HERE in this file"
+
+
+@pytest.mark.parametrize("module", [base, choice])
+def test_the_examples_run(module):
+    with mock.patch.dict(FORMS):
+        found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 @pytest.mark.parametrize("form", HERE)
@@ -124,7 +147,7 @@ def test_the_kernel_wants_whole_tiles():
 
 
 V5E = Site("tpu", "TPU v5 lite", "bfloat16", tokens=197, width=768, heads=12)
-H100 = Site("gpu", "NVIDIA H100", "bfloat16", tokens=197, width=768, heads=12)
+H100 = V5E._replace(platform="gpu", device="NVIDIA H100", capability="9.0")
 CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
 
 
@@ -143,6 +166,10 @@ CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
         (H100._replace(width=1536), "cudnn"),  # heads of 128
         (H100._replace(width=1632), "plain"),  # of 136
         (H100._replace(width=720, heads=60), "plain"),  # of 12
+        (H100._replace(capability="8.0"), "cudnn"),
+        (H100._replace(capability="12.0"), "cudnn"),
+        (H100._replace(capability="7.5"), "plain"),  # older than cuDNN's kernel
+        (H100._replace(capability="gfx942"), "plain"),  # AMD's
         (CPU, "recompute"),
         (CPU._replace(tokens=17, width=64, heads=4), "plain"),
         (CPU._replace(platform="other"), "plain"),
@@ -157,11 +184,12 @@ def test_auto_takes_the_form_that_fits(site, form):
     "wanted, site, reason",
     [
         ("palas", V5E, "'palas' is unknown; known: auto, plain, cudnn, pallas, rec"),
-        ("pallas", CPU, "it runs on tpu, and this is cpu"),
+        ("pallas", CPU, "it runs on tpu: want a form of cpu, or attention='auto'"),
         ("pallas", V5E._replace(dtype="float32"), "float32: want bfloat16"),
         ("pallas", V5E._replace(width=700), "width 700 .* multiple of 128"),
         ("pallas", V5E._replace(tokens=4097), "4097 tokens need .* want at most 120"),
         ("cudnn", H100._replace(width=1632), "heads of 136 numbers: want a multiple"),
+        ("cudnn", H100._replace(capability="7.5"), "capability '7.5': want CUDA's 8.0"),
     ],
 )
 def test_a_form_that_cannot_run_is_refused_with_its_reason(wanted, site, reason):
@@ -169,8 +197,8 @@ def test_a_form_that_cannot_run_is_refused_with_its_reason(wanted, site, reason)
         choose_attention(wanted, site)
 
 
-def device(platform, kind):
-    return types.SimpleNamespace(platform=platform, device_kind=kind)
+def device(platform, kind, **more):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, **more)
 
 
 def test_an_objective_is_told_its_forms_and_they_are_part_of_its_value():
@@ -189,8 +217,11 @@ def test_an_objective_is_told_its_forms_and_they_are_part_of_its_value():
     mesh = Mesh(tensor=2).build()
     told = with_kernels(objective, "auto", 197, device("tpu", "TPU v5 lite"), mesh)
     assert described(told) == "attention: encoder pallas, decoder plain"
-    told = with_kernels(objective, "auto", 197, device("gpu", "H100"), mesh)
+    h100 = device("gpu", "NVIDIA H100", compute_capability="9.0")
+    told = with_kernels(objective, "auto", 197, h100, mesh)
     assert described(told) == "attention: encoder cudnn, decoder plain"  # 3 heads
+    with pytest.raises(ValueError, match="decoder: attention='cudnn': 3 heads on mesh"):
+        with_kernels(objective, "cudnn", 197, h100, mesh)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tensor=2), Mesh(fsdp=2, tensor=4)])

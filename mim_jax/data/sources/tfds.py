@@ -69,7 +69,7 @@ class Tfds(Source):
             ) from error
         if not count:
             raise ValueError(f"split={self.split!r} of {self.dataset} has no record")
-        self.fields()  # raises if a feature has no fixed shape
+        _ = self._extra_fields  # raises if a feature has no fixed shape
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -126,11 +126,21 @@ class Tfds(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.record(index)
         label = int(record.get(self.label_key, -1))
-        return {**record, "image": record[self.image_key], "label": label}
+        # TFDS gives single numbers as Python's.
+        extra = {
+            name: np.asarray(record[name], field.dtype)
+            for name, field in self._extra_fields.items()
+        }
+        return {**record, **extra, "image": record[self.image_key], "label": label}
 
     def fields(self) -> Fields:
-        features, fields = self._builder.info.features, {}
+        return dict(self._extra_fields)
+
+    @functools.cached_property
+    def _extra_fields(self) -> Fields:
+        fields = {}
         for key in self.extra_keys:
+            features = self._builder.info.features
             if key not in features:
                 raise ValueError(
                     f"extra_keys={self.extra_keys}: {key!r} is not a feature of "
