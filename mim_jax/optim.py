@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers and schedules, decided from the names and ranks of single blocks."""
+"""Optimisers and schedules.
+
+Rules for single leaves (weight decay, layer-wise rates, trust ratios) go by path and
+rank, and treat stacked blocks like single ones.
+"""
 
 import abc
 import dataclasses
@@ -26,9 +30,11 @@ class Optimiser(abc.ABC):
 
     Attributes:
         base_lr: learning rate per 256 images: lr = base_lr * batch_size / 256.
-        warmup_epochs: of a linear rise from 0, on the scale of `config.epochs`; with
-            `config.steps` it keeps its share of the run.
-        final_lr: learning rate at the end of the cosine, not scaled by the batch.
+        warmup_epochs: length of the linear rise from 0. The warm-up takes the share
+            warmup_epochs / `config.epochs` of the run, also if `config.steps` sets the
+            run's length.
+        final_lr: learning rate at the end of the cosine; the batch size does not scale
+            it.
     """
 
     base_lr: float
@@ -62,8 +68,8 @@ class Optimiser(abc.ABC):
 
         Args:
             schedule: learning rate at each step.
-            total: steps of the run, for weight decay that changes.
-            frozen: paths of parameters that are never updated. The optimiser keeps no
+            total: steps of the run; a weight decay that changes needs it.
+            frozen: paths of parameters that are never updated. The optimiser has no
                 state for them.
         """
         steps = self.steps(schedule, total)
@@ -73,7 +79,8 @@ class Optimiser(abc.ABC):
     def steps(
         self, schedule: Callable[[Any], Any], total: int
     ) -> optax.GradientTransformationExtraArgs:
-        """`build` where nothing is frozen."""
+        """The optax transformation of `build`, for parameters of which none is
+        frozen."""
 
     def check_rates(self) -> None:
         """ValueError if a learning rate or the warm-up is out of range."""
@@ -89,18 +96,18 @@ class AdamW(Optimiser):
     """AdamW with a warm-up and a cosine to zero, arXiv:2111.06377, table 8.
 
     Attributes:
-        b1, b2, eps: of Adam.
-        weight_decay: decoupled, see `decay`.
-        final_weight_decay: if set, weight decay goes there from `weight_decay` as half
-            a cosine (DINO, arXiv:2104.14294).
-        decay: what decays: "matrices", kernels and the class, mask and position tokens,
-            not biases and norms; "kernels" alone, as in fine-tuning; "all" parameters
-            (MoCo v3).
-        layer_decay: learning rates shrink by this factor from block to block on the way
-            down, arXiv:2106.08254: the head has the full rate, the last block
-            layer_decay times it, the embedding layer_decay ** (blocks + 1). None: all
-            have the same.
-        clip: largest global norm of the gradient, or None.
+        b1, b2, eps: Adam's constants.
+        weight_decay: decoupled weight decay of the parameters that `decay` names.
+        final_weight_decay: if set, weight decay goes from `weight_decay` to this value
+            along half a cosine (DINO, arXiv:2104.14294).
+        decay: which parameters decay. "matrices": kernels and the class, mask and
+            position tokens, but not biases and norms. "kernels": only the kernels of
+            linear layers, as in fine-tuning. "all": every parameter, as in MoCo v3.
+        layer_decay: factor between the learning rates of neighbouring layers,
+            arXiv:2106.08254. The head has the full rate, the last block layer_decay
+            times that, the embedding layer_decay ** (blocks + 1) times that. None: all
+            layers have the same rate.
+        clip: upper bound of the gradient's global norm, or None.
     """
 
     base_lr: float = 1.5e-4
@@ -127,7 +134,7 @@ class AdamW(Optimiser):
                 raise ValueError(f"{name}={getattr(self, name)}: want a number >= 0")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(
-                f"layer_decay={self.layer_decay}: want 0 < layer_decay <= 1; 1 is none"
+                f"layer_decay={self.layer_decay}: want 0 < layer_decay <= 1 (1: off)"
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip}: want a number > 0, or none")
@@ -156,14 +163,14 @@ class AdamW(Optimiser):
 class LARS(Optimiser):
     """LARS as MAE's linear probe runs it, arXiv:1708.03888 and 2111.06377, table 10.
 
-    Unlike `optax.lars`, momentum gathers gradients and not updates, so that a new
-    learning rate acts at once on all of it; and biases and norms get plain SGD, without
-    the trust ratio.
+    It differs from `optax.lars` in two points. Momentum sums gradients, not updates, so
+    that a change of the learning rate acts on the whole sum at once. Biases and norms
+    get plain SGD with momentum, without the trust ratio.
 
     Attributes:
-        momentum: of the heavy ball.
-        trust: gradients of matrices are scaled to the length trust * |parameters|.
-        weight_decay: added to gradients of matrices.
+        momentum: factor of the previous sum of gradients.
+        trust: the gradient of a matrix is scaled to the length trust * |parameters|.
+        weight_decay: factor of the parameters that are added to gradients of matrices.
     """
 
     base_lr: float = 0.1
@@ -199,19 +206,20 @@ OPTIMISERS: dict[str, type[Optimiser]] = {"adamw": AdamW, "lars": LARS}
 
 
 def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
-    """`grad_fn` of a whole batch, computed over micro-batches one after the other.
+    """`grad_fn` for a whole batch, computed on one micro-batch after the other.
 
-    Losses and gradients are summed with each micro-batch's weight and divided by the
-    sum of weights: for a loss that is a weighted mean over examples this is the whole
-    batch's, to rounding, even where weights differ.
+    Loss, metrics and gradients are weighted means over the micro-batches, each with its
+    `Aux.weight`. If the loss is a weighted mean over examples, the results equal those
+    of the whole batch up to rounding, even where the weights differ.
 
     Args:
         grad_fn: (params, state, batch, keys) -> ((loss, Aux), gradients).
-        micro_batches: how many; divides the batch size.
+        micro_batches: number of micro-batches; it divides the batch size.
     """
 
     def split(leaf):
-        # Row r goes to micro-batch r % micro_batches: no row changes its device.
+        # Row r goes to micro-batch r % micro_batches, so that no row moves to another
+        # device.
         return jnp.moveaxis(leaf.reshape(-1, micro_batches, *leaf.shape[1:]), 1, 0)
 
     def whole(params, state, batch, keys):
@@ -230,7 +238,7 @@ def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (weight, sums), stats = jax.lax.scan(add, zeros, parts)
         stats = jax.tree.map(lambda leaf: leaf[-1], stats)
-        # Without any weight the sums are 0, and so are the means: no update, no NaN.
+        # If all weights are 0, the sums are 0: then the means are 0 too, and not NaN.
         safe = jnp.where(weight > 0, weight, jnp.ones_like(weight))
         means = jax.tree.map(lambda x: x / safe.astype(x.dtype), sums)
         loss, metrics, grads = means
@@ -248,16 +256,18 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 def warmup_cosine(
     peak: float, warmup: float, total: float, last: float = 0.0
 ) -> Callable[[Any], Any]:
-    """Learning rate at each step: linear from 0 to `peak`, half a cosine to `last`.
+    """Learning rate at each step: a line from 0 to `peak`, then half a cosine to
+    `last`.
 
     Args:
         peak: learning rate after the warm-up.
-        warmup, total: in the unit of the argument (steps), not necessarily whole.
+        warmup: length of the warm-up in steps; may be fractional.
+        total: length of the run in steps; may be fractional.
         last: learning rate at `total`.
     """
 
     def schedule(step):
-        # Plain numbers stay on the host: the log asks too, while the device is busy.
+        # The log asks with a plain number: numpy then answers without the busy device.
         xp = jnp if isinstance(step, jax.Array) else np
         step = xp.asarray(step, xp.float32)
         rise = step / max(warmup, 1e-9)
@@ -269,11 +279,11 @@ def warmup_cosine(
 
 
 def layer_scales(params: Any, decay: float) -> Any:
-    """Share of the learning rate of each leaf, decided by its layer.
+    """Factor of the learning rate of each leaf, decay ** (last layer - its layer).
 
-    Embedding, positions, class and mask token are layer 0, block i of the encoder is
-    layer i + 1, all else is the last layer and has share 1. The leading axis of a
-    stacked leaf is that of the blocks.
+    Embedding, positions, class and mask token are layer 0; block i of the encoder is
+    layer i + 1; everything else is the last layer and has factor 1. A stacked leaf gets
+    an array with one factor per block.
     """
     encoder = params.get("encoder", {})  # absent where it is frozen
     stacked = jax.tree.leaves(encoder.get("blocks", {}))
@@ -294,7 +304,7 @@ def layer_scales(params: Any, decay: float) -> Any:
 
 
 def _by_layer(decay: float) -> optax.GradientTransformation:
-    """Every update times the share of its layer."""
+    """Multiplies every update by the factor of its layer (`layer_scales`)."""
 
     def scaled(updates, params):
         del params
@@ -304,7 +314,7 @@ def _by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def _trusted(coefficient: float) -> optax.GradientTransformation:
-    """Gradients of matrices, each at the length coefficient * |parameters|."""
+    """Scales the gradient of each matrix to the length coefficient * |parameters|."""
 
     def scaled(updates, params):
         def rule(path, update, param):
@@ -324,8 +334,8 @@ def _freezing(
     """Applies `steps` to the unfrozen leaves; frozen leaves get zero updates and no
     optimiser state.
 
-    Not by `optax.partition`: its state has other paths, by which the checkpoints of
-    runs with frozen parameters would no longer be found.
+    `optax.partition` would do the same, but its state has other paths: old checkpoints
+    of runs with frozen parameters could no longer be read.
     """
 
     def init(params):
@@ -341,7 +351,7 @@ def _freezing(
 
 
 def _without(frozen: tuple[str, ...], tree: Any, above: str = "") -> dict[str, Any]:
-    """Nested dicts without the leaves at or below the paths."""
+    """Nested dicts without the leaves at or below the paths in `frozen`."""
     rest = {}
     for name, node in tree.items():
         if above + name in frozen:
@@ -355,7 +365,7 @@ def _without(frozen: tuple[str, ...], tree: Any, above: str = "") -> dict[str, A
 
 
 def _merged(tree: Any, part: Any) -> Any:
-    """Nested dicts with the leaves of a part of them in their places."""
+    """`tree`, with the leaves that `part` has too taken from `part`."""
     return tree | {
         name: _merged(tree[name], node) if isinstance(node, dict) else node
         for name, node in part.items()
@@ -363,10 +373,10 @@ def _merged(tree: Any, part: Any) -> Any:
 
 
 def decays(params: Any) -> Any:
-    """True at the leaves that weight decay shrinks: all but biases and 1-D leaves.
+    """True at the leaves that weight decay shrinks: those with 2 or more axes.
 
-    Class and mask tokens are 3-D and decay, as in MAE. A stacked leaf counts without
-    its leading axis.
+    Biases and norm scales have 1 axis and do not decay. Class and mask tokens have 3
+    and decay, as in MAE. The leading axis of a stacked leaf is not counted.
     """
 
     def rule(path, leaf):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run works from, built and checked before anything compiles."""
+"""The plan of a training run: all its parts, built and checked before compilation."""
 
 import dataclasses
 import functools
@@ -22,16 +22,18 @@ from mim_jax.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A training run, resolved: every choice is made and fits every other.
+    """The parts of a training run, built from its config and checked against each
+    other.
 
     Attributes:
-        settings: the built config; its objective runs anywhere, on one device.
-        objective: the same for the devices of `mesh`: the forms of its operations are
-            chosen.
-        mesh: of devices.
+        settings: the built config. `settings.objective` uses the plain form of every
+            operation, which runs on any single device.
+        objective: the same objective with the forms (kernels) chosen for `mesh`.
+        mesh: device mesh.
         tx: optax transformation.
-        schedule: learning rate at a step.
-        total, stop: steps of the whole run, and where this process ends.
+        schedule: function from step to learning rate.
+        total: number of steps of the whole run.
+        stop: the step at which this process stops, <= total.
     """
 
     settings: configs.Train
@@ -52,9 +54,10 @@ class Plan:
         """The plan of a config.
 
         Args:
-            devices: to run on; None: all devices of all processes.
-            stand_in: the source stands for another that is not here: its images have
-                the right shape, and its labels do not matter.
+            devices: devices to run on; None: all devices of all processes.
+            stand_in: True if the source only replaces one that this machine lacks. Its
+                images have the right shape; its labels, and whether the report can use
+                its images, are not checked.
         Raises:
             ConfigError: the parts do not fit each other or this machine.
         """
@@ -67,7 +70,7 @@ class Plan:
             if not stand_in:
                 _check_labels(objective, data)
                 settings.report.check_data(objective, EvalPasses(data))
-            data.source.chosen()  # refuses here what only labels can tell
+            data.source.chosen()  # raises here if the labels do not allow the choice
             chosen = for_devices(objective, settings.attention, data.image_shape, mesh)
         except ValueError as error:
             raise configs.ConfigError(f"config: {error}") from error
@@ -85,7 +88,7 @@ class Plan:
 
     @property
     def epoch_images(self) -> int:
-        """Images drawn in an epoch."""
+        """Number of images drawn per epoch."""
         return self.settings.epoch_images or len(self.settings.data.source)
 
     @property
@@ -100,7 +103,7 @@ class Plan:
 
     @property
     def forms(self) -> str:
-        """The chosen forms, for people."""
+        """A line for people that names the chosen forms."""
         rows = "merged" if self.on_cpus else "as they are"
         return f"{described(self.objective)}; rows of dense layers {rows}"
 
@@ -118,12 +121,12 @@ class Plan:
         )
 
     def abstract_state(self) -> TrainState:
-        """Shapes, types and shardings of the state."""
+        """The state with a ShapeDtypeStruct (and sharding) in place of each array."""
         shapes = jax.eval_shape(self.create)
         return sharding.placed(shapes, sharding.by_path(shapes, self.mesh))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape, type and sharding of what a step reads."""
+        """The fields that a step reads, as ShapeDtypeStructs with their shardings."""
         rows, rule = self.settings.batch_size, sharding.by_row(self.mesh)
         shapes = self.settings.data.shapes
         return {
@@ -139,13 +142,14 @@ def for_devices(
     image_shape: tuple[int, int, int],
     mesh: jax.sharding.Mesh | None = None,
 ) -> Objective:
-    """An objective for a mesh, or for the first device of this process.
+    """The objective with the forms of its operations chosen for some devices.
 
     Args:
-        attention: the form of attention, or "auto", as `config.attention`.
+        attention: the form of attention, or "auto", as in `config.attention`.
         image_shape: rows, columns and channels.
+        mesh: the devices; None: the first device of this process.
     Raises:
-        ValueError: the form is unknown or cannot run there.
+        ValueError: the form is unknown or cannot run on these devices.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     tokens = objective.grid(image_shape).size + 1
@@ -157,11 +161,11 @@ def for_evaluation(
 ) -> tuple[Objective, str]:
     """The objective of a trained run for the first device of this process.
 
-    Its forms are chosen as in training. A form that the run's config names and that
-    this device cannot run gives way to the one that "auto" takes.
+    Forms are chosen as in training. If the run's config names a form that this device
+    cannot run, "auto" chooses another.
 
     Returns:
-        The objective, and a line for people that says which forms it has.
+        The objective, and a line for people that names its forms.
     """
     try:
         found = for_devices(objective, attention, image_shape)
@@ -171,7 +175,8 @@ def for_evaluation(
 
 
 def _check_reads(objective: Objective, data: Input) -> None:
-    """ValueError unless the data offer what a step reads, in shapes that fit."""
+    """ValueError unless the data offer the fields that a step reads, in shapes that
+    fit the objective."""
     data.check_offers(objective.batch_fields, type(objective).__name__)
     for name in objective.reads:
         shape, kind = data.shapes[name]
@@ -181,7 +186,8 @@ def _check_reads(objective: Objective, data: Input) -> None:
 
 
 def _check_labels(objective: Objective, data: Input) -> None:
-    """ValueError if an objective reads labels that are not there or leaves some out."""
+    """ValueError if the source lacks the labels that the objective reads, or has more
+    classes than the objective."""
     if "label" not in objective.reads:
         return
     if not data.source.classes:
@@ -192,21 +198,23 @@ def _check_labels(objective: Objective, data: Input) -> None:
     known = len(data.source.classes)
     if isinstance(objective, LabelObjective) and objective.classes < known:
         raise ValueError(
-            f"objective.classes={objective.classes}: data.source has {known}, and "
-            f"images of the others would be left out; want {known}"
+            f"objective.classes={objective.classes}: data.source has {known} classes, "
+            "and the loss would ignore images of the remaining ones; want "
+            f"objective.classes={known}"
         )
 
 
 def _check_batch(settings: configs.Train, parts: int) -> None:
-    """ConfigError unless micro-batches make sense, and divide over the mesh."""
+    """ConfigError unless the objective allows micro-batches and the mesh divides them
+    evenly."""
     objective, accumulate = settings.objective, settings.accumulate
     coupled = objective.batch_coupled and not settings.accumulate_coupled
     if accumulate > 1 and coupled:
         raise configs.ConfigError(
             f"config.accumulate={accumulate}: in the loss of "
             f"{type(objective).__name__} every image depends on the whole batch, so "
-            "micro-batches are another loss; want accumulate=1, or "
-            "--config.accumulate_coupled=true to work per micro-batch"
+            "micro-batches would change the loss; want accumulate=1, or "
+            "--config.accumulate_coupled=true to compute it per micro-batch"
         )
     if settings.batch_size // accumulate % parts:
         raise configs.ConfigError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training carries from step to step, and the two layouts of its blocks."""
+"""The training state, and the two layouts of transformer blocks in it."""
 
 import dataclasses
 import operator
@@ -17,18 +17,18 @@ _BLOCK = re.compile(r"block(\d\d+)")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything a run needs to go on.
+    """Everything that training carries from one step to the next.
 
-    The same tree also holds shapes or shardings in the place of arrays.
+    The fields may also hold shapes or shardings in place of arrays.
 
     Attributes:
-        step: optimiser steps done, int32.
+        step: number of optimiser steps done, int32.
         params: trained parameters.
         teacher: a second tree like (part of) params, or None.
-        stats: running statistics, {} without BatchNorm.
-        opt_state: the optimiser's.
-        key: base key of the run; never advanced, steps fold their number into it.
-        memory: what the trainer keeps for a masking, or None.
+        stats: running statistics; {} if the objective has none.
+        opt_state: state of the optimiser.
+        key: base key of the run. It never changes; each step folds its number into it.
+        memory: the memory of a masking (`Masking.first_memory`), or None.
     """
 
     step: Any
@@ -43,14 +43,15 @@ class TrainState:
 def create(
     objective, tx, *, seed: int, image_shape: tuple[int, int, int], scan: bool
 ) -> TrainState:
-    """The state before step 0; jit it with out_shardings, so that it is born sharded.
+    """The state before the first step; jit it with out_shardings to create each array
+    in its shards.
 
     Args:
-        objective: gives parameters per block, whatever `scan` says.
+        objective: gives one parameter tree per block, whatever `scan` is.
         tx: optax transformation.
-        seed: of the run; the only source of its randomness besides the data's.
+        seed: seed of the run; all randomness of its steps comes from it.
         image_shape: rows, columns, channels.
-        scan: keep the blocks stacked, so that networks run them as one loop.
+        scan: stack the blocks' parameters, so that networks run the blocks as a loop.
     """
     step = jnp.zeros((), jnp.int32)
     params, stats = initial(objective, seed=seed, image_shape=image_shape)
@@ -67,24 +68,26 @@ def create(
 
 
 def initial(objective, *, seed: int, image_shape: tuple[int, int, int]) -> tuple:
-    """(parameters per block, statistics) that a run with that seed starts from."""
+    """(parameters, statistics) from which a run with this seed starts; blocks are not
+    stacked."""
     batch = {"image": jnp.zeros((1, *image_shape), jnp.uint8)}
     return objective.init(jax.random.fold_in(run_key(seed), _INIT), batch)
 
 
 def layout(tree: Any, scan: bool) -> Any:
-    """A tree given per block, stacked if networks are to run their blocks as a loop."""
+    """A tree of single blocks; with `scan`, the same with its blocks stacked."""
     return stack_blocks(tree) if scan else tree
 
 
 def run_key(seed: int) -> Key[Array, ""]:
     """The base key of a run."""
-    # Named: the default generator may differ by platform and by number of devices.
+    # The generator is named since JAX's default may differ by platform and by number
+    # of devices.
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def stack_blocks(tree: Any) -> Any:
-    """`block00`, `block01`, ... of every dict as one `blocks` with a leading axis.
+    """Stacks `block00`, `block01`, ... of every dict to one `blocks`, axis 0.
 
     Works on any pytree that holds such dicts, optimiser states included.
     """
@@ -92,7 +95,7 @@ def stack_blocks(tree: Any) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-    """Inverse of `stack_blocks`: the layout of checkpoints and of evaluation."""
+    """Inverse of `stack_blocks`; checkpoints have this layout."""
     return _on_dicts(tree, _unstack)
 
 

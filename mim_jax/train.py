@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job "train": the one step and the one loop, for any objective."""
+"""Job "train": one step function and one loop that serve every objective."""
 
 import dataclasses
 import functools
@@ -33,12 +33,14 @@ def train_step(
 
     Args:
         batch: fields of the training example by name, each with a row per image.
-        objective, tx: what is learned, and the optax transformation.
-        micro_batches: parts of the batch that are computed one after the other.
-        branch: of `choose_state`.
+        objective: gives the loss, the teacher and the metrics.
+        tx: optax transformation.
+        micro_batches: number of parts into which the batch is cut; they are computed
+            one after the other.
+        branch: as for `choose_state`.
     Returns:
-        The next state, and scalars: the loss, `ok` (False: loss or gradients were not
-        finite, and the state is the old one), the objective's metrics.
+        The next state, and scalars: `loss`, `ok` and the objective's metrics. Where
+        the loss or a gradient is not finite, `ok` is False and the old state returns.
     """
     keys = example_keys(state, len(jax.tree.leaves(batch)[0]))
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
@@ -74,9 +76,9 @@ def choose_state(
     replaces a good state.
 
     Args:
-        branch: take a branch instead of a selection leaf by leaf. On a CPU selecting
-            takes three times as long; on a TPU it is part of what makes the leaf, and a
-            branch would cut it off.
+        branch: True uses `lax.cond`, False a `where` on each leaf. On a CPU the `where`
+            takes three times as long. A TPU compiler fuses the `where` into the code
+            that computes the leaf, which `lax.cond` would prevent.
     """
     if branch:
         return jax.lax.cond(ok, make, lambda: old)
@@ -91,7 +93,7 @@ def _selected(ok: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 
 def step_of(plan: Plan) -> Callable[..., Any]:
-    """`train_step` of a plan: a function of (state, batch)."""
+    """`train_step` with the plan's arguments bound: a function of (state, batch)."""
     return functools.partial(
         train_step,
         objective=plan.objective,
@@ -102,8 +104,10 @@ def step_of(plan: Plan) -> Callable[..., Any]:
 
 
 def lowered(plan: Plan) -> jax.stages.Lowered:
-    """The training step, traced for the plan's mesh: the state is donated, and its
-    shardings are those it came with."""
+    """The training step, traced for the plan's mesh.
+
+    The state is donated; the new state has the shardings of the old one.
+    """
     state = plan.abstract_state()
     outputs = (sharding.shardings_of(state), sharding.replicated(plan.mesh))
     jitted = jax.jit(step_of(plan), donate_argnums=0, out_shardings=outputs)
@@ -111,11 +115,13 @@ def lowered(plan: Plan) -> jax.stages.Lowered:
 
 
 def run(config: configs.Tree, workdir: pathlib.Path) -> None:
-    """Train to the config's last step, going on from the newest checkpoint.
+    """Train to the config's last step, resuming from the newest checkpoint if there is
+    one.
 
     Raises:
-        ConfigError: the config cannot work; nothing was compiled or written over.
-        MismatchError: the checkpoint is of another model; likewise.
+        ConfigError: the config cannot work; nothing was compiled or overwritten.
+        MismatchError: the checkpoint belongs to another model; nothing was compiled or
+            overwritten.
         CheckpointError: no checkpoint can be read, or the state could not be saved.
         NonFiniteError: a loss or gradient was not finite.
         Interrupted: SIGTERM or SIGINT came, and the state is saved.
@@ -127,7 +133,8 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         changes = rundir.check_config(workdir, config)
         if settings.compile_cache:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-            # Else the folder's name is part of the key: a moved run compiles anew.
+            # XLA's own caches put the folder's name into the cache key, so that a run
+            # directory that was moved would compile again.
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         with Checkpointer(workdir, settings.checkpoint) as checkpointer:
             like = plan.abstract_state()
@@ -147,15 +154,15 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             finally:
                 tracer.close()
                 monitor.close()
-        # All is saved by now: who leaves here loses nothing, and the next start
-        # makes the report again.
+        # The state is saved by now: an interruption here loses nothing, and the next
+        # start writes the report again.
         interrupts.patiently(lambda: report.measure(plan, state, workdir))
 
 
 def _begin(
     plan: Plan, like: TrainState, checkpointer: Checkpointer
 ) -> tuple[int, TrainState, dict[str, Any]]:
-    """(step, state, what was kept with it) to go on from."""
+    """(step, state, extra) to start from; `extra` is what `Monitor.saved` returned."""
     found = checkpointer.restore(like)
     if found is None:
         state = jax.jit(plan.create, out_shardings=sharding.shardings_of(like))()
@@ -180,7 +187,7 @@ def _loop(
     interrupts: Interrupts,
     tracer: Tracer,
 ) -> TrainState:
-    """Steps `start` to `plan.stop` of a run; returns the last state."""
+    """Train from step `start` to `plan.stop`; returns the last state."""
     settings = plan.settings
     try:
         step_fn = interrupts.patiently(lambda: lowered(plan).compile())
@@ -216,6 +223,6 @@ def _loop(
 def _same_data(before: dict, now: dict) -> None:
     if before != now:
         raise configs.ConfigError(
-            f"the data are not those that this run began with: {before} then, {now} "
-            "now; want the same data set, or another --workdir"
+            "the data set differs from the one that this run began with: it was "
+            f"{before} and is now {now}; want the same data set, or another --workdir"
         )

@@ -499,7 +499,7 @@ def test_another_data_set_is_refused(straight, tmp_path):
     sealed = {"about": about, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     path.write_text(json.dumps(sealed))
     error = refused(workdir, 2)
-    assert "the data are not those that this run began with" in error
+    assert "the data set differs from the one that this run began with" in error
 
 
 def test_a_damaged_checkpoint_costs_one_interval(straight, tmp_path):

@@ -330,8 +330,8 @@ def test_a_batch_coupled_objective_is_refused_with_the_reason(monkeypatch):
         Plan.of(tree_of(accumulate=2), devices(1))
     assert str(caught.value) == (
         "config.accumulate=2: in the loss of MAE every image depends on the whole "
-        "batch, so micro-batches are another loss; want accumulate=1, or "
-        "--config.accumulate_coupled=true to work per micro-batch"
+        "batch, so micro-batches would change the loss; want accumulate=1, or "
+        "--config.accumulate_coupled=true to compute it per micro-batch"
     )
     Plan.of(tree_of(accumulate=2, accumulate_coupled=True), devices(1))
 
