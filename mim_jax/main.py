@@ -8,7 +8,8 @@ import signal
 import time
 
 if __name__ == "__main__":
-    # Until there is a run to save, Ctrl-C just ends it: no traceback from an import.
+    # Ctrl-C during the imports ends the process without a traceback: there is no run
+    # to save yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
@@ -39,14 +40,14 @@ def main(argv: list[str]) -> None:
     """Run the job that the config names; exit codes are listed in README."""
     del argv  # `parse` left nothing in it
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # libraries tell of every file closed
+        logging.set_verbosity(logging.WARNING)  # at INFO libraries log every file
     if _DISTRIBUTED.value:
         _join()
     config = CONFIG.value
     why = None
     try:
         if config.job not in JOBS:
-            configs.build(config)  # says which jobs there are
+            configs.build(config)  # raises an error that lists the jobs
         if config.job == "train" or jax.process_index() == 0:  # others need one host
             JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
     except (configs.ConfigError, MismatchError) as error:
@@ -57,25 +58,27 @@ def main(argv: list[str]) -> None:
         why = f"error: {error}", EXIT_CHECKPOINT
     except Interrupted:
         why = "saved; the same command goes on from here", EXIT_INTERRUPTED
-    # Batches lie in shared memory, which Grain frees in a thread, the last ones once
-    # the error that held them is gone: what is left at the end is told of as leaks.
+    # Batches lie in shared memory, which a thread of Grain frees. The exception above
+    # may have kept the last batches alive: collect it, and give the thread time, or
+    # Python reports the memory as leaked.
     gc.collect()
     time.sleep(0.1)
     if why is None and _DISTRIBUTED.value:
-        # The first host may still draw, and JAX's own patience at the end is 5 minutes.
+        # The first host may still draw its report; JAX itself waits only 5 minutes.
         wait_for_all("done", _REPORT)
     if why is not None:
         if why[1] in (EXIT_NON_FINITE, EXIT_INTERRUPTED):
-            # All hosts leave with these: none may go first, and take the others along.
+            # All hosts end with these codes. One that ended first would make JAX abort
+            # the others, so they shut down together.
             jax.distributed.shutdown()
         leave(*why)
 
 
 def _join() -> None:
-    """Become one process of several: a cluster that JAX knows says which one, or the
-    environment does, as launch/local.sh sets it."""
+    """Join the other processes. Which one this is, JAX learns from the cluster, or from
+    the environment that launch/local.sh sets."""
     settings = {}
-    if "JAX_NUM_PROCESSES" in os.environ:  # of all three JAX reads the address only
+    if "JAX_NUM_PROCESSES" in os.environ:  # JAX itself reads only the address
         settings = {
             "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
             "process_id": int(os.environ["JAX_PROCESS_ID"]),

@@ -7,7 +7,7 @@ These are demonstrations of the program, not the papers' experiments: a config's
 
 from mim_jax import config
 
-# Of a source: its classes, and sets that differ from what it holds out.
+# For each source: its number of classes, and its held-out images with a shift applied.
 CLASSES = {"digits": 10, "cues": 8}
 SHIFTS = {
     "digits": (
@@ -19,11 +19,12 @@ SHIFTS = {
 
 
 def photos(c: config.Tree) -> None:
-    """A small model on small crops, pixels as they are, so that PSNR is honest.
+    """A small model on small crops; it predicts pixels that are not normalised, so that
+    PSNR needs no help from the true patch.
 
-    Twelve photographs are soon known by heart. Small crops and strong colour jitter
-    keep a model from that: without them it fills held-out pictures in worse than their
-    mean colour does (docs/photos.md).
+    A model soon memorises twelve photographs. Small crops and strong colour jitter
+    prevent that: without them its reconstructions of held-out pictures are worse than
+    a fill with their mean colour (docs/photos.md).
     """
     _plain(c)
     c.steps = 800
@@ -50,7 +51,7 @@ def digits(c: config.Tree) -> None:
     _grey(c, mean=0.3, std=0.38)
     c.data.image_size = (8, 8)
     c.data.crop_scale = (0.5, 1.0)
-    c.data.flip = False  # a mirrored digit is none
+    c.data.flip = False  # a mirrored digit is no digit
     c.data.eval_crop_fraction = 1.0
     c.optim.base_lr = 4e-3
     c.optim.warmup_epochs = 10.0
@@ -74,8 +75,8 @@ def cues(c: config.Tree) -> None:
 
 
 def labels(c: config.Tree, preset: str = "digits") -> None:
-    """After `digits` or `cues`: their classes, and augmentations that small images
-    survive."""
+    """Settings for labels, to apply after `digits` or `cues`: the source's classes, and
+    augmentations weak enough for small images."""
     c.steps = 300
     c.objective.classes = CLASSES[preset]
     c.optim.warmup_epochs = 5.0 if preset == "digits" else 1.0
@@ -89,7 +90,7 @@ def labels(c: config.Tree, preset: str = "digits") -> None:
 
 
 def _small(c: config.Tree, patch: int, depth: int) -> None:
-    """Networks of width 64, the decoder with `depth` blocks; heads to match."""
+    """Networks of width 64, with a decoder of `depth` blocks and small heads."""
     objective = c.objective
     objective.encoder.update(dict(patch=patch, width=64, depth=3, heads=4))
     if "decoder" in objective:
@@ -102,7 +103,8 @@ def _small(c: config.Tree, patch: int, depth: int) -> None:
 
 
 def _grey(c: config.Tree, mean: float, std: float) -> None:
-    """Small grey images have no colours, and no pixels to blur."""
+    """Sets one channel, and turns off what small grey images cannot show: changes of
+    colour, blur and solarising."""
     objective = c.objective
     objective.mean, objective.std = (mean,), (std,)
     for name in ("jitter", "view1", "view2", "local"):

@@ -13,10 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mim_jax.kernels.base import ROWS
 
-# The first pattern found in a leaf's path decides; leaves without one are replicated.
-# Specs are those of a single block: a stacked leaf gets a leading None. Optimiser
-# moments repeat the paths of the parameters, so the same rules hold for them.
-# Along "tensor" blocks are split as in Megatron-LM, arXiv:1909.08053, section 3: the
+# The first pattern that matches a leaf's path gives its spec; a leaf that matches none
+# is replicated. Specs are written for a single block: a stacked leaf gets a leading
+# None. Optimiser moments repeat the paths of the parameters, so the same rules apply.
+# The "tensor" axis splits blocks as Megatron-LM does, arXiv:1909.08053, section 3: the
 # first matrix by columns and the second by rows, so that one sum joins the parts.
 RULES = (
     (r"/(qkv|fc1)/kernel$", PartitionSpec(None, ("tensor", "fsdp"))),
@@ -32,11 +32,12 @@ class Mesh:
     """Shape of the device mesh; batches are split over `data` and `fsdp`.
 
     Attributes:
-        data: copies of the parameters; -1 is all devices that the others leave.
-        fsdp: devices that share one copy of parameters and optimiser state.
-        tensor: devices that share the work on one image, each with a part of the heads
-            and of the MLP. For models whose activations of a single image are too much;
-            else `fsdp` sends less.
+        data: number of copies of the parameters; -1: number of devices divided by
+            fsdp * tensor.
+        fsdp: number of devices that share one copy of parameters and optimiser state.
+        tensor: number of devices that share the work on one image, each with a part of
+            the heads and of the MLP. Use it if the activations of one image do not fit
+            on a device; otherwise `fsdp` communicates less.
     """
 
     data: int = -1
@@ -113,21 +114,24 @@ def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def row_parts(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def rows_here(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
-    """Which rows of a global batch of `rows` the devices of this host hold, in order.
+    """Sorted indices of the rows that this host's devices hold, of a global batch.
 
-    On a TPU they need not lie side by side: JAX orders devices by their wires.
+    On a TPU they need not be contiguous: JAX orders devices by how they are wired.
+
+    Args:
+        rows: number of rows of the global batch.
     """
     parts = by_row(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for part in parts if part for row in range(rows)[part[0]]})
 
 
 def from_hosts(number: int) -> list[int]:
-    """That number of every host; all of them must ask at the same point."""
+    """The number that each host passed; all hosts must call this at the same point."""
     if jax.process_count() == 1:
         return [number]
     with jax.transfer_guard("allow"):
@@ -135,7 +139,8 @@ def from_hosts(number: int) -> list[int]:
 
 
 def from_first_host(numbers: list[int]) -> list[int]:
-    """The first host's numbers, whatever the others have; likewise."""
+    """The numbers that the first host passed; all hosts must call this at the same
+    point."""
     count = from_hosts(len(numbers))[0]
     if jax.process_count() == 1 or not count:
         return numbers[:count]
@@ -145,9 +150,10 @@ def from_first_host(numbers: list[int]) -> list[int]:
 
 
 def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The global batch of which each host holds its own rows."""
+    """The global batch on the devices, put together from each host's own rows."""
     rows = by_row(mesh)
-    # Explicit, though with several hosts JAX takes it for a transfer by oversight.
+    # With several hosts JAX treats this explicit transfer as implicit, and the guard of
+    # the training loop would refuse it.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(
             lambda array: jax.make_array_from_process_local_data(rows, array), batch

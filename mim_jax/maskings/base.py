@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a masking is: a rule by which patches of an image are hidden."""
+"""The interface of a masking: a rule that says which patches of an image are hidden."""
 
 import abc
 from typing import Any, ClassVar
@@ -11,23 +11,23 @@ from mim_jax.ops.patches import Grid
 
 
 class Masking(abc.ABC):
-    """Draws which patches are hidden, each image by its own key.
+    """Draws the hidden patches of each image by the image's own key.
 
     A concrete masking is a frozen dataclass whose fields are its configuration. A
-    masking may read three things, and says which:
+    masking may read, besides keys:
 
-    * nothing but keys: leave the attributes below as they are;
+    * nothing: leave the attributes below as they are;
     * fields of the training example (a tree, latents): name them in `reads`, and take
       each as a keyword argument of `__call__`;
-    * a memory that the trainer keeps: set `refresh_every`, write `first_memory` and
+    * a memory that the trainer updates: set `refresh_every`, write `first_memory` and
       `refresh`, and take `memory` as a keyword argument of `__call__`.
 
-    For a mask or noise of your own use `mim_jax.ops.masking` and put the `Mask` into
-    the batch under "mask".
+    To use masks or noise of your own, make a `Mask` with `mim_jax.ops.masking` and put
+    it into the batch under "mask".
 
     Attributes:
         reads: fields of the training example that `__call__` reads.
-        refresh_every: steps between refreshes of the memory; 0: there is none.
+        refresh_every: steps between refreshes of the memory; 0: no memory.
 
     Example:
         >>> import dataclasses, jax, jax.numpy as jnp
@@ -61,7 +61,7 @@ class Masking(abc.ABC):
 
     @abc.abstractmethod
     def visible_count(self, grid: Grid) -> int:
-        """Number of visible patches of every image; static, since shapes are.
+        """Number of visible patches, the same for every image since shapes are static.
 
         Raises:
             ValueError: this masking does not fit the grid. The plan calls this before
@@ -70,10 +70,10 @@ class Masking(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
-        """A mask for each key: a pure function of that key and of what is given.
+        """A mask for each key: a pure function of that key and the other arguments.
 
-        A masking that reads more takes it as keyword arguments: a field of the batch
-        for each name in `reads`, and `memory` where it keeps one.
+        A masking takes further arguments by keyword: the batch's field for each name in
+        `reads`, and `memory` if it has one.
 
         Args:
             keys: one per image; the only source of randomness.
@@ -87,17 +87,17 @@ class Masking(abc.ABC):
     def refresh(
         self, memory: Any, objective: Any, params: Any, batch: dict[str, Any], keys
     ) -> Any:
-        """The next memory, like the old one in shapes; pure, and part of the step.
+        """The next memory, with the shapes of the old one; pure, and part of the step.
 
         The trainer calls it after each step whose number is a multiple of
         `refresh_every`, and saves the memory with the checkpoint.
 
         Args:
-            memory: the old one.
-            objective: whose `encode(params, images, ...)` gives tokens and attention.
-            params: after the step.
-            batch: of the step.
-            keys: of the step, one per image.
+            memory: the old memory.
+            objective: its `encode(params, images, ...)` gives tokens and attention.
+            params: parameters after the step.
+            batch: batch of the step.
+            keys: keys of the step, one per image.
         """
         del objective, params, batch, keys
         return memory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random rectangles, laid one over the other until enough is hidden."""
+"""Hides random rectangles, which may overlap, until enough patches are hidden."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ from mim_jax.ops.patches import Grid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block(Masking):
-    """Hides rectangles in the manner of BEiT (arXiv:2106.08254, algorithm 1).
+    """Hides rectangles of patches, after BEiT (arXiv:2106.08254, algorithm 1).
 
-    Departure from the paper: the count of hidden patches is the same for every image,
-    so the last rectangle is cut at random rather than shrunk or dropped.
+    Departure from the paper: the number of hidden patches is the same for every image.
+    Of the last rectangle only a random part is hidden; the paper shrinks or drops it.
 
     Attributes:
         ratio: share of patches that is hidden, 0 < ratio < 1.
         least: area of the smallest rectangle in patches.
         aspect: height / width is log-uniform in (aspect, 1 / aspect), 0 < aspect <= 1.
-        rectangles: drawn per image; what they leave uncovered is hidden at random if
-            the ratio is still not met.
+        rectangles: number of rectangles drawn per image. If all of them cover less than
+            the ratio, further patches are hidden at random.
     """
 
     ratio: float = 0.4
@@ -80,6 +80,7 @@ class Block(Masking):
         covers = (row >= top) & (row < top + height)
         covers &= (col >= left) & (col < left + width)
         first = jnp.where(covers.any(axis=0), covers.argmax(axis=0), self.rectangles)
-        # Visible first: uncovered patches, then those of ever earlier rectangles.
+        # The visible patches are the first of this order: uncovered patches come first,
+        # then those of the last rectangle, the one before it, and so on.
         noise = jax.random.bits(tie_key, (grid.size,), "uint32")
         return jnp.lexsort((noise, -first)).astype(jnp.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One visible patch in every cell of a regular grid."""
+"""Leaves one patch visible in every cell of a regular grid."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from mim_jax.ops.patches import Grid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridMasking(Masking):
-    """Keeps one patch, at random, of every cell x cell block: ratio 1 - 1 / cell**2.
+    """Hides all but one random patch of every cell x cell block: ratio 1 - 1 / cell**2.
 
     Attributes:
         cell: patches along the side of a cell, >= 2; divides both grid sides.

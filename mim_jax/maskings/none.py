@@ -12,7 +12,7 @@ from mim_jax.ops.patches import Grid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nothing(Masking):
-    """Hides nothing: for the rows without masking of arXiv:2208.04164, table 5."""
+    """Hides nothing, as in the rows without masking of arXiv:2208.04164, table 5."""
 
     @property
     def distinct(self) -> int:

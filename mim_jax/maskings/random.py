@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uniform random masking of square units, independent of the ViT patch."""
+"""Uniform random masking of square units, which may be larger than a ViT patch."""
 
 import dataclasses
 from typing import Literal
@@ -16,17 +16,17 @@ from mim_jax.ops.patches import Grid
 class Random(Masking):
     """Hides a fixed share of the units of every image, uniformly at random.
 
-    MAE is one patch per unit (arXiv:2111.06377); units larger than a patch are the mask
-    sizes of arXiv:2306.04898, section 3.
+    MAE's units are single patches (arXiv:2111.06377). Units larger than a patch are the
+    mask sizes of arXiv:2306.04898, section 3.
 
     Attributes:
-        ratio: share of units that is hidden, 0 < ratio < 1. Counts are
-            floor(units * (1 - ratio) + 1e-6) visible, the rest hidden.
-        unit: side in PIXELS of the squares that are hidden together, a multiple of the
-            ViT patch; None is one patch.
-        partial_units: "round" hides whole units only, and wants them to tile the
-            image; "allow" counts patches instead, so that one unit may be cut and
-            units may reach over the border, as in long-sequence MAE (arXiv:2210.07224).
+        ratio: share of units that is hidden, 0 < ratio < 1. The number of visible units
+            is floor(units * (1 - ratio) + 1e-6).
+        unit: side of a unit in PIXELS, a multiple of the ViT patch; None: one patch.
+        partial_units: "round" hides whole units only; they have to tile the image.
+            "allow" counts patches instead of units, so that one unit may be hidden in
+            part and units may reach over the image's border, as in long-sequence MAE
+            (arXiv:2210.07224).
     """
 
     ratio: float = 0.75

@@ -15,14 +15,14 @@ from mim_jax.schema import internal, shared
 
 
 class Decoder(nn.Module):
-    """Small ViT that fills mask tokens in, arXiv:2111.06377, section 3.
+    """Small ViT that predicts patches from mask tokens, arXiv:2111.06377, section 3.
 
-    Tokens stay in the order class, visible, hidden: attention does not care for order,
-    so nothing is ever put back into grid order in training.
+    Tokens stay in the order class, visible, hidden. Attention does not depend on the
+    order of tokens, so training never restores the grid order.
 
     Attributes:
         width, depth, heads: token width, number of blocks, attention heads.
-        mlp_ratio: hidden width of the MLP over the token width.
+        mlp_ratio: hidden width of the MLP divided by the token width.
         dtype, remat, kernels: as in Encoder.
     """
 
@@ -43,21 +43,24 @@ class Decoder(nn.Module):
         outputs: int,
         predict: Literal["hidden", "visible", "all"] = "hidden",
     ) -> Float[Array, "b m {outputs}"]:
-        """Predictions at hidden patches, in the order of `mask.drop`.
+        """Predictions for hidden patches, in the order of `mask.drop`.
 
         Args:
-            tokens: encoder output, the class token first, then the visible patches in
-                the order of `mask.keep`.
-            outputs: numbers per patch.
-            predict: "visible" predicts at visible patches instead, in the order of
-                `mask.keep`; "all" at both, in the order keep, drop
-                (`mim_jax.ops.masking.unshuffle` gives grid order).
+            tokens: encoder output: the class token, then the visible patches in the
+                order of `mask.keep`.
+            mask: visible and hidden patches of each image.
+            grid: the patches of the images; static.
+            outputs: number of values predicted per patch.
+            predict: "visible" predicts visible patches instead, in the order of
+                `mask.keep`. "all" predicts both, in the order keep, drop
+                (`mim_jax.ops.masking.unshuffle` restores grid order).
         """
         x = Dense(self.width, self.dtype, self.kernels, name="embed")(tokens)
         table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32).astype(x.dtype)
         init = nn.initializers.normal(0.02)
         mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(x.dtype)
-        # The class token has position zero; visible tokens get their position anew.
+        # The class token has position 0. Visible tokens get positions here too: those
+        # that the encoder added have another width.
         parts = [x[:, :1], x[:, 1:] + table[mask.keep], mask_token + table[mask.drop]]
         x, _ = run_blocks(self, jnp.concatenate(parts, axis=1))
         middle = 1 + mask.keep.shape[1]

@@ -18,9 +18,9 @@ from mim_jax.schema import internal, shared
 class BatchNorm(nn.Module):
     """Batch norm over all leading axes of the global batch, in float32 at least.
 
-    Under jit a mean over a sharded axis is the mean over all devices, so statistics are
-    synchronised by construction. Running ones are not kept: the heads that use this are
-    thrown away after pre-training.
+    Under jit a mean over a sharded axis is the mean over all devices, so no extra code
+    synchronises the statistics. There are no running statistics: the heads that use
+    this norm are discarded after pre-training.
     """
 
     dtype: str
@@ -42,7 +42,7 @@ class BatchNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP applied to each token: linear, norm and activation, at last linear.
+    """MLP on each token: (linear, norm, activation) per hidden layer, then linear.
 
     The defaults are C-MAE's (arXiv:2208.04164, section 5): "2 layers, the activation
     function is GELU, hidden 2048, output 768"; batch norm is MoCo v3's. Linear layers
@@ -51,10 +51,10 @@ class Head(nn.Module):
     Attributes:
         layers: number of linear layers, >= 1.
         hidden, out: width of hidden layers and of the output.
-        norm: between layers: batch norm, layer norm or none.
-        activation: after each hidden layer.
+        norm: norm after each hidden layer: batch norm, layer norm or none.
+        activation: activation after each hidden layer's norm.
         last_norm: batch norm without scale and bias after the last layer.
-        dtype: of activations.
+        dtype: dtype of activations.
         kernels: the form of each operation; the plan sets it.
     """
 
@@ -104,14 +104,15 @@ class Head(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """DINO's head (arXiv:2104.14294, section 3.1): an MLP, rows of length 1, and cosine
-    similarities to `out` prototypes.
+    """DINO's head (arXiv:2104.14294, section 3.1): an MLP, and the cosine similarities
+    of its output to `out` prototypes.
 
     Attributes:
-        layers, hidden: of the MLP, with GELU and without norms.
-        bottleneck: its output width.
+        layers, hidden: number of layers and hidden width of the MLP, which has GELU
+            and no norms.
+        bottleneck: output width of the MLP.
         out: number of prototypes.
-        dtype: of activations; similarities are float32 at least.
+        dtype: dtype of activations; similarities are float32 at least.
         kernels: the form of each operation; the plan sets it.
     """
 
@@ -136,7 +137,7 @@ class Prototypes(nn.Module):
         kind = accurate(self.dtype)
         x = l2_normalise(mlp(x).astype(kind))
         shape = (self.bottleneck, self.out)
-        # Weight norm with all lengths fixed to 1: only directions are learned.
+        # Weight norm with every length fixed to 1: only directions are learned.
         kernel = self.param("prototypes", nn.initializers.normal(0.02), shape)
         kernel = l2_normalise(kernel.astype(kind), axis=0).astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=kind)
@@ -155,12 +156,12 @@ class Prototypes(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Linear classification head of images or tokens; logits in float32 at least.
+    """Linear classification head for images or tokens; logits are float32 at least.
 
     Attributes:
         classes: number of logits.
-        deviation: of the normal that initialises the kernel.
-        dtype: of the product.
+        deviation: of the normal distribution that initialises the kernel.
+        dtype: dtype of the matrix product.
     """
 
     classes: int
@@ -190,7 +191,8 @@ def init_heads(
 
 
 def check_heads(projector: Head, predictor: Head) -> None:
-    """ValueError if two heads whose outputs are compared do not fit."""
+    """ValueError if a head's sizes are out of range, or the outputs of the two heads,
+    which the loss compares, differ in width."""
     projector.check_sizes("projector")
     predictor.check_sizes("predictor")
     if predictor.out != projector.out:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision transformer that sees a chosen subset of patches, in the details of MAE.
+"""Vision transformer that sees a chosen subset of patches; details are those of MAE.
 
-Parameter names are public, since checkpoints depend on them. They are per block,
-`block00/attn/qkv/kernel`; a tree whose blocks are stacked under `blocks` (see
-`mim_jax.state.stack_blocks`) runs the same network as one scanned loop.
+Parameter names are public, since checkpoints depend on them. Each block has its own,
+e.g. `block00/attn/qkv/kernel`. If the parameters of all blocks are stacked under
+`blocks` (see `mim_jax.state.stack_blocks`), the network runs its blocks as one loop.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "H": dict(width=1280, depth=32, heads=16, patch=14),
 }
 
-# What the backward pass keeps instead of computing it again.
+# What the forward pass saves for the backward pass, which recomputes the rest.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -51,8 +51,9 @@ def run_blocks(
 
     Args:
         network: the calling module; the blocks become its sub-modules.
-        taps: what to return besides, of TAPS, with a leading axis over the blocks.
-        scales: factor of each branch of each block, from `drop_path`; None is 1.
+        taps: names from TAPS: further values to return, with a leading axis over the
+            blocks.
+        scales: factor of each branch of each block, from `drop_path`; None: 1.
     """
     fields = {name: getattr(network, name) for name in _OF_A_BLOCK}
     fields["taps"] = tuple(taps)
@@ -73,7 +74,8 @@ _OF_A_BLOCK = ("heads", "mlp_ratio", "dtype", "kernels")
 
 
 def _rematerialised(remat: str, stacked: bool):
-    """A block that computes again in the backward pass what it does not save."""
+    """A block that saves what REMAT[remat] says and recomputes the rest in the backward
+    pass."""
     # Outside a loop the compiler would merge the recomputation with the original.
     return nn.remat(Block, policy=REMAT[remat], prevent_cse=not stacked)
 
@@ -101,13 +103,14 @@ def drop_path(
 
 
 def layer_flops(tokens: int, width: int, mlp_ratio: float) -> float:
-    """FLOPs of one block's forward pass, a multiply-add counted as two."""
+    """FLOPs of one block's forward pass; a multiply-add counts as two."""
     matmuls = (8 + 4 * mlp_ratio) * tokens * width**2
     return matmuls + 4 * tokens**2 * width
 
 
 def check_width(name: str, width: int, heads: int) -> None:
-    """ValueError unless the heads divide the width and tables can be made for it."""
+    """ValueError unless the width is a multiple of the heads, and of 4 for the position
+    tables."""
     if heads < 1 or width < 4 or width % heads or width % 4:
         raise ValueError(
             f"{name}.width={width}, {name}.heads={heads}: want a width that is a "
@@ -118,7 +121,7 @@ def check_width(name: str, width: int, heads: int) -> None:
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x Phi(x), exact, in float32 at least, arXiv:1606.08415.
 
-    By erf, as PyTorch computes it: JAX's own uses erfc, which costs more everywhere.
+    It uses erf, as PyTorch does; JAX's own gelu uses erfc, which is slower everywhere.
     """
     wide = x.astype(accurate(x.dtype))
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
@@ -127,7 +130,7 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 class LayerNorm(nn.Module):
     """Layer norm with MAE's epsilon, in float32 at least.
 
-    Flax's own mixes dtypes by implicit promotion, which our tests forbid.
+    Flax's layer norm mixes dtypes by implicit promotion, which our tests forbid.
     """
 
     dtype: str
@@ -149,7 +152,7 @@ class LayerNorm(nn.Module):
 
 
 def _variance_in_one_pass(wide, mean):
-    # What cancels is less than the rounding of inputs in half precision.
+    # The error by cancellation is smaller than the rounding of half-precision inputs.
     variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
     return jnp.maximum(variance, 0)
 
@@ -158,12 +161,13 @@ class Dense(nn.Module):
     """Linear layer with a Xavier-uniform kernel and, unless told otherwise, zero bias.
 
     Attributes:
-        features: numbers of an output row.
-        dtype: of the product.
-        kernels: whether rows are merged, and which devices share the kernel.
-        split: the axis of the kernel that `tensor` devices share, see
+        features: output width.
+        dtype: dtype of the matrix product.
+        kernels: says whether leading axes are merged, and which devices share the
+            kernel.
+        split: the axis of the kernel that is split over `tensor` devices, see
             `mim_jax.sharding.RULES`.
-        bias_init: what the bias starts from.
+        bias_init: initialiser of the bias.
         use_bias: whether there is a bias.
     """
 
@@ -184,7 +188,7 @@ class Dense(nn.Module):
     def product_and_bias(
         self, x: Float[Array, "*b d"]
     ) -> tuple[Float[Array, "*b {self.features}"], Any]:
-        """The product without the bias, and the bias "f", or None if there is none."""
+        """The product, without the bias added, and the bias "f" (None: no bias)."""
         init, shape = nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
         kernel: Any = jnp.asarray(self.param("kernel", init, shape), self.dtype)
         bias = None
@@ -202,7 +206,7 @@ class Attention(nn.Module):
     """Multi-head self-attention; q, k and v come from one fused matrix.
 
     Attributes:
-        weights: return the softmax weights too, else None in their place.
+        weights: True: return the softmax weights too; False: None in their place.
     """
 
     heads: int
@@ -215,7 +219,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b a n n"] | None]:
         width = x.shape[-1]
-        # Xavier on the fused [d, 3d] matrix: its bound is sqrt(6 / 4d), sqrt(1/2) of
+        # Xavier on the fused [d, 3d] matrix has the bound sqrt(6 / 4d), sqrt(1/2) times
         # the bound of three separate matrices.
         fused = Dense(3 * width, self.dtype, self.kernels, split=1, name="qkv")
         qkv, bias = fused.product_and_bias(x)
@@ -263,14 +267,14 @@ class Encoder(nn.Module):
     Attributes:
         patch: side of a patch in pixels.
         width, depth, heads: token width, number of blocks, attention heads; see SIZES.
-        mlp_ratio: hidden width of the MLP over the token width.
-        positions: "fixed" sines and cosines, or "learned": parameters that start as
-            those, with a row for the class token first.
-        norm: what the final norm is applied to: "tokens", each one, or "pooled", the
-            mean of the patch tokens, while tokens are returned as they are.
-        drop_path: share of images for which a branch of the last block is left out, in
-            training; it grows linearly with depth.
-        dtype: of activations; parameters are float32.
+        mlp_ratio: hidden width of the MLP divided by the token width.
+        positions: "fixed": sines and cosines. "learned": parameters that start from
+            these, with a first row of zeros for the class token.
+        norm: "tokens": the final norm is applied to each token. "pooled": it is applied
+            to the mean of the patch tokens, and tokens are returned without it.
+        drop_path: share of images for which training skips a branch of the last block;
+            in earlier blocks the share is smaller, linearly in depth from 0.
+        dtype: dtype of activations; parameters are float32.
         remat: what the backward pass recomputes, a key of REMAT.
         kernels: the form of each operation; the plan sets it.
     """
@@ -297,30 +301,30 @@ class Encoder(nn.Module):
         hidden: Bool[Array, "b n"] | None = None,
         keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
-        """Class token and patch tokens, after the final norm if that is theirs.
+        """Class token and patch tokens, after the final norm if norm="tokens".
 
         Args:
-            patches: standardised patches in grid order, all of them.
-            grid: where the patches sit; static.
-            keep: indices of the patches to see; None sees all, with no masking.
-            taps: what to return besides, of TAPS: "blocks" is the tokens after each
-                block "l b t d" (before the final norm), "attention" the softmax weights
-                of each block "l b a t t".
-            hidden: True where a learned mask token stands in for the patch, before the
-                first block; its parameter exists if `hidden` was given to `init`.
-            keys: of the images, for drop path; None drops nothing.
+            patches: all standardised patches, in grid order.
+            grid: the patch grid of the images; static.
+            keep: indices of the patches to see; None: all patches.
+            taps: names from TAPS: further values to return. "blocks": the tokens after
+                each block, "l b t d" (before the final norm). "attention": the softmax
+                weights of each block, "l b a t t".
+            hidden: True where a learned mask token replaces the embedded patch. The
+                parameter exists only if `init` was called with `hidden`.
+            keys: one key per image, for drop path; None drops nothing.
         Returns:
-            (tokens, taps) with t = 1 + k, the class token first. With norm="pooled"
-            taps hold "pooled" besides, the norm of the mean patch token "b d".
+            (tokens, taps) with t = 1 + k, the class token first. With norm="pooled" the
+            taps also hold "pooled" "b d", the final norm of the mean patch token.
         Raises:
             ValueError: both keep and hidden are given.
         """
         first, table = self._positions(grid)
         positions = table[None]
         if keep is not None:
-            # Selected before they are embedded: hidden patches cost nothing.
+            # Patches are selected before they are embedded: hidden ones cost nothing.
             patches, positions = take(patches, keep), table[keep]
-        # The reference embeds by a convolution, whose bias does not start at zero.
+        # The reference embeds with a convolution, whose bias does not start at zero.
         bias = _uniform(patches.shape[-1] ** -0.5)
         x = Dense(self.width, self.dtype, self.kernels, None, bias, name="embed")(
             patches
@@ -343,7 +347,7 @@ class Encoder(nn.Module):
     def _positions(
         self, grid: Grid
     ) -> tuple[Float[Array, "1 1 d"], Float[Array, "n d"]]:
-        """What is added to the class token, and to each patch token of the grid."""
+        """Position of the class token, and positions of the grid's patch tokens."""
         table = sincos_2d(grid, self.width)
         if self.positions == "learned":
             return self._learned_positions(grid, table)

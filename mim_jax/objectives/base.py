@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective is: what is learned, as pure functions of pytrees.
+"""The interface of an objective: what is learned, as pure functions of pytrees.
 
 Functions named `images` take uint8, or floats in 0..1; functions named `patches` take
 the standardised patches of such images (`Objective.patches`).
@@ -43,11 +43,11 @@ class Aux(NamedTuple):
     """What a loss returns besides its value.
 
     Attributes:
-        weight: the loss is a weighted mean over examples, and this is the sum of its
-            weights over the batch; parameters have no influence on it. Gradient
-            accumulation weighs the micro-batches by it.
-        stats: new running statistics, {} without BatchNorm.
-        metrics: further scalars to log, each a mean with that same weight.
+        weight: sum, over the batch, of the weights with which the loss averages its
+            examples; it does not depend on parameters. Gradient accumulation weighs
+            the micro-batches by it.
+        stats: new running statistics; {} if the objective has none.
+        metrics: further scalars to log, each a mean with the same weights.
     """
 
     weight: Float[Array, ""]
@@ -56,9 +56,13 @@ class Aux(NamedTuple):
 
 
 def purpose(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
-    """Keys for another use of the same examples, independent of `keys` themselves."""
-    # `split(key, n)[i]` is `fold_in(key, i)`: begin where nobody's split ends, or T2
-    # could draw by a key that T1 has drawn by.
+    """Keys for a further random draw of the same examples, independent of `keys`.
+
+    Args:
+        number: differs from draw to draw.
+    """
+    # `split(key, n)[i]` is `fold_in(key, i)`. No split here reaches 1000 keys, so that
+    # e.g. T2 never draws with a key that T1 has used.
     return jax.vmap(jax.random.fold_in, (0, None))(keys, 1000 + number)
 
 
@@ -67,8 +71,8 @@ def label_loss(
 ) -> tuple[Float[Array, ""], Aux]:
     """Mean cross-entropy of a batch, with its accuracy.
 
-    Each image weighs what its target sums to: 1, or less where its label, or that of
-    an image mixed into it, is unknown.
+    The weight of an image is the sum of its target: 1, or less if its own label or the
+    label of an image mixed into it is unknown.
     """
     targets = targets.astype(logits.dtype)
     weights = targets.sum(axis=-1)
@@ -98,8 +102,8 @@ class Objective(abc.ABC):
 
     @property
     def batch_coupled(self) -> bool:
-        """True where an example's loss depends on the other examples, as in contrastive
-        losses: then a mean over micro-batches is another loss."""
+        """True if an example's loss depends on other examples, as in contrastive
+        losses. Then a mean over micro-batches differs from the batch's loss."""
         return False
 
     @property
@@ -119,14 +123,14 @@ class Objective(abc.ABC):
         return "cls"
 
     def for_run(self, total_steps: int) -> "Objective":
-        """This objective for a run of so many steps, which its schedules may need."""
+        """This objective for a run of `total_steps`; its schedules may need them."""
         del total_steps
         return self
 
     def adopt(self, other: "Objective") -> "Objective":
         """A copy that can begin with the parameters of another run.
 
-        The form of the encoder and the standardisation of images become those of
+        The copy takes the encoder's sizes and the standardisation of images from
         `other`, the objective of that run.
         """
         encoder = dataclasses.replace(
@@ -147,8 +151,8 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
-        """Host-side validation for images of (rows, columns, channels); called for each
-        kind of image that the objective reads.
+        """Checks, on the host, that images of (rows, columns, channels) fit; the plan
+        calls it for each image field that the objective reads.
 
         Raises:
             ValueError: naming the field, its value and what would fit.
@@ -156,7 +160,8 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        """New parameters (per block) and statistics, for images like the batch's."""
+        """New parameters (blocks not stacked) and statistics, for images shaped like
+        the batch's."""
 
     @abc.abstractmethod
     def loss(
@@ -166,25 +171,32 @@ class Objective(abc.ABC):
 
         Args:
             params: as `init` returns them, or with their blocks stacked.
-            state: has `step` (int32, steps done), `teacher`, `stats` and `memory`, as
-                `mim_jax.state.TrainState` has. A loss reads those that its objective
-                uses. MAE, R-MAE, BEiT and Supervised use none: None will do, unless
-                their masking keeps a memory.
-            batch: what `batch_fields` names: "image" (uint8 "b h w c") and others.
+            state: has `step` (int32, steps done), `teacher`, `stats` and `memory`, like
+                `mim_jax.state.TrainState`. A loss reads the fields that its objective
+                uses. MAE, R-MAE, BEiT and Supervised use none and accept None, unless
+                their masking has a memory.
+            batch: the fields that `batch_fields` names: "image" (uint8 "b h w c") and
+                others.
             keys: one key per example, the only source of randomness: an example's
                 masks depend neither on its neighbours nor on the number of devices. Any
-                typed key works, as of `jax.random.split(jax.random.key(0), b)`.
+                typed keys work, e.g. `jax.random.split(jax.random.key(0), b)`.
         """
 
     @abc.abstractmethod
     def teacher(self, old: Params | None, params: Params, step: Array) -> Params | None:
-        """The next teacher; `old` is None for the first one. None: no teacher."""
+        """The next teacher, or None if the objective has no teacher.
+
+        Args:
+            old: the teacher so far; None asks for the first one.
+            params: the student's parameters.
+            step: optimiser steps done before this one.
+        """
 
     @abc.abstractmethod
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         """FLOPs of one training step per image; recomputation is not counted."""
 
-    # What every objective can do.
+    # Methods that every objective inherits.
 
     @property
     def maskings(self) -> dict[str, Masking]:
@@ -200,7 +212,8 @@ class Objective(abc.ABC):
         return tuple(dict.fromkeys((*self.reads, *read)))
 
     def first_memory(self, image_shape: tuple[int, ...]) -> Any:
-        """The memory of field `masking` before the first step; None: it has none."""
+        """The memory of the field `masking` before the first step, or None if it has no
+        memory."""
         masking = self.maskings["masking"] if "masking" in self.maskings else None
         if masking is None or not masking.refresh_every:
             return None
@@ -209,7 +222,8 @@ class Objective(abc.ABC):
     def next_memory(
         self, state: Any, params: Params, batch: Batch, keys: Key[Array, " b"]
     ) -> Any:
-        """The memory after a step: refreshed if its number is due, else the old one.
+        """The memory after a step: refreshed if the step's number is a multiple of
+        `refresh_every`, else the old one.
 
         Args:
             state: before the step.
@@ -245,7 +259,7 @@ class Objective(abc.ABC):
         """Tokens and taps of the encoder, as `Encoder` returns them.
 
         Args:
-            params: trained ones, or a teacher's, with the encoder under "encoder".
+            params: a student's or a teacher's, with the encoder under "encoder".
             images: in 0..1.
             keep, hidden, taps, keys: as for `Encoder`.
         """
@@ -261,7 +275,7 @@ class Objective(abc.ABC):
         mask: Mask,
         taps: Sequence[str] = (),
     ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
-        """`encode` of images whose patches are hidden as `occlusion` says."""
+        """`encode`, with hidden patches dropped or replaced as `occlusion` says."""
         return self.encode(params, images, taps=taps, **self._occluded(mask))
 
     def init_encoder(
@@ -270,8 +284,9 @@ class Objective(abc.ABC):
         """Tokens of the batch's first image, and new parameters of the encoder.
 
         Args:
-            mask: hides patches as `occlusion` says; with "mask_token" the encoder gets
-                a mask token. None hides nothing.
+            mask: patches to hide, dropped or replaced as `occlusion` says; with
+                "mask_token" the encoder gets a parameter `mask_token`. None hides
+                nothing.
         """
         patches, grid = self.patches(to_float(batch["image"][:1]))
         how = {} if mask is None else self._occluded(mask)
@@ -279,7 +294,7 @@ class Objective(abc.ABC):
         return tokens, made["params"]
 
     def _occluded(self, mask: Mask) -> dict[str, Any]:
-        """How the encoder is told of a mask."""
+        """The keyword arguments that pass a mask to the encoder."""
         if self.occlusion == "mask_token":
             return {"hidden": mask.hidden}
         return {"keep": mask.keep}
@@ -290,11 +305,12 @@ class Objective(abc.ABC):
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
         keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
-        """One vector per image, of the whole image: the tokens that `feature` names.
+        """One vector per image, from the whole image: the class token, or the patch
+        tokens' mean, as `feature` says.
 
         Args:
             images: uint8, or in 0..1.
-            keys: with them the encoder drops paths, as in training.
+            keys: if given, the encoder drops paths, as in training.
         """
         tokens, seen = self.encode(params, to_float(images), keys=keys)
         if self.feature == "cls":
@@ -325,13 +341,13 @@ class Objective(abc.ABC):
         for name, masking in self.maskings.items():
             if name != "masking" and masking.refresh_every:
                 raise ValueError(
-                    f"{name}={type(masking).__name__}: it keeps a memory, which the "
-                    "trainer keeps for `masking` alone; want one without"
+                    f"{name}={type(masking).__name__} has a memory, but the trainer "
+                    "updates the memory of `masking` only; want a masking without one"
                 )
 
 
 class LabelObjective(Objective):
-    """An objective that tells classes apart.
+    """An objective that classifies images.
 
     Attributes:
         classes: number of classes; labels are 0 to classes - 1.
@@ -346,7 +362,7 @@ class LabelObjective(Objective):
         stats: Stats,
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
     ) -> Float[Array, "b {self.classes}"]:
-        """Logits of each class, nothing being random: as in evaluation.
+        """Logits of each class, computed without randomness, for evaluation.
 
         Args:
             stats: running statistics, as `TrainState.stats`.
@@ -360,31 +376,32 @@ class PixelObjective(Objective):
     This is an interface: evaluations use these three members and no other.
 
     Attributes:
-        normalise_target: True where patches are predicted with their own mean and
-            deviation removed, so that only the true patch can scale them back.
+        normalise_target: True if the network predicts patches with their own mean and
+            deviation removed; then the true patch is needed to scale them back.
     """
 
     normalise_target: bool
 
     @abc.abstractmethod
     def mask(self, batch: Batch, keys: Key[Array, " b"], state: Any = None) -> Mask:
-        """The masks of a batch: its own under "mask" if it brings them, else drawn.
+        """The masks of a batch: its field "mask" if it has one, else drawn by `keys`.
 
         Args:
             batch: fields of the training example by name.
-            state: a TrainState or the Run of an evaluation, for a masking that keeps a
-                memory; else None will do.
+            state: a TrainState or the Run of an evaluation; only a masking with a
+                memory needs it.
         """
 
     @abc.abstractmethod
     def reconstruct(
         self, params: Params, batch: Batch, mask: Mask
     ) -> Shaped[Array, "b h w c"]:
-        """Every patch as it is predicted from the visible ones: images in 0..1, not
-        clipped, with nothing pasted in.
+        """Images whose patches, visible ones too, are all predicted from the visible
+        patches; in 0..1, not clipped.
 
-        Hidden pixels of the batch must not reach the output, except that the true mean
-        and deviation of a patch scale it back where `normalise_target` is True.
+        The output must not depend on the hidden pixels, with one exception: if
+        `normalise_target` is True, each patch's true mean and deviation scale its
+        prediction back.
         """
 
 
@@ -393,7 +410,7 @@ class AutoEncoder(PixelObjective):
     tokens: what MAE and its relatives share.
 
     Attributes:
-        decoder: from tokens to pixels, its parameters under "decoder".
+        decoder: predicts pixels from tokens; its parameters are under "decoder".
         masking: which patches are hidden.
     """
 
@@ -441,14 +458,17 @@ class AutoEncoder(PixelObjective):
         image_shape: tuple[int, int, int],
         predicted: int | None = None,
     ) -> float:
-        """FLOPs of one forward pass of the decoder; `predicted` as in Decoder.flops."""
+        """FLOPs of the decoder's forward pass; `predicted` is as in Decoder.flops."""
         outputs = self.encoder.patch**2 * image_shape[2]
         grid, width = self.grid(image_shape), self.encoder.width
         return self.decoder.flops(visible, grid, width, outputs, predicted)
 
 
 def first_mask(grid: Grid, visible: int) -> Mask:
-    """A mask of one image by which networks are made: parameters do not depend on which
-    patches it hides, only their shapes on whether it hides any."""
+    """A mask of one image, for the initialisation of networks.
+
+    The parameters do not depend on which patches the mask hides, only on whether it
+    hides any.
+    """
     order = jnp.arange(grid.size, dtype=jnp.int32)[None]
     return Mask(keep=order[:, :visible], drop=order[:, visible:])

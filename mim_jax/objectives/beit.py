@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BEiT: the tokens of hidden patches, predicted from the visible ones."""
+"""BEiT: predicts the tokens of hidden patches from the visible patches."""
 
 import dataclasses
 from typing import Literal
@@ -33,19 +33,19 @@ from mim_jax.tokenizers.kmeans import KMeans
 class BEiT(Objective):
     """Masked image modelling of BEiT, arXiv:2106.08254, Eq. (2).
 
-    The encoder sees all positions, a learned token standing in for hidden patches; a
-    linear head predicts there which token of a vocabulary the patch has.
+    The encoder sees all positions; a learned mask token replaces hidden patches. At
+    these positions a linear head predicts the hidden patch's token of a vocabulary.
 
     Departures from the paper: no relative position bias, no layer scale, no drop path;
-    and tokens are those of `tokenizer`, by default not a discrete VAE's.
+    `tokenizer` gives the tokens, by default k-means instead of a discrete VAE.
 
     Attributes:
         encoder: the network that is learned.
         tokenizer: gives each patch its token.
         masking: which patches are hidden.
-        color_jitter: "whole" jitters the image before anything else: what the encoder
-            sees, and what the tokens are of.
-        jitter: how much; the paper's by default.
+        color_jitter: "whole" jitters the image first: both the encoder and the
+            tokenizer get the jittered image.
+        jitter: strength of the jitter; the paper's by default.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
@@ -63,7 +63,7 @@ class BEiT(Objective):
 
     @property
     def feature(self) -> Literal["cls", "avg"]:
-        # The loss reads patch tokens alone; the paper's classifier their mean.
+        # The loss reads only patch tokens, and the paper's classifier reads their mean.
         return "avg"
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
@@ -107,8 +107,8 @@ class BEiT(Objective):
     def logits(
         self, params: Params, images: Float[Array, "b h w c"], mask: Mask
     ) -> Float[Array, "b m v"]:
-        """Of each token of the vocabulary at the hidden patches, in `mask.drop`'s
-        order, for images in 0..1."""
+        """Logits over the vocabulary at each hidden patch, in the order of `mask.drop`;
+        images are in 0..1."""
         tokens, _ = self.encode_masked(params, images, mask)
         return apply(self._head, params["head"], take(tokens[:, 1:], mask.drop))
 
@@ -122,7 +122,7 @@ class BEiT(Objective):
         return None
 
     def flops(self, image_shape: tuple[int, int, int]) -> float:
-        # Without the tokenizer, which is no part of the model.
+        # The tokenizer is no part of the model and is not counted.
         grid = self.grid(image_shape)
         hidden = grid.size - self.masking.visible_count(grid)
         head = 2 * hidden * self.encoder.width * self.tokenizer.vocabulary

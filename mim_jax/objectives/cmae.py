@@ -32,10 +32,10 @@ from mim_jax.schema import internal
 
 
 class View(NamedTuple):
-    """One view of a batch: what is seen of it.
+    """One view of a batch, as a branch sees it.
 
     Attributes:
-        images: in 0..1, after its own augmentation.
+        images: in 0..1, after the view's own augmentation.
         mask: which patches are hidden.
         pasted: True at patches that show another image, or None.
     """
@@ -49,41 +49,42 @@ class View(NamedTuple):
 class CMAE(Objective):
     """Contrastive MAE, Eq. (9) to (11) of arXiv:2208.04164, and its ablations.
 
-    Two views of one crop, masked by T1 and T2 and each with colours of its own. The
-    online branch is encoder, projector and predictor; the target is a moving average of
-    encoder and projector, and gets no gradient. Token q_i of one view is compared with
-    token k_i of the other.
+    T1 and T2 mask two views of one crop; each view has its own colour jitter. The
+    online branch is encoder, projector and predictor. The target branch is a moving
+    average of encoder and projector and gets no gradient. The loss compares token q_i
+    of one view with token k_i of the other.
 
     Attributes:
         encoder: the network that is learned.
         projector, predictor: heads, applied to every token.
         masking: T1.
-        t2: what T2 hides: the "complement", patches of its own by `t2_masking`
-            ("independent"), or nothing ("identity"). Where `masking` hides nothing,
-            neither does T2.
+        t2: what T2 hides: the "complement" of what T1 hides, patches that `t2_masking`
+            draws ("independent"), or nothing ("identity"). If `masking` hides nothing,
+            T2 hides nothing.
         t2_masking: only used by "independent".
-        mask_token: hidden patches are replaced by a learned token; else dropped, and
-            two views have tokens in common only where both see (readings below).
-        contrast: "infonce" or "byol", which has no negatives (table 2).
+        mask_token: True: a learned token replaces hidden patches. False: they are
+            dropped, so that the two views share only positions that both see.
+        contrast: "infonce", or "byol", which has no negatives (table 2).
         tokens: what is compared: "patch" tokens, the "cls" token, the "avg" of patch
-            tokens before the heads (of the visible ones, without mask tokens), or
+            tokens before the heads (without mask tokens, of the visible patches), or
             "patch+cls" (table 3).
-        negatives: keys of the same position in all images of the global batch, of all
-            positions of the same image, or all.
-        positions: of patch tokens, those that count: all, or those hidden or visible
-            in the view that is online.
-        symmetric: mean of both directions; else view 1 is online, Eq. (11) literally.
+        negatives: keys of the "same_position" in all images of the global batch, of
+            all positions in the "same_image", or "all" keys.
+        positions: patch tokens that the loss counts: "all", or those that are hidden
+            ("online_masked") or visible ("online_visible") in the online view.
+        symmetric: True: mean of both directions. False: view 1 is online, as Eq. (11)
+            literally says.
         temperature: tau of Eq. (9).
         loss_scale: "2tau" multiplies by twice the temperature, as MoCo v3 does.
-        chunk: positions compared at a time; memory grows with it.
-        color_jitter: "per_view" gives each view colours of its own.
-        jitter: how much.
+        chunk: number of positions compared at a time; memory grows with it.
+        color_jitter: "per_view" jitters the colours of each view separately.
+        jitter: strength of the jitter.
         cutmix: paste a box of another image into each view (table 5).
         cutmix_tokens: "shared_only" leaves out positions pasted in either view.
-        ema: momentum of the target.
+        ema: momentum of the target branch.
         stop_grad_patch_embed: keep the patch embedding at its first values.
         mean, std: of the data, per channel, for pixels in 0..1.
-        total_steps: of the run; `for_run` sets it.
+        total_steps: steps of the run; `for_run` sets it.
     """
 
     encoder: Encoder = Encoder(**SIZES["B"])
@@ -172,7 +173,7 @@ class CMAE(Objective):
 
     @property
     def feature(self) -> Literal["cls", "avg"]:
-        # Where only patch tokens are compared, nothing teaches the class token.
+        # Unless the loss compares the class token, that token is not trained.
         return "cls" if self.tokens == "cls" else "avg"
 
     def for_run(self, total_steps: int) -> "CMAE":
@@ -231,7 +232,7 @@ class CMAE(Objective):
             if self.color_jitter != "none":
                 seen = self.jitter(seen, purpose(keys, 10 + number))
             if self.cutmix:
-                # Another partner for each view, so that pasted tokens never match.
+                # Each view has another partner, so that pasted tokens never match.
                 seen, box = cutmix(seen, purpose(keys, 20 + number), partner=1 + number)
                 pasted = patchify(box[..., None], grid.patch).any(axis=-1)
             views.append(View(seen, mask, pasted))
@@ -259,13 +260,14 @@ class CMAE(Objective):
     def _direction(
         self, params: Params, teacher: Params, online: View, target: View
     ) -> Float[Array, ""]:
-        """Loss with one view through the online branch and the other as its target."""
+        """Loss with view `online` in the online branch and `target` in the target
+        branch."""
         query = self._projected(params, online)
         query = apply(self.predictor, params["predictor"], query)
         key = jax.lax.stop_gradient(self._projected(teacher, target))
         weights = self._weights(online, target)
         if query.shape[1] < key.shape[1]:
-            # Tokens of visible patches alone: each to its place in the grid.
+            # The query has visible patches only: put each at its place in the grid.
             rest = jnp.zeros((query.shape[0], online.mask.drop.shape[1], key.shape[2]))
             query = jnp.concatenate([query, rest.astype(query.dtype)], axis=1)
             query = unshuffle(query, online.mask)
@@ -289,7 +291,7 @@ class CMAE(Objective):
         return apply(self.projector, params["projector"], tokens)
 
     def _weights(self, online: View, target: View) -> Bool[Array, "b n"] | None:
-        """Which patch tokens count; None: all."""
+        """True at the patch tokens that the loss counts; None: all."""
         weights = None
         if self.positions != "all":
             hidden = online.mask.hidden
@@ -323,7 +325,7 @@ class CMAE(Objective):
         return total
 
     def _compared(self, patches: int) -> int:
-        """Number of tokens that the heads see of a view with so many patches."""
+        """Number of tokens that the heads process for a view of `patches` patches."""
         return {"patch": patches, "patch+cls": patches + 1, "cls": 1, "avg": 1}[
             self.tokens
         ]

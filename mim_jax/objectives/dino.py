@@ -28,22 +28,24 @@ from mim_jax.schema import internal
 class DINO(Objective):
     """Self-distillation with no labels, arXiv:2104.14294, algorithm 1.
 
-    The student sees two global and some local crops, the teacher the global ones. Each
-    student view is taught every teacher view but its own: cross-entropy to the
-    teacher's centred and sharpened distribution over prototypes.
+    The student sees two global and some local crops; the teacher sees the global ones.
+    The loss is the cross-entropy from the teacher's centred and sharpened distribution
+    over prototypes to the student's, over all pairs of different views.
 
     Attributes:
         encoder: the network that is learned; its class token is compared.
-        head: from class token to similarities with the prototypes.
-        student_temperature: of the student's softmax.
-        teacher_temperature: first and last of the teacher's.
-        teacher_warmup: share of the run over which it goes from first to last.
-        centre_momentum: of the running mean of teacher outputs.
-        freeze_prototypes: share of the run in which the prototypes stay as they are.
-        view1, view2, local: augmentation of the two global crops and of local ones.
+        head: maps the class token to similarities with the prototypes.
+        student_temperature: temperature of the student's softmax.
+        teacher_temperature: first and last temperature of the teacher's softmax.
+        teacher_warmup: share of the run over which the teacher's temperature goes from
+            first to last.
+        centre_momentum: momentum of the running mean of teacher outputs.
+        freeze_prototypes: share of the run, from its start, in which the prototypes do
+            not change.
+        view1, view2, local: augmentations of the two global crops and of local crops.
         ema: momentum of the teacher.
         mean, std: of the data, per channel, for pixels in 0..1.
-        total_steps: of the run; `for_run` sets it.
+        total_steps: steps of the run; `for_run` sets it.
     """
 
     reads = ("image", "image2", "local")
@@ -110,7 +112,7 @@ class DINO(Objective):
         params = params | {"head": self._gated(params["head"], frozen)}
         taught = [self._outputs(state.teacher, view) for view in globals_]
         taught = jax.lax.stop_gradient(jnp.stack(taught))
-        # Crops of one size run as one batch.
+        # All local crops have one size and run as one batch.
         locals_ = self._outputs(params, crops).reshape(rows, count, -1)
         student = [self._outputs(params, view) for view in globals_]
         student = jnp.concatenate(
@@ -131,10 +133,14 @@ class DINO(Objective):
         centre: Float[Array, " k"],
         step: Array | int,
     ) -> Float[Array, ""]:
-        """Mean cross-entropy over all pairs of a teacher view and another student view.
+        """Mean cross-entropy over all pairs of a teacher view and a different student
+        view.
 
         Args:
-            student: outputs of v views, of which the first g are the teacher's views.
+            student: outputs for v views; the first g views are also the teacher's.
+            teacher: outputs for these g views.
+            centre: running mean of teacher outputs.
+            step: optimiser steps done.
         """
         temperature = self.temperature_at(step)
         wanted = jax.nn.softmax((teacher - centre[None, None]) / temperature, axis=-1)
@@ -145,7 +151,7 @@ class DINO(Objective):
         return (pairs * others).sum() / (taught * (views - 1))
 
     def temperature_at(self, step: Array | int) -> Float[Array, ""]:
-        """The teacher's temperature at a step: a line, then constant."""
+        """The teacher's temperature at a step: linear in the warm-up, then constant."""
         first, last = self.teacher_temperature
         length = self.teacher_warmup * self.total_steps
         if not length:
@@ -160,7 +166,7 @@ class DINO(Objective):
         return apply(self.head, params["head"], tokens[:, 0])
 
     def _gated(self, head: Params, frozen: Array) -> Params:
-        """The head's parameters, the prototypes without a gradient while frozen."""
+        """The head's parameters; while frozen, the prototypes get no gradient."""
         kernel = head["prototypes"]
         still = jax.lax.stop_gradient(kernel)
         return head | {
@@ -171,7 +177,7 @@ class DINO(Objective):
         return self.ema.update(old, params, step + 1, self.total_steps)
 
     def flops(self, image_shape: tuple[int, int, int]) -> float:
-        # Of the global crops alone: how many local ones there are is the data's choice.
+        # Only global crops are counted: the data config sets the number of local crops.
         grid = self.grid(image_shape)
         view = self.encoder.flops(grid.size, image_shape[2])
         view += self.head.flops(self.encoder.width)

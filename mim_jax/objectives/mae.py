@@ -26,12 +26,12 @@ from mim_jax.ops.patches import (
 
 
 class Views(NamedTuple):
-    """A batch as the encoder sees it and as it is predicted.
+    """The images that the encoder sees, and the images that are predicted.
 
     Attributes:
         seen: images in 0..1 that the encoder sees.
         clean: images in 0..1 that are predicted.
-        pasted: True at pixels of `seen` that show another image; None: there are none.
+        pasted: True at pixels of `seen` that show another image; None: no such pixels.
     """
 
     seen: Float[Array, "b h w c"]
@@ -46,14 +46,15 @@ class MAE(AutoEncoder):
     Attributes:
         encoder, decoder: the two networks.
         masking: which patches are hidden. With "none" the decoder predicts all patches
-            of the clean image, or with cutmix alone those that the paste touches
-            (arXiv:2208.04164, table 5).
+            of the clean image. With "none", cutmix and no colour jitter, the loss
+            counts only the patches that the paste touches (arXiv:2208.04164, table 5).
         normalise_target: predict patches with their own mean and deviation removed.
-        color_jitter: "whole" jitters the image before anything else, "input_only" what
-            the encoder sees and not the target (table 4 of arXiv:2208.04164).
-        jitter: how much.
-        cutmix: paste a box of another image into what the encoder sees; the target
-            stays clean.
+        color_jitter: "whole" jitters the image first, so that the target is jittered
+            too; "input_only" jitters what the encoder sees, but not the target
+            (arXiv:2208.04164, table 4).
+        jitter: strength of the jitter.
+        cutmix: paste a box of another image into what the encoder sees, but not into
+            the target.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
@@ -94,7 +95,7 @@ class MAE(AutoEncoder):
         return errors.sum() / jnp.maximum(weight, 1), Aux(weight, stats={}, metrics={})
 
     def views(self, batch: Batch, keys: Key[Array, " b"]) -> Views:
-        """What the encoder sees of a batch, and what is to be predicted."""
+        """The images that the encoder sees, and those that it has to predict."""
         images = to_float(batch["image"])
         if self.color_jitter == "none" and not self.cutmix:
             return Views(images, images, None)
@@ -114,8 +115,10 @@ class MAE(AutoEncoder):
     def predict(
         self, params: Params, patches: Float[Array, "b n p"], grid: Grid, mask: Mask
     ) -> tuple[Float[Array, "b m p"], Int[Array, "b m"]]:
-        """Predictions of the hidden patches and their indices; where the mask hides
-        nothing, of all patches."""
+        """Predictions of the hidden patches, and the indices of these patches.
+
+        If the mask hides nothing, all patches are predicted.
+        """
         masked, outputs = mask.drop.shape[1] > 0, patches.shape[-1]
         encoder, decoder = ({"params": params[name]} for name in ("encoder", "decoder"))
         tokens, _ = self.encoder.apply(encoder, patches, grid, mask.keep)
@@ -126,14 +129,17 @@ class MAE(AutoEncoder):
     def target(
         self, clean: Float[Array, "b h w c"], predicted: Int[Array, "b m"]
     ) -> Float[Array, "b m p"]:
-        """The standardised patches at the predicted places, normalised if so set."""
+        """The standardised patches at the predicted positions; each is normalised if
+        `normalise_target` is True."""
         patches, _ = standard_patches(clean, self.encoder.patch, self.mean, self.std)
         target = take(patches, predicted)
         return normalise_patches(target) if self.normalise_target else target
 
     def _touched(self, errors, pasted, mask: Mask):
-        """Errors of the patches that a paste touches, and their number; of all patches
-        where the mask hides some, or the colours differ too."""
+        """Errors, zero at patches that no paste touches, and the number of others.
+
+        If the mask hides patches, or colours are jittered, all patches count.
+        """
         if mask.drop.shape[1] or self.color_jitter != "none":
             return errors, jnp.asarray(errors.size, errors.dtype)
         weights = patchify(pasted[..., None], self.encoder.patch).any(axis=-1)

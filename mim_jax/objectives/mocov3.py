@@ -30,19 +30,20 @@ from mim_jax.schema import internal
 class MoCoV3(Objective):
     """MoCo v3 for ViT, arXiv:2104.02057, algorithm 1.
 
-    Two crops of an image; the class token of each is pulled to the other's as a
-    momentum encoder sees it, against those of the other images of the batch. The
-    target of step t is the average after m of step t, as in the released code.
+    The loss pulls the class token of one crop towards the class token that a momentum
+    encoder gives the other crop, and away from those of other images of the batch. The
+    target of step t is the average updated with the momentum of step t, as in the
+    released code.
 
     Attributes:
-        encoder: the network that is learned. Its patch embedding stays as initialised,
-            section 4 of the paper.
+        encoder: the network that is learned. Its patch embedding keeps its first
+            values, section 4 of the paper.
         projector, predictor: heads.
         temperature: of the softmax; the loss is multiplied by twice its value.
         view1, view2: augmentation of each crop.
         ema: momentum of the target.
         mean, std: of the data, per channel, for pixels in 0..1.
-        total_steps: of the run; `for_run` sets it.
+        total_steps: steps of the run; `for_run` sets it.
     """
 
     reads = ("image", "image2")
@@ -87,8 +88,8 @@ class MoCoV3(Objective):
         encoder_key, *head_keys = jax.random.split(key, 3)
         tokens, made = self.init_encoder(encoder_key, batch)
         encoder: dict[str, Any] = dict(made)
-        # As the released code begins: class token nearly 0, patch bias 0, and query,
-        # key and value each with the bound of its own square matrix.
+        # The released code starts with a class token near 0, a patch bias of 0, and
+        # query, key and value with the Xavier bound of three separate square matrices.
         encoder["cls_token"] = encoder["cls_token"] * (1e-6 / 0.02)
         encoder["embed"] = encoder["embed"] | {
             "bias": jnp.zeros_like(encoder["embed"]["bias"])
@@ -129,7 +130,7 @@ class MoCoV3(Objective):
 
     def teacher(self, old: Params | None, params: Params, step: Array) -> Params:
         new = {name: params[name] for name in ("encoder", "projector")}
-        # With the momentum of the step that will use it.
+        # The momentum is that of the next step, which uses this teacher.
         return self.ema.update(old, new, step + 1, self.total_steps)
 
     def flops(self, image_shape: tuple[int, int, int]) -> float:

@@ -31,16 +31,17 @@ class Probe(LabelObjective):
     """MAE's linear probe, arXiv:2111.06377, appendix A.1.
 
     Features go through a batch norm without scale and bias, then a linear layer. In
-    training the norm uses the statistics of the global batch; running ones are kept for
-    evaluation, the variance with divisor n - 1.
+    training the norm uses the statistics of the global batch; evaluation uses running
+    statistics, whose variance has divisor n - 1.
 
     Attributes:
-        encoder: the network, which keeps its values; a run to start from decides its
-            form.
+        encoder: the frozen network. If `config.init_from` names a run, its sizes,
+            positions and norm are those of that run.
         classes: number of classes; labels are 0 to classes - 1.
-        pool: which tokens are the feature; a run to start from decides.
-        momentum: share of a batch in the running statistics.
-        deviation: of the normal that the linear layer starts from.
+        pool: feature of an image: class token or mean of patch tokens. If
+            `config.init_from` names a run, that run's `feature`.
+        momentum: weight of a new batch in the running statistics.
+        deviation: of the normal distribution that initialises the linear layer.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
@@ -65,7 +66,7 @@ class Probe(LabelObjective):
 
     @property
     def batch_coupled(self) -> bool:
-        return True  # by the batch norm
+        return True  # the batch norm couples examples
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -76,7 +77,8 @@ class Probe(LabelObjective):
         return self.pool
 
     def adopt(self, other: Objective) -> "Probe":
-        """As `Objective.adopt`; the feature becomes that of the other run, too."""
+        """As `Objective.adopt`; also takes positions, norm and `feature` of the other
+        run."""
         adopted = super().adopt(other)
         encoder = dataclasses.replace(
             adopted.encoder,
@@ -143,7 +145,7 @@ class Probe(LabelObjective):
 
     @property
     def _head(self) -> Classifier:
-        # In float32: its work is nothing beside the encoder's.
+        # In float32: the head's cost is negligible beside the encoder's.
         return Classifier(
             classes=self.classes,
             deviation=self.deviation,

@@ -33,13 +33,14 @@ from mim_jax.ops.patches import Grid, normalise_patches, patch_mse, to_float
 
 
 class Branches(NamedTuple):
-    """What the two branches say of the patches hidden from the first one.
+    """Predictions of both branches, and what the two terms of the loss need besides.
 
     Attributes:
-        first, second: predictions by each branch, at the patches hidden in T1.
-        target: the patches themselves.
-        weights: 1 where T2 sees the patch.
-        constrained, constraint_target: second branch and target of the constraint term.
+        first, second: predictions by each branch, at the patches that T1 hides.
+        target: the true patches there.
+        weights: 1 where T2 sees the patch, else 0.
+        constrained: predictions of the second branch that the constraint term reads.
+        constraint_target: the target of the constraint term.
     """
 
     first: Float[Array, "b m p"]
@@ -54,24 +55,24 @@ class Branches(NamedTuple):
 class RMAE(AutoEncoder):
     """Relaxed MAE, Eq. (8) of arXiv:2208.04164, its three variants and their readings.
 
-    The image is masked by T1 and by T2; both go through one encoder. With u1 and u2 the
-    decodings, t the target and w = hidden in T1 and visible in T2:
-    loss = <(u1 - u2)^2>_w + lam <(u2 - t)^2>_w, means over pixels, then over all such
-    patches of the batch.
+    T1 and T2 mask the image, and one encoder encodes both results. Let u1 and u2 be the
+    decoders' outputs, t the target and w the patches hidden in T1 and visible in T2:
+    loss = <(u1 - u2)^2>_w + lam <(u2 - t)^2>_w, where <>_w is the mean over pixels,
+    then over the patches w of the batch.
 
     Attributes:
         encoder, decoder: the two networks.
-        masking: T1, which hides what is compared.
-        t2: what T2 hides: "complement" what T1 shows (R-MAE), "independent" patches of
-            its own by `t2_masking` (R-MAE dagger), "identity" nothing (double dagger).
+        masking: T1; the loss compares the patches that it hides.
+        t2: what T2 hides: "complement": what T1 shows (R-MAE); "independent": patches
+            that `t2_masking` draws (R-MAE dagger); "identity": nothing (double dagger).
         t2_masking: only used by "independent".
         lam: weight of the second term, lambda of Eq. (8), >= 0.
-        stop_grad: what learns from branch 2: "none" stops nothing; "distance_t2" keeps
-            the first term's gradient from it; "t2" keeps both terms' gradients from
-            the encoder there, while the decoder still learns.
+        stop_grad: gradients that are stopped in branch 2. "none": no gradient.
+            "distance_t2": the first term's. "t2": both terms' gradients to the encoder;
+            the decoder still learns from them.
         share_decoder: one decoder for both branches, phi' = phi.
-        constraint_region: where the second term counts: "t1_masked" as the first, or
-            "all" patches (not with an independent T2).
+        constraint_region: patches that the second term counts: "t1_masked": the same
+            as the first term; "all": all patches (not with an independent T2).
         normalise_target: predict patches with their own mean and deviation removed.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
@@ -103,7 +104,7 @@ class RMAE(AutoEncoder):
         self.check_networks(image_shape)
         grid = self.grid(image_shape)
         if self.masking.visible_count(grid) == grid.size:
-            raise ValueError("masking='none' hides nothing, and R-MAE learns from that")
+            raise ValueError("masking='none' hides nothing: R-MAE needs hidden patches")
         if self.t2 == "independent":
             self.t2_masking.visible_count(grid)
 
@@ -119,7 +120,8 @@ class RMAE(AutoEncoder):
     ) -> tuple[Float[Array, ""], Aux]:
         branches = self.branches(params, batch, keys, state)
         distance, constraint = self.terms(branches)
-        # Dagger: images may share no patch at all, though a batch hardly can.
+        # With an independent T2, an image may have no patch that is hidden in T1 and
+        # visible in T2; a whole batch without one is very unlikely.
         weight = branches.weights.sum()
         metrics = {"distance": distance, "constraint": constraint}
         loss = distance + self.lam * constraint
@@ -187,7 +189,7 @@ class RMAE(AutoEncoder):
     def second_mask(
         self, mask1: Mask, batch: Batch, keys: Key[Array, " b"], grid: Grid
     ) -> Mask:
-        """What T2 hides where T1 hides `mask1`."""
+        """The mask of T2, given the mask of T1."""
         if self.t2 == "complement":
             return complement(mask1)
         if self.t2 == "identity":
@@ -217,6 +219,9 @@ class RMAE(AutoEncoder):
 
     @property
     def _direct(self) -> bool:
-        """Whether branch 2 predicts what it sees, no more: of complementary masks
-        `mask2.keep` is `mask1.drop`, the same patches in the same order."""
+        """Whether branch 2 predicts only the patches that it sees.
+
+        With complementary masks `mask2.keep` is `mask1.drop`: the same patches in the
+        same order.
+        """
         return self.t2 == "complement" and self.constraint_region != "all"

@@ -27,11 +27,11 @@ from mim_jax.ops.patches import to_float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Supervised(LabelObjective):
-    """Cross-entropy to labels, from the mean patch token or the class token.
+    """Cross-entropy of a linear head on the mean patch token or the class token.
 
-    The defaults of the network are those of fine-tuning in arXiv:2111.06377: the mean
-    of the patch tokens, a new norm after it, positions that are learned. Images are
-    jittered, erased and mixed in this order, all off unless told.
+    The network's defaults are those of fine-tuning in arXiv:2111.06377: the mean of the
+    patch tokens, a new norm after it, learned positions. Images are jittered, erased
+    and mixed, in this order; each is off by default.
 
     Attributes:
         encoder: the network that is learned.
@@ -39,9 +39,9 @@ class Supervised(LabelObjective):
         pool: which tokens the linear head reads.
         smoothing: label smoothing: the true class gets 1 - smoothing (1 - 1 / classes).
         color_jitter: "whole" jitters the colours of each image.
-        jitter: how much.
-        erasing: boxes of noise.
-        mix: mixup and cutmix; then an image's loss depends on another image.
+        jitter: strength of the jitter.
+        erasing: boxes of noise in place of pixels.
+        mix: mixup and cutmix; if one is on, an image's loss depends on another image.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
