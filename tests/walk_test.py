@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What README and docs/architecture.md say of the code's structure is so."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -49,3 +50,15 @@ def test_the_picture_of_the_rooms_is_of_this_code(tmp_path):
     text = (ROOT / "docs" / "architecture.md").read_text()
     for room in rooms:
         assert f"`{room}" in text, f"docs/architecture.md does not tell of {room}"
+
+
+def test_the_functions_that_the_page_names_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
+    assert len(named) > 10
+    for path, name in named:
+        body = ast.parse((ROOT / "mim_jax" / path).read_text()).body
+        for part in name.split("."):
+            found = [one for one in body if getattr(one, "name", None) == part]
+            assert found, f"docs/architecture.md: {path} has no {name}"
+            body = getattr(found[0], "body", [])
