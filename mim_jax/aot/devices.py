@@ -135,7 +135,7 @@ def devices_of(topology: str) -> list:
         if not numbers or len(sides) > 2:
             raise ConfigError(
                 f"topology={topology!r}: want the number of GPUs in one host, e.g. "
-                f"{chip}:8, or hosts x GPUs in each host, e.g. {chip}:4x8"
+                f"{chip}:8, or of hosts and of GPUs in each, e.g. {chip}:4x8"
             )
         return _gpus(GPUS[chip], *map(int, ["1", *sides][-2:]))
     want = TPUS[chip].sides
