@@ -12,6 +12,7 @@ import pytest
 
 from mim_jax import config
 from mim_jax.aot import step as aot
+from mim_jax.aot.lines import after_compiling, tried_line
 from mim_jax.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,6 +114,43 @@ def test_another_refusal_is_not_taken_for_a_step_too_large(refused, message):
         aot.compile_step(refused(message))
 
 
+@pytest.fixture
+def without_cudnn(monkeypatch):
+    """JAX refuses to trace any form of attention but the plain one."""
+    lowered = aot.lowered
+
+    def refuse(plan):
+        if "recompute" in plan.forms:
+            raise RuntimeError(refuse.message)
+        return lowered(plan)
+
+    refuse.message = "cuDNN not found.\nMore lines."
+    monkeypatch.setattr(aot, "lowered", refuse)
+    return refuse
+
+
+def test_a_step_is_priced_with_plain_attention_where_cudnn_is_absent(
+    tmp_path, cpus, without_cudnn
+):
+    plan, _ = aot.plan_for(recipe(tmp_path, attention="recompute"), "h100:8")
+    found, text = aot.compile_step(plan)
+    assert found["note"] == "priced with plain attention: cuDNN not found."
+    assert found["compiles"] and text
+    shown = after_compiling(
+        found | {"hbm_bytes": GIB} | {"fits": True, "held_bytes": 1}
+    )
+    assert shown.splitlines()[0] == f"note        {found['note']}"
+    tried = found | {"leaves": {"scan": True}, "fits": True, "held_bytes": 1}
+    assert tried_line(tried).endswith(f"; {found['note']}")
+
+
+def test_any_other_error_of_tracing_is_raised(tmp_path, cpus, without_cudnn):
+    plan, _ = aot.plan_for(recipe(tmp_path, attention="recompute"), "h100:8")
+    without_cudnn.message = "another"
+    with pytest.raises(RuntimeError, match="another"):
+        aot.compile_step(plan)
+
+
 def test_a_step_whose_buffers_have_no_room_is_not_taken_to_fit():
     sizes = dict(argument=2, output=2, alias=1, temp=6, peak=5, hbm=9)
     found = {f"{name}_bytes": size for name, size in sizes.items()}
@@ -206,6 +244,20 @@ def test_a_step_is_compiled_for_gpus(tmp_path, topology, devices):
     account = found["estimate"]
     assert account["priced"] == 0
     assert account["unpriced"] > found["roofline_seconds"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("leaves", [{}, {"mesh.tensor": 2}])
+def test_attention_by_cudnn_is_compiled_without_a_gpu(tmp_path, leaves):
+    """Also of 17 tokens, an odd number, and where devices share the heads."""
+    out = tmp_path / "json"
+    leaves = TINY | {"dtype": "bfloat16", "data.image_size": "(16,16)"} | leaves
+    done = program("configs/mae.py:photos", "h100:4", f"--out={out}", **leaves)
+    assert done.returncode == 0, done.stderr
+    assert "kernels     attention: encoder cudnn, decoder cudnn" in done.stdout
+    found = json.loads(out.read_text())
+    assert found["note"] == "" and found["fits"]
+    assert "custom-call" in found["estimate"]["unpriced_opcodes"]
 
 
 @pytest.mark.cuda

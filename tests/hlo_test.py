@@ -125,6 +125,22 @@ def test_a_kernel_costs_what_it_says():
         assert parts["masks, augmentation, loss"]["unpriced"] == pytest.approx(64e-6)
 
 
+@pytest.mark.parametrize("target, products", [("", 2), ("Backward", 5)])
+def test_attention_by_cudnn_has_the_flops_of_its_products(target, products):
+    """2 rows of 6 queries and of 9 keys, 3 heads of 4 numbers."""
+    text = f"""HloModule step
+
+ENTRY %main (q: bf16[2,6,3,4], k: bf16[2,9,3,4]) -> bf16[2,6,3,4] {{
+  %q = bf16[2,6,3,4]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,9,3,4]{{3,2,1,0}} parameter(1)
+  ROOT %a.1 = (bf16[2,6,3,4]{{3,1,2,0}}, f32[2,3,6]{{2,1,0}}) custom-call(%q, %k, %k), \
+custom_call_target="__cudnn$fmhaSoftmax{target}", backend_config={{}}
+}}
+"""
+    (call,) = (one for one in hlo.executed(text) if one.instruction.name == "a.1")
+    assert call.flops == products * 2 * 2 * 3 * 6 * 9 * 4
+
+
 def test_an_account_has_cycles_by_part_and_a_bound_for_the_rest():
     speed = hlo.Speed(flops=1e6, hbm=1e9, wires=1e8, clock=1e6)
     found = hlo.account(TEXT, speed, devices=4)

@@ -38,7 +38,7 @@ def small(name: str) -> Eval:
 
 @functools.cache
 def objective_of(name: str) -> Any:
-    return config.build_objective(tree_of(name))
+    return config.build_objective(tree_of(name, objective__encoder__depth=1))
 
 
 @functools.cache

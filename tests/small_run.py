@@ -40,8 +40,10 @@ def batches(count, size=7, seed=0, side=8):
         }
         short = size - len(part["label"])
         part = {
-            name: np.concatenate([value, np.repeat(value[:1] * 0, short, axis=0)])
-            for name, value in part.items()
+            name: np.concatenate(
+                [value, np.full_like(value[:1], fill).repeat(short, 0)]
+            )
+            for (name, value), fill in zip(part.items(), (0, -1, -1), strict=True)
         }
         found.append(part | {"valid": np.arange(size) < size - short})
     return found

@@ -102,7 +102,7 @@ GPUS = {
         **_H100,
     ),
     "h200": Gpu(
-        name="NVIDIA H200 141GB HBM3e",
+        name="NVIDIA H200",
         memory=151397597184,
         speed=Speed(989e12, 4800e9, 450e9, 1.98e9),
         **_H100,
@@ -224,6 +224,11 @@ def speed_of(topology: str) -> Speed:
     return gpu.speed if alone else dataclasses.replace(gpu.speed, wires=gpu.network)
 
 
+def gpu_named(kind: str) -> Gpu | None:
+    """The row of GPUS whose name JAX gives as the kind of a device, if there is one."""
+    return next((gpu for gpu in GPUS.values() if gpu.name == kind), None)
+
+
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Compiler options that are necessary because the devices are not present."""
     if mesh.devices.flat[0].platform == "gpu":
@@ -233,9 +238,9 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def usable_memory(mesh: jax.sharding.Mesh) -> int:
     """Bytes that a program may use on one device of a mesh of `devices_of`."""
-    for gpu in GPUS.values():
-        if gpu.name == mesh.devices.flat[0].device_kind:
-            return int(_TAKEN * gpu.memory)
+    gpu = gpu_named(mesh.devices.flat[0].device_kind)
+    if gpu is not None:
+        return int(_TAKEN * gpu.memory)
     # Only the TPU compiler knows, and its error for a program that is too large says
     # it: so compile one.
     shape, rows = (mesh.size, 2**40), sharding.by_row(mesh)

@@ -26,7 +26,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # The cost that a custom kernel's author declared.
 _KERNEL_BYTES = re.compile(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"')
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
-_TARGET = re.compile(r'custom_call_target="(\w+)"')
+_TARGET = re.compile(r'custom_call_target="([\w$]+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -47,6 +47,9 @@ _NOTES = {
     "GatherScatterIndicesBitpacked",
     "Sharding",
 }
+# cuDNN's attention: number of matrix products per call, each of all queries with all
+# keys.
+_ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 # Instructions without a cost of their own: they move no data and compute nothing, or
 # the instructions in the computations they call are counted instead.
 _FREE = {
@@ -240,9 +243,13 @@ def _products(
     computations: dict[str, list[Instruction]],
 ) -> float:
     """FLOPs of the matrix products in an instruction; a multiply-add counts as two."""
-    kernel = _KERNEL_FLOPS.search(one.rest)
+    kernel, called = _KERNEL_FLOPS.search(one.rest), _TARGET.search(one.rest)
     if kernel:
         return float(kernel[1])
+    if called and called[1] in _ATTENTION_PRODUCTS:
+        queries, keys = (_sides(shapes[name]) for name in one.operands[:2])
+        product = 2.0 * math.prod(queries) * keys[1]  # each "b n a c"
+        return _ATTENTION_PRODUCTS[called[1]] * product
     if one.opcode == "fusion":
         return sum(
             _products(inner, {it.name: it.shape for it in inside}, computations)

@@ -15,13 +15,15 @@ def before_compiling(found: dict[str, Any]) -> str:
         f"mesh        {axes} on {found['devices']} devices\n"
         f"batch       {found['batch_size']} images, {found['batch_per_device']} per "
         "device" + (f", in {parts} micro-batches" if parts > 1 else "") + "\n"
+        f"kernels     {found['forms']}\n"
         f"parameters  {found['parameters'] / 1e6:.2f} M; state "
         f"{_gib(found['state_bytes'])} per device"
     )
 
 
 def after_compiling(found: dict[str, Any]) -> str:
-    lines = [f"compiled    in {found['compile_seconds']:.1f} s"]
+    lines = [f"note        {found['note']}"] if found["note"] else []
+    lines.append(f"compiled    in {found['compile_seconds']:.1f} s")
     if found["compiles"]:
         for name in ("argument", "output", "alias", "temp"):
             lines.append(f"{name:<11} {_gib(found[f'{name}_bytes'])} per device")
@@ -38,10 +40,10 @@ def after_compiling(found: dict[str, Any]) -> str:
             f"buffers take {_gib(held)}, {_gib(held - hbm)} too much"
         )
     else:
-        lines = [
+        lines[-1] = (
             f"does not fit: it wants {_gib(peak)} of {_gib(hbm)} per device, "
             f"{_gib(peak - hbm)} too much"
-        ]
+        )
     return "\n".join(lines) + (
         f"; try {'' if found['coupled'] else '--config.accumulate=2, '}"
         "--config.remat=full or --config.mesh.fsdp=2"
@@ -84,7 +86,8 @@ def tried_line(found: dict[str, Any]) -> str:
     held = f"{'fits' if found['fits'] else 'no room'}, {_gib(found['held_bytes'])}"
     rates = found.get("estimate", {}).get("images_per_second", {})
     rate = f", {rates['with_unpriced']:.0f} images/s by estimate" if rates else ""
-    return f"{leaves}: {held}{rate}"
+    note = f"; {found['note']}" if found["note"] else ""
+    return f"{leaves}: {held}{rate}{note}"
 
 
 def _gib(count: int) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans, compiles and prices a training step for devices this machine lacks."""
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -19,7 +20,7 @@ from mim_jax.aot.devices import (
     usable_memory,
 )
 from mim_jax.data.sources.base import Source
-from mim_jax.plan import Plan
+from mim_jax.plan import Plan, for_devices
 from mim_jax.run.warmstart import adopt
 from mim_jax.train import lowered
 
@@ -27,17 +28,25 @@ from mim_jax.train import lowered
 def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
     """The plan of a run on the devices of a topology, and a note on its source.
 
-    If the data set is missing, photographs of the same size replace it: the compiled
-    program depends only on the shape of a batch.
-
     Raises:
-        ConfigError: the config does not fit these devices, or its job is not "train".
+        ConfigError: as `plan_on`; or the topology is unknown, or the job not "train".
     """
     if config.job != "train":
         raise configs.ConfigError(
             f"config.job={config.job!r}: want a training config, e.g. configs/mae.py"
         )
-    devices = devices_of(topology)
+    return plan_on(config, devices_of(topology))
+
+
+def plan_on(config: configs.Tree, devices: list) -> tuple[Plan, str]:
+    """The plan of a run whose data may be absent, and where its images come from.
+
+    Where the data are absent, photographs of the same size take their place: the
+    compiled step depends on the shape of a batch alone.
+
+    Raises:
+        ConfigError: the config cannot work on those devices.
+    """
     config = adopt(config)
     wanted = config.data.source.name
     try:
@@ -66,6 +75,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "batch_per_device": settings.batch_size // sharding.row_parts(plan.mesh),
         "micro_batches": settings.accumulate,
         "coupled": settings.objective.batch_coupled,
+        "forms": plan.forms,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "state_bytes": sharding.bytes_per_device(state, placed),
         "hbm_bytes": usable_memory(plan.mesh),
@@ -77,12 +87,13 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
 
     Returns:
         Values, and the program's text ("" if there is none). Values are per device:
-        `compiles`; `compile_seconds`; `peak_bytes`, which an error of the compiler
-        gives to two decimals of its unit only; and, if the step compiles,
-        `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the output that
-        reuses the memory of donated arguments) and `temp_bytes`.
+        `compiles`; `compile_seconds`; `note`, a line that says what was compiled in
+        place of the plan's own step ("" if nothing was); `peak_bytes`, which an error
+        of the compiler gives to two decimals of its unit only; and, if the step
+        compiles, `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the
+        output that reuses the memory of donated arguments) and `temp_bytes`.
     """
-    traced = lowered(plan)
+    traced, note = _lowered_without_devices(plan)
     started, text = time.monotonic(), ""
     try:
         compiled = traced.compile(compiler_options(plan.mesh))
@@ -100,7 +111,27 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
             "alias_bytes": memory.alias_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
         }
-    return found | {"compile_seconds": time.monotonic() - started}, text
+    seconds = time.monotonic() - started
+    return found | {"compile_seconds": seconds, "note": note}, text
+
+
+def _lowered_without_devices(plan: Plan) -> tuple[jax.stages.Lowered, str]:
+    """The traced step, and a note if it has plain attention for want of cuDNN.
+
+    JAX asks cuDNN for its version when it traces. That needs cuDNN's library, which
+    comes with JAX's plug-in for CUDA, and no GPU.
+    """
+    try:
+        return lowered(plan), ""
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+    settings = dataclasses.replace(plan.settings, attention="plain")
+    shape, total = settings.data.image_shape, plan.total
+    plain = for_devices(settings.objective, "plain", shape, plan.mesh).for_run(total)
+    plan = dataclasses.replace(plan, settings=settings, objective=plain)
+    return lowered(plan), f"priced with plain attention: {reason}"
 
 
 def verdict(found: dict[str, Any]) -> dict[str, Any]:

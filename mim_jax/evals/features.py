@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of every image of a pass."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from jaxtyping import Float, Int
 
 from mim_jax.evals.base import Batch, Passes, Run
 from mim_jax.evals.images import valid_images
+
+# `jax.jit` itself compiles a method anew each time that it is taken from its object.
+_jitted = functools.lru_cache(maxsize=16)(jax.jit)
 
 
 class Features(NamedTuple):
@@ -33,7 +37,8 @@ def extract(
 
     Args:
         encode: from (parameters, uint8 images "b h w c") to features "b d". It is
-            jitted here. The method of one objective compiles once for all passes.
+            jitted here; a method of one objective compiles once for all passes and
+            evaluations.
         params: the first argument of `encode`.
     Raises:
         ValueError: there is no valid image.
@@ -50,7 +55,7 @@ def extract(
         >>> extract(brightness, None, [batch]).vectors.tolist()
         [[7.0]]
     """
-    jitted = jax.jit(encode)
+    jitted = _jitted(encode)
     parts = []
     for batch, rows in valid_images(batches, "features"):
         vectors = np.asarray(jitted(params, batch["image"]), np.float32)

@@ -2,12 +2,13 @@
 """Nearest neighbours of frozen features: an accuracy and a picture."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
 from mim_jax.evals.base import Eval, Headline, Passes, Run
@@ -136,20 +137,29 @@ def classify(
     """
     classes = int(bank.labels.max()) + 1
     vectors = jnp.asarray(l2_normalised(bank.vectors))
-    votes = jnp.asarray(np.eye(classes + 1, dtype=np.float32)[bank.labels][:, :classes])
+    ballots = np.eye(classes + 1, dtype=np.float32)[bank.labels][:, :classes]
+    ballots = jnp.asarray(ballots)  # all zero where the label is -1
+    rows, winners = l2_normalised(queries.vectors), []
+    for start in range(0, len(rows), 256):
+        some = rows[start : start + 256]
+        found = _vote(some, vectors, ballots, tuple(counts), temperature)
+        winners.append(np.asarray(found))
+    return np.concatenate(winners, axis=1)
 
-    @jax.jit
-    def vote(rows):
-        similar, near = jax.lax.top_k(rows @ vectors.T, max(counts))
-        # Relative to the nearest, as exp(1 / .07) is 1.6e6.
-        weights = jnp.exp((similar - similar[:, :1]) / temperature)
-        weighted = weights[..., None] * votes[near]
-        totals = jnp.cumsum(weighted, axis=1)
-        return jnp.stack([totals[:, k - 1].argmax(axis=-1) for k in counts])
 
-    rows = l2_normalised(queries.vectors)
-    parts = [np.asarray(vote(rows[i : i + 256])) for i in range(0, len(rows), 256)]
-    return np.concatenate(parts, axis=1)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _vote(
+    rows: Float[Array, "r d"],
+    vectors: Float[Array, "n d"],
+    ballots: Float[Array, "n c"],
+    counts: tuple[int, ...],
+    temperature: float,
+) -> Int[Array, "k r"]:
+    similar, near = jax.lax.top_k(rows @ vectors.T, max(counts))
+    # Relative to the nearest, as exp(1 / .07) is 1.6e6.
+    weights = jnp.exp((similar - similar[:, :1]) / temperature)
+    totals = jnp.cumsum(weights[..., None] * ballots[near], axis=1)
+    return jnp.stack([totals[:, k - 1].argmax(axis=-1) for k in counts])
 
 
 def _images(data: Passes, indices: Int[np.ndarray, " r"]) -> np.ndarray:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projection and prediction heads of siamese methods, and classification heads."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -173,6 +173,21 @@ class Classifier(nn.Module):
         init = nn.initializers.normal(self.deviation)
         x = nn.Dense(self.classes, dtype=self.dtype, kernel_init=init, name="linear")(x)
         return x.astype(accurate(self.dtype))
+
+
+def init_heads(
+    projector: Head, predictor: Head, keys: tuple[Array, Array], x: Float[Array, "*b d"]
+) -> dict[str, Any]:
+    """New parameters of a projector for tokens like `x`, and of a predictor behind it.
+
+    Args:
+        keys: one for each head.
+    Returns:
+        {"projector": parameters, "predictor": parameters}.
+    """
+    projected, first = projector.init_with_output(keys[0], x)
+    second = predictor.init(keys[1], projected)
+    return {"projector": first["params"], "predictor": second["params"]}
 
 
 def check_heads(projector: Head, predictor: Head) -> None:

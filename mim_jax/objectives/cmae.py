@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from mim_jax.maskings.base import Masking
 from mim_jax.maskings.random import Random
-from mim_jax.models.heads import Head, check_heads
+from mim_jax.models.heads import Head, check_heads, init_heads
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.base import (
     Aux,
@@ -199,11 +199,9 @@ class CMAE(Objective):
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         grid = self.grid(batch["image"].shape[1:])
         mask = first_mask(grid, self.masking.visible_count(grid))
-        encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
+        encoder_key, *head_keys = jax.random.split(key, 3)
         tokens, encoder = self.init_encoder(encoder_key, batch, mask)
-        projected, projector = self.projector.init_with_output(projector_key, tokens)
-        predictor = self.predictor.init(predictor_key, projected)
-        heads = dict(projector=projector["params"], predictor=predictor["params"])
+        heads = init_heads(self.projector, self.predictor, tuple(head_keys), tokens)
         return {"encoder": encoder, **heads}, {}
 
     def loss(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mim_jax.models.heads import Head, check_heads
+from mim_jax.models.heads import Head, check_heads, init_heads
 from mim_jax.models.vit import SIZES, Encoder
 from mim_jax.objectives.base import (
     Aux,
@@ -85,7 +85,7 @@ class MoCoV3(Objective):
             view.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
+        encoder_key, *head_keys = jax.random.split(key, 3)
         tokens, made = self.init_encoder(encoder_key, batch)
         encoder: dict[str, Any] = dict(made)
         # The released code starts with a class token near 0, a patch bias of 0, and
@@ -98,11 +98,9 @@ class MoCoV3(Objective):
             attention = encoder[name]["attn"]
             qkv = attention["qkv"] | {"kernel": attention["qkv"]["kernel"] * 2**0.5}
             encoder[name] = encoder[name] | {"attn": attention | {"qkv": qkv}}
-        projected, projector = self.projector.init_with_output(
-            projector_key, tokens[:, 0]
+        heads = init_heads(
+            self.projector, self.predictor, tuple(head_keys), tokens[:, 0]
         )
-        predictor = self.predictor.init(predictor_key, projected)
-        heads = dict(projector=projector["params"], predictor=predictor["params"])
         return {"encoder": encoder, **heads}, {}
 
     def loss(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn cues: each of shape and texture tells the class, and they can disagree."""
+"""Drawn cues: shape and texture each tell the class, and they can disagree."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def drawings(source, count=COUNT):
 
 
 def outline(images):
-    """Where a drawing is not its background, moved to the middle; 16 x 16."""
+    """Where a drawing differs from its background, scaled to 16 x 16 points."""
     found = []
     for image in images:
         inside = np.abs(image - image[0, 0]) > 2
@@ -31,7 +31,7 @@ def outline(images):
 
 
 def grain(images):
-    """How neighbouring pixels of a drawing go together, wherever they are."""
+    """How neighbouring pixels of a drawing correlate, wherever they are."""
     found = []
     for image in images:
         inside = (np.abs(image - image[0, 0]) > 2).astype(float)
@@ -48,7 +48,7 @@ def grain(images):
 
 
 def knows(describe, neighbours=5):
-    """A classifier by a description, from the training split."""
+    """A classifier of such descriptions, fitted to the training split."""
     train = Cues(images=800)
     model = KNeighborsClassifier(neighbours)
     return model.fit(describe(drawings(train, 800)), train.labels()[:800])
@@ -62,7 +62,7 @@ def test_either_cue_tells_the_class(cue, describe):
     conflicts = DrawnConflicts(drawings=4)
     pairs = np.array([conflicts[i]["labels"] for i in range(len(conflicts))])
     found = model.predict(describe(drawings(conflicts, len(conflicts))))
-    # By its own cue it goes, and the other one is as if it were not there.
+    # The classifier follows its own cue and ignores the other one.
     assert (found == pairs[:, cue]).mean() > 0.85
     assert (found == pairs[:, 1 - cue]).mean() < 0.1
 
@@ -73,7 +73,7 @@ def test_drawings_are_pure_functions_of_their_numbers():
     assert not np.array_equal(one[5]["image"], other[5]["image"])
     assert not np.array_equal(one[5]["image"], one.held_out()[5]["image"])
     assert one.fingerprint() != other.fingerprint()
-    # The first ones do not depend on how many there are.
+    # Drawing 5 does not depend on how many drawings there are.
     np.testing.assert_array_equal(one[5]["image"], Cues(seed=1, images=8)[5]["image"])
 
 
@@ -85,7 +85,8 @@ def test_classes_are_balanced_and_drawings_differ():
 
 
 def test_rising_and_falling_stripes_are_mirror_images():
-    # From lower left to upper right: going right and up changes nothing.
+    # Rising stripes go from lower left to upper right: a step right and up changes
+    # nothing.
     for texture, step in (("rising", -1), ("falling", 1)):
         image = render(SHAPES.index("square"), TEXTURES.index(texture), (0,))[..., 0]
         middle = image[8:24, 8:24].astype(float)

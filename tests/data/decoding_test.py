@@ -34,8 +34,8 @@ def smooth(rows, cols):
     return np.stack(planes, axis=-1).astype(np.uint8)
 
 
-# What the EXIF standard calls row 0 and column 0 of the stored picture, as the place
-# (row, column) of the upright one that stored pixel (r, c) shows; h and w upright.
+# By orientation, where stored pixel (r, c) lies in the upright picture of h rows and w
+# columns. The comments name the sides that row 0 and column 0 show, as EXIF does.
 ORIENTATIONS = {
     1: lambda r, c, h, w: (r, c),  # top, left
     2: lambda r, c, h, w: (r, w - 1 - c),  # top, right
@@ -69,11 +69,11 @@ def test_broken_exif_keeps_the_picture():
 
 
 def test_cmyk_of_adobe_becomes_rgb():
-    # Smooth, for JPEG is lossy: c, m, y ramps under a constant black.
+    # Smooth, because JPEG is lossy: c, m, y ramps under a constant black.
     cmyk = np.concatenate([smooth(32, 48), np.full((32, 48, 1), 40, np.uint8)], axis=-1)
     picture = Image.frombytes("CMYK", (48, 32), cmyk.tobytes())
     data = encoded(picture, "JPEG", quality=100)
-    assert b"Adobe" in data  # the marker that says: stored inverted
+    assert b"Adobe" in data  # this marker says that values are stored inverted
     want = (255.0 - cmyk[..., :3]) * (255 - 40) / 255
     np.testing.assert_allclose(decode(data, 3), want, atol=6)
 
@@ -164,7 +164,7 @@ def test_a_header_of_absurd_size_is_undecodable():
     data[18:26] = b"\xff\xff\x00\x00" * 2  # columns and rows
     with pytest.raises(Undecodable, match="Bomb") as error:
         decode(bytes(data), 3)
-    # Not an OSError, which is what Pillow documents: any error of its parsers counts.
+    # Any error of Pillow's parsers counts, not only OSError, which it documents.
     assert isinstance(error.value.__cause__, Image.DecompressionBombError)
 
 
@@ -207,7 +207,7 @@ def test_damage_gives_an_image_or_undecodable(form, hits, end):
 
 
 def by_pillow(data, channels):
-    """What Pillow alone makes of a JPEG; None if it refuses."""
+    """The pixels that Pillow alone decodes from a JPEG; None if it refuses."""
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
@@ -246,7 +246,7 @@ def test_jpegs_are_turned_upright(orientation):
         <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/">
         <tiff:Orientation>{orientation}</tiff:Orientation>
         </rdf:Description></rdf:RDF></x:xmpmeta>""".encode()
-    # What stands in front of the tag and looks like the first scan.
+    # A segment before the tag whose bytes look like the first scan.
     comment = b"\xff\xfe\0\6\xff\xda\xff\xda"
     for options in ({"exif": exif.tobytes()}, {"xmp": packet}):
         data = encoded(picture, "JPEG", **options)

@@ -22,7 +22,7 @@ from mim_jax.data.sources.few import Few
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotated(Numbered):
-    """Numbered images with an array and a number more."""
+    """Numbered images with a further array and a second label."""
 
     count: int = 20
     bad: tuple[int, ...] = (3, 11)
@@ -41,8 +41,8 @@ class Annotated(Numbered):
         }
 
 
-# Inputs for the rows of EXAMPLES that need another one than the default: by name, the
-# fields of the inputs to try.
+# By name in EXAMPLES, the fields of the inputs to test with, where the default input is
+# not enough.
 ROWS: dict[str, list[dict]] = {
     "crops": [
         {},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few images: chosen once, the same everywhere, by class where asked."""
+"""A few images: chosen once, the same on any machine, by class if asked."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ JPEGS = pathlib.Path(__file__).parent / "jpegs"
 
 @dataclasses.dataclass(frozen=True)
 class Labels(Source):
-    """Records of these labels, and no image."""
+    """Records with these labels and a blank image."""
 
     given: tuple[int, ...]
     name: str = "one"
@@ -78,7 +78,7 @@ def test_records_are_those_of_the_source(sampling):
         assert record["label"] == want["label"]
     assert few.classes == DIGITS.classes and few.channels == 1
     assert few.held_out() == DIGITS.held_out()
-    # Fewer images with the same seed are among them.
+    # A smaller choice with the same seed is a part of this one.
     less = Few(source=DIGITS, images=4, sampling=sampling)
     assert less.chosen() == ids[:4]
 
@@ -87,7 +87,7 @@ def test_random_is_uniform_over_images():
     counts = np.zeros(16)
     for seed in range(1000):
         counts[list(Few(source=STAIR, images=4, seed=seed).chosen())] += 1
-    # Each is chosen in one of four draws: deviation 13.7 of 250.
+    # Each is chosen in one of four draws: 250 times, with a deviation of 13.7.
     assert counts.sum() == 4000 and np.abs(counts - 250).max() < 4 * 13.7
 
 
@@ -121,7 +121,7 @@ def test_ids_override_all_else():
     few = Few(source=STAIR, images=99, sampling="one_per_class", ids=(14, 0, 3))
     assert len(few) == 3 and few.chosen() == (14, 0, 3)
     assert labels_of(few) == [4, 0, 0]
-    # Chosen by hand or drawn, the same images are the same data.
+    # The same images are the same data, chosen by hand or drawn.
     drawn = Few(source=STAIR, images=3, seed=2)
     by_hand = Few(source=STAIR, ids=drawn.chosen())
     assert by_hand.fingerprint() == drawn.fingerprint()

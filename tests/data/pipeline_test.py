@@ -143,8 +143,8 @@ def test_augmentation_is_the_transforms_with_the_fields():
 
 
 def test_crops_of_jpegs_are_the_recipes(tmp_path):
-    """Decoded whole and by Pillow, cut out, made smaller by Pillow: a few levels off at
-    most where the image is large enough to be decoded to a part of its size."""
+    """Against Pillow, which decodes the whole image, cuts and shrinks it: a few levels
+    apart where our decoder decodes an image to a part of its size."""
     (tmp_path / "train").mkdir()
     factors = {1: (375, 500), 2: (760, 900), 4: (1500, 1700)}
     for factor, (rows, cols) in factors.items():
@@ -222,7 +222,7 @@ def test_crops_are_the_same_in_any_process(workers):
     want = read(plain, seed=3, batch_size=12, stop=6)
     other = dataclasses.replace(plain, workers=workers, threads=3)
     assert_same(read(other, seed=3, batch_size=12, stop=6), want)
-    # And do not depend on where a run starts, or on how many there are.
+    # Crops depend neither on where a run starts nor on how many there are.
     fewer = dataclasses.replace(plain, local_crops=1)
     with train_batches(fewer, seed=3, batch_size=12, start=4, stop=6) as rest:
         got = join(rest)
@@ -248,9 +248,9 @@ def test_bad_records_are_replaced_the_same_way_each_time():
     for batch in (got, again):
         rows = zip(batch["index"], batch["image"], batch["label"], strict=True)
         for index, image, label in rows:
-            value = int(image.max())  # names the record it shows
+            value = int(image.max())  # the number of the record shown
             assert shown.setdefault(int(index), value) == value
-            assert label == value % 3  # the label is that of what is shown
+            assert label == value % 3  # the label belongs to the record shown
     assert all(shown[i] == i for i in range(20) if i not in (3, 11))
     assert not {shown[3], shown[11]} & {3, 11}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preparing data: what is said without TensorFlow, and the records made with it."""
+"""Preparing data: the message without TensorFlow, and the records made with it."""
 
 import functools
 import importlib.util

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What RandAugment draws; its operations are held against timm's elsewhere."""
+"""What RandAugment draws; another test compares its operations with timm's."""
 
 import collections
 
@@ -35,7 +35,7 @@ def test_every_operation_is_drawn_as_often_as_every_other(calls):
     draws = 6000
     for _ in range(draws):
         settings(IMAGE, rng)
-    # Half of what is drawn is applied.
+    # Half of the operations drawn are applied.
     assert abs(len(calls) / (2 * draws) - 0.5) < 5 * (0.25 / (2 * draws)) ** 0.5
     counts = collections.Counter(name for name, _, _ in calls)
     assert counts.keys() == OPERATIONS.keys() and len(counts) == 15

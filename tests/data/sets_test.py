@@ -43,7 +43,7 @@ def save(path, value=0, size=(6, 4)):
 
 
 def whole(found):
-    """Every row of a pass, images and fill alike."""
+    """Every row of a pass, with those that fill the last batch."""
     with found.batches() as batches:
         parts = [{name: np.array(x) for name, x in batch.items()} for batch in batches]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -101,7 +101,7 @@ def test_categories_by_their_counts():
     )
     every = [label for some in conflicts.members() for label in some]
     assert len(set(every)) == len(every) == 207
-    # WordNet ids of one of each: what the labels are, whatever their numbers.
+    # One class of each category by its WordNet id, independent of the labels.
     for name, wnid in dict(
         airplane="n02690373",
         bear="n02134084",
@@ -136,7 +136,7 @@ def test_embedded_sets_keep_the_contract(name):
         assert one["image"].dtype == np.uint8 and one["labels"] == again["labels"]
         assert 1 <= len(one["labels"]) <= found.labels
         assert all(0 <= label < len(found.classes) for label in one["labels"])
-    # To a worker, and from there the same.
+    # A worker gets the same image.
     found = pickle.loads(pickle.dumps(found))
     np.testing.assert_array_equal(found[0]["image"], find(name)[0]["image"])
     with pytest.raises(ValueError, match=f"the program makes {name} itself"):
@@ -193,7 +193,7 @@ def test_folders_of_wordnet_ids(name, tmp_path):
 
 def test_prepared_sets_lie_beside_the_runs_own(tmp_path):
     chosen = imagenet.facts()["imagenet_r"]
-    labels = [chosen[7], 0, chosen[199]]  # label 0 is none of R's
+    labels = [chosen[7], 0, chosen[199]]  # R does not have label 0
     records = [
         dict(image=prepared.encoded(place), label=label)
         for place, label in enumerate(labels)
@@ -251,7 +251,7 @@ def test_real_labels_from_a_folder(tmp_path):
     assert rows["labels"].shape == (4, 9)
     assert rows["labels"][0].tolist() == [5, 970] + [-1] * 7
     save(tmp_path / "more.JPEG")
-    with pytest.raises(ValueError, match="has 4 images, real.json labels of 3"):
+    with pytest.raises(ValueError, match="has 4 images and real.json has labels for 3"):
         find(f"imagenet_real={tmp_path}")
     (tmp_path / "real.json").unlink()
     with pytest.raises(ValueError, match="no real.json in"):
@@ -282,7 +282,7 @@ def write_objectnet(home, first=0, shared=113):
     lines = [""] * 1000
     for label, line in line_of.items():
         lines[line] = f"thing {label}, item {label}"
-    lines[line_of[999]] = lines[line_of[998]]  # two that are called alike
+    lines[line_of[999]] = lines[line_of[998]]  # two classes with the same name
     names = [f"folder_{i:03d}" for i in range(313)]
     texts = {f"Class {i}": f"thing {i}, item {i}" for i in range(shared)}
     texts["Class 0"] += "; thing 500, item 500"
@@ -324,7 +324,7 @@ def test_the_red_frame_is_cut_off(tmp_path):
     path = home / "images" / "folder_000" / "x.png"
     prepared.Image.fromarray(pixels).save(path)
     rows = whole(passes().evaluation_set(f"objectnet={home}"))
-    assert rows["image"].shape == (128, 8, 8, 1)  # grey, as the run's own images
+    assert rows["image"].shape == (128, 8, 8, 1)  # grey like the run's own images
     np.testing.assert_array_equal(rows["image"][0], 200)
 
 
@@ -387,7 +387,7 @@ def test_drawn_conflicts_have_every_pair():
     counts = {pair: pairs.count(pair) for pair in set(pairs)}
     assert len(counts) == 56 and set(counts.values()) == {8}
     assert all(shape != texture for shape, texture in counts)
-    # No drawing is there twice.
+    # All drawings differ.
     images = {found[i]["image"].tobytes() for i in range(len(found))}
     assert len(images) == len(found)
 
@@ -406,7 +406,7 @@ def test_shifts_are_shifts(name):
     own = np.stack([plain[i]["image"] for i in records]).astype(int)
     changed = np.abs(images - own).mean(axis=(1, 2, 3))
     assert changed.min() > 5
-    # They stay what they are: a model of plain digits knows most, and not all.
+    # Shifted digits stay legible: a model of plain digits knows most, but not all.
     flat = own.reshape(len(own), -1) / 255
     labels = np.array([plain[i]["label"] for i in records])
     members = np.array(
@@ -416,7 +416,7 @@ def test_shifts_are_shifts(name):
     model = LogisticRegression(max_iter=500).fit(flat, labels)
     shares = [model.score(x.reshape(len(x), -1) / 255, labels) for x in (own, images)]
     assert shares[0] > 0.97 and shares[1] < shares[0] - 0.05
-    assert shares[1] > 0.4 or shift == "inversion"  # of which a linear one knows none
+    assert shares[1] > 0.4 or shift == "inversion"  # a linear model knows none of these
 
 
 def test_each_shift_does_what_it_is_called():
@@ -430,7 +430,7 @@ def test_each_shift_does_what_it_is_called():
     roughness = lambda x: np.abs(np.diff(x, axis=0)).mean()  # noqa: E731
     assert roughness(see["blur"]) < 0.8 * roughness(pixels)
     assert roughness(see["noise"]) > 1.1 * roughness(pixels)
-    # A quarter of white, where nothing is cut off at black or white.
+    # A quarter of white, where neither black nor white cuts the noise.
     grey = np.full((60, 60, 1), 128, np.uint8)
     assert shifted(grey, "noise", 0).std() == pytest.approx(0.25 * 255, rel=0.1)
     assert not np.array_equal(shifted(image, "noise", 4), shifted(image, "noise", 5))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every source keeps the contract; each one delivers what it says."""
+"""Every source in the table meets the contract, and yields the data it names."""
 
 import dataclasses
 import importlib.metadata
@@ -56,7 +56,7 @@ def tree(tmp_path):
     return tmp_path
 
 
-# Sources that cannot be built without arguments, or are large: from the folder `tree`.
+# Sources that need arguments or are large; `tree` is a folder of images.
 ROWS = {
     "cues": lambda tree: Cues(images=24, held_out_images=16),
     "tfds": lambda tree: small_jpegs(),
@@ -98,7 +98,7 @@ def test_contract(source):
 def test_fields_are_config_leaves(source):
     types = (int, float, bool, str, tuple, type(None))
     for field in dataclasses.fields(source):
-        if field.type is Source:  # another row of the table, itself made of leaves
+        if field.type is Source:  # it is another row of the table
             continue
         assert field.default is not dataclasses.MISSING
         assert isinstance(getattr(source, field.name), types)
@@ -139,7 +139,7 @@ def test_photos_are_this_closed_list(monkeypatch):
     train, held_out = Photos(), Photos().held_out()
     assert len(train) == 12 and len(held_out) == 5
     names = train.files + held_out.files
-    assert len(set(names)) == 17  # the two sides share nothing
+    assert len(set(names)) == 17  # the two splits share nothing
     stereo = {"skimage/data/motorcycle_left.png", "skimage/data/motorcycle_right.png"}
     assert stereo <= set(train.files)
     for distribution in ("scikit-image", "scikit-learn"):
@@ -153,7 +153,7 @@ def test_photos_are_this_closed_list(monkeypatch):
             want = want if want.ndim == 3 else np.stack([want] * 3, axis=-1)
             assert min(want.shape[:2]) >= 300
             np.testing.assert_array_equal(part[index]["image"], want)
-    # Held out: colour throughout.
+    # All held-out photographs are in colour.
     for index in range(5):
         image = held_out[index]["image"].astype(int)
         assert np.abs(image[..., 0] - image[..., 2]).mean() > 5
@@ -186,7 +186,7 @@ def test_digits_are_those_of_scikit_learn():
             assert record["image"].shape == (8, 8, 1)
             assert record["label"] == original.target[where]
             seen.append(where)
-    assert sorted(seen) == list(range(1797))  # each one on exactly one side
+    assert sorted(seen) == list(range(1797))  # each one in exactly one split
     totals = np.bincount(original.target)
     held = np.bincount([held_out[i]["label"] for i in range(len(held_out))])
     np.testing.assert_array_equal(held, totals // 5)
@@ -271,7 +271,7 @@ def test_tfds_records():
     for image in images:
         assert Image.open(io.BytesIO(image)).format == "JPEG"
     labels = [source[i]["label"] for i in range(15)]
-    for index, label in enumerate(labels):  # the textures are the grey files
+    for index, label in enumerate(labels):  # exactly the textures are grey files
         mode = Image.open(io.BytesIO(source[index]["image"])).mode
         assert (mode == "L") == (source.classes[label] == "texture")
     assert source.fingerprint() == {
@@ -298,7 +298,7 @@ def test_tfds_features_of_a_fixed_shape_go_into_the_batches(tmp_path):
     fields = dict(dataset="several", data_dir=str(tmp_path), held_out_split="train")
     source = Tfds(**fields, extra_keys=("second",))
     assert source.fields() == {"second": FieldSpec((), np.int64)}
-    # A record has the others, too, for examples that read them.
+    # A record also has the other features, for plug-ins that read them.
     assert [len(source[index]["all"]) for index in range(6)] == [1, 2] * 3
     data = Input(source=source, image_size=(4, 4), workers=0)
     with eval_batches(data, batch_size=6) as batches:

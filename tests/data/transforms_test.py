@@ -21,7 +21,7 @@ def pattern(rows, cols, channels, seed=0):
 
 
 def bicubic(image, size):
-    """What a resize should give, in 64-bit floats, from the formula of the kernel."""
+    """The resized image in 64-bit floats, from the formula of the kernel."""
 
     def kernel(x):
         x = np.abs(x)
@@ -50,7 +50,7 @@ def test_crop_boxes_follow_their_distribution():
     assert (boxes >= 0).all()
     assert (top + height <= rows).all() and (left + width <= cols).all()
 
-    # The same by rejection on continuous numbers, with another generator.
+    # The same distribution by rejection of continuous numbers, with another generator.
     rng = np.random.default_rng(2)
     area = rng.uniform(*scale, 100_000) * rows * cols
     aspect = np.exp(rng.uniform(*np.log(ratio), 100_000))
@@ -73,7 +73,7 @@ def test_crop_boxes_follow_their_distribution():
 
 @pytest.mark.parametrize(
     ("shape", "want"),
-    [  # nothing of these fits: the largest central box of a ratio in range
+    [  # no box fits: the largest central one whose ratio is in range
         ((10, 1000), (0, 493, 10, 13)),
         ((1000, 10), (493, 0, 13, 10)),
         ((1, 1000), (0, 499, 1, 1)),
@@ -97,7 +97,7 @@ def test_crop_box_is_the_whole_image_when_nothing_fits_but_the_ratio_is_right():
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("size", [(7, 9), (40, 30), (20, 24), (40, 6)])
 def test_resize_is_bicubic_antialiased(channels, size):
-    # Of middling levels, so that neither pass goes beyond 0..255 and is cut there.
+    # Middle levels, so that neither pass leaves 0..255 and is cut there.
     image = 80 + pattern(20, 24, channels) // 3
     got = transforms.resize(image, size)
     np.testing.assert_allclose(got, bicubic(image, size), atol=1.25)
@@ -197,14 +197,14 @@ def test_centre_crop_always_has_its_size():
 
 
 def test_one_draw_is_cut_to_the_image():
-    # Twice as wide as high, and the whole area asked for: a square does not fit.
+    # The image is twice as wide as high: a square of its whole area does not fit.
     rng = np.random.default_rng(0)
     boxes = [
         transforms.sample_box((20, 40), (1.0, 1.0), (1.0, 1.0), rng, retry=False)
         for _ in range(200)
     ]
     assert {(rows, cols) for _, _, rows, cols in boxes} == {(20, 28)}
-    # And lies anywhere: the draw that is retried falls back to the centre.
+    # The box lies anywhere. With retries, it would fall back to the centre.
     assert {left for _, left, _, _ in boxes} == set(range(13))
     assert transforms.sample_box((20, 40), (1.0, 1.0), (1.0, 1.0), rng) == (
         0,
@@ -282,7 +282,7 @@ def test_masks_lie_where_the_pixels_are():
             whole = (shown < 20) | (shown > 235)  # pixels that no edge divides
             np.testing.assert_array_equal(mask[whole], shown[whole] > 127)
             assert whole.mean() > 0.9
-        # Of half the resolution, with edges at even places: the same.
+        # Masks of half the resolution give the same: their edges lie at even places.
         np.testing.assert_array_equal(view.masks(masks[:, ::2, ::2]), got)
 
 

@@ -112,7 +112,7 @@ def test_workers_take_no_accelerator():
     code = """
 import os, jax
 from mim_jax.data import workers
-workers._follow_parent = lambda: None  # this is no worker
+workers._follow_parent = lambda: None  # the test is no worker process
 assert jax.config.jax_platforms == "tpu"
 workers._start_worker(0, 1)
 assert os.environ["JAX_PLATFORMS"] == jax.config.jax_platforms == "cpu"

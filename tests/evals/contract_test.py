@@ -11,6 +11,8 @@ import math
 import jax
 import numpy as np
 import pytest
+import sklearn.manifold  # noqa: F401  (so that its threads are limited, too)
+import threadpoolctl
 from matplotlib.figure import Figure
 from small_evals import SMALL, objective_of, passes_of, run_of, small
 from tiny import TINY
@@ -23,10 +25,11 @@ each = pytest.mark.parametrize("name", EVALS)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _fast_compilation():
-    # Hundreds of programs that run for milliseconds each.
+def _fast():
+    # Many programs that run for milliseconds, and threads that would wait for a core.
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with threadpoolctl.threadpool_limits(1):
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

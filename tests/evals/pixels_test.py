@@ -71,7 +71,7 @@ def batch_of(rows: int = 5) -> dict[str, np.ndarray]:
 
 def simple(**fields) -> Run:
     objective = Simple(encoder=Encoder(patch=2, width=8, depth=1, heads=2), **fields)
-    params, _ = objective.init(jax.random.key(0), batch_of(1))
+    params, _ = jax.jit(objective.init)(jax.random.key(0), example_fields(batch_of(1)))
     params = disturbed(params)
     return Run(objective=objective, params=params, initial=params, step=1, name="x")
 
@@ -82,7 +82,7 @@ def check_no_leak(run: Run) -> None:
     Without `normalise_target`: with it, the true statistics of hidden patches scale the
     result, by design.
     """
-    objective, batch = run.objective, example_fields(batch_of())
+    objective, batch = run.objective, jax.device_put(example_fields(batch_of()))
     if objective.normalise_target:
         objective = dataclasses.replace(objective, normalise_target=False)
     mask = objective.mask(batch, keys_of(batch_of(), seed=0))
@@ -93,7 +93,7 @@ def check_no_leak(run: Run) -> None:
             run.params, batch | {"image": images}, mask
         )
     )
-    images = batch["image"]
+    images = batch_of()["image"]
     whole, other_hidden, other_visible = (
         np.asarray(fill(np.where(place, 255 - images, images)))
         for place in (False, hidden, ~hidden)
@@ -130,8 +130,9 @@ def test_reconstruction_needs_three_members_and_hands_on_every_field():
     hidden = hidden.reshape(5, 6, 6).repeat(2, axis=1).repeat(2, axis=2)
     np.testing.assert_array_equal(report.arrays["panel_hidden"], hidden[:2])
     # By hand, from the objective's own reconstruction.
-    mask = run.objective.mask(batch, None)
-    filled = np.asarray(run.objective.reconstruct(run.params, batch, mask)).clip(0, 1)
+    fields = jax.device_put(example_fields(batch))
+    mask = run.objective.mask(fields, None)
+    filled = np.asarray(run.objective.reconstruct(run.params, fields, mask)).clip(0, 1)
     error = (filled - batch["image"] / 255)[..., 0] ** 2
     psnr = -10 * np.log10(
         [one[place].mean() for one, place in zip(error, hidden, strict=True)]

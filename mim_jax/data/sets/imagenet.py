@@ -147,7 +147,7 @@ def real(entry: str, folder: str, source: Source) -> EvaluationSet:
     missing = [name for name in names if name not in found]
     if missing or len(found) != len(labels):
         raise ValueError(
-            f"set {entry!r}: {path} has {len(found)} images, {_REAL} labels of "
+            f"set {entry!r}: {path} has {len(found)} images and {_REAL} has labels for "
             f"{len(labels)}" + (f"; missing: {missing[0]}, ..." if missing else "")
         )
     records = zip((found[name] for name in names), map(tuple, labels), strict=True)
