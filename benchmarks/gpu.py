@@ -156,6 +156,7 @@ def environment(small: bool) -> dict[str, str]:
     found = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     if small:
         found |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        found["OMP_NUM_THREADS"] = "1"  # PyTorch's threads wait by turning
     return found
 
 
