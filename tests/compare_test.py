@@ -151,7 +151,7 @@ def test_an_evaluation_says_all_that_the_page_shows_of_it(written):
     heads = re.findall("<th>([^<]*)<small>([^<]*)</small></th>", table)
     assert heads[-2:] == [
         ("mean pixel value, lux", "lower is better"),
-        ("glare", "neither way is better in itself"),
+        ("glare", "no direction is better"),
     ]
     cells = re.findall("<tr><td>(.*)</td></tr>", table)
     assert [row.rsplit("</td><td>", 1)[1] for row in cells] == ["25.0%", "–", "25.0%"]
