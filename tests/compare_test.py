@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 
+import fast
 import jax
 import numpy as np
 import pytest
@@ -23,6 +24,12 @@ from mim_jax.evals.figures import Panel, gallery
 from mim_jax.evals.report import Number, Report, mean_of
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 def trained(name: str, folder: pathlib.Path, **leaves) -> pathlib.Path:
