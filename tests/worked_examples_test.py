@@ -22,14 +22,13 @@ from evals import pixels_test
 from kernels import forms_test
 from maskings import masking_test
 from objectives import contract_test as objectives_test
-from small_evals import run_of
+from small_evals import SMALL, run_of
 from tiny import TINY, Tiny
 
 from mim_jax import compare, config, evaluate, kernels, train
 from mim_jax.data.examples.base import Examples
 from mim_jax.data.input import Input
 from mim_jax.data.pipeline import eval_batches, train_batches
-from mim_jax.data.sources.base import Source
 from mim_jax.kernels.base import Kernels
 from mim_jax.models.vit import Encoder
 from mim_jax.ops.patches import Grid, patchify
@@ -133,14 +132,24 @@ def test_a_run_without_its_module_says_which_is_missing(simmim, monkeypatch):
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows(monkeypatch, modules):
     """The test rows of the plug-ins, as CONTRIBUTING.md gives them."""
-    monkeypatch.setitem(TINY, "simmim", Tiny(objective=dict(masking=dict(unit=4))))
-    boxed = [
-        {"source": config.KINDS[Source][1]["rectangles"](), "image_size": (32, 32)}
-    ]
-    monkeypatch.setitem(examples_test.ROWS, "boxes", boxed)
-    monkeypatch.setitem(forms_test.HERE, "tiled", kernels.FORMS["tiled"].run)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"^```python\n(\".*?)^```$", text, re.DOTALL | re.MULTILINE)
+    names = {
+        name: one for module in modules.values() for name, one in vars(module).items()
+    }
+    tables = {
+        "simmim": TINY,
+        "checkerboard": masking_test.MEMBERS,
+        "rank": SMALL,
+        "boxes": examples_test.ROWS,
+        "tiled": forms_test.HERE,
+    }
+    found = eval("{" + "".join(blocks) + "}", {"Tiny": Tiny, **names, **modules})
+    assert found.keys() == tables.keys()
+    for name, row in found.items():
+        monkeypatch.setitem(tables[name], name, row)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +197,9 @@ def test_simmim_is_l1_between_hidden_patches(rows):
         masking_test.test_bits_are_those_without_64_bit_types,
     ],
 )
-def test_checkerboard_keeps_the_contract_of_maskings(check, modules):
-    check(modules["checkerboard"].Checkerboard())
+def test_checkerboard_keeps_the_contract_of_maskings(check, rows):
+    (masking,) = masking_test.members_of("checkerboard")
+    check(masking)
 
 
 def test_checkerboard_is_one(modules):
@@ -224,9 +234,8 @@ def test_attended_hides_what_its_memory_names(modules):
     masking, grid = modules["attended"].Attended(ratio=0.25), Grid(4, 4, 2)
     weights = np.full(16, 1e-6, np.float32)
     weights[[3, 5, 8, 12]] = 1
-    memory = {"attention": jnp.asarray(weights)}
     keys = jax.random.split(jax.random.key(0), 50)
-    hidden = np.asarray(masking(keys, grid, memory=memory).hidden)
+    hidden = np.asarray(masking(keys, grid, memory=jnp.asarray(weights)).hidden)
     assert hidden[:, [3, 5, 8, 12]].mean() > 0.99
     even = np.asarray(masking(keys, grid, memory=masking.first_memory(grid)).hidden)
     assert len(np.unique(even, axis=0)) > 40
@@ -239,14 +248,13 @@ def test_attended_remembers_where_the_class_token_looks(modules):
     @jax.jit
     def refreshed(decay):
         masking = dataclasses.replace(modules["attended"].Attended(), decay=decay)
-        found = masking.refresh(old, run.objective, run.params, batch, None)
-        return found["attention"]
+        return masking.refresh(old, run.objective, run.params, batch, None)
 
     found = refreshed(0.0)
     # The class token attends to itself too, so the patches get less than 1 in all.
-    assert found.shape == old["attention"].shape and 0.5 < found.sum() < 1
+    assert found.shape == old.shape and 0.5 < found.sum() < 1
     assert np.ptp(found) > 0
-    half = (found + old["attention"]) / 2
+    half = (found + old) / 2
     np.testing.assert_allclose(refreshed(0.5), half, rtol=1e-5)
 
 
@@ -254,7 +262,19 @@ def test_a_step_keeps_the_memory_of_attended():
     plan = Plan.of(tree_of("attended"), jax.devices()[:1])
     state, batch = plan.abstract_state(), plan.abstract_batch()
     after, _ = jax.eval_shape(train.step_of(plan), state, batch)
-    assert after.memory["attention"].shape == state.memory["attention"].shape == (16,)
+    assert after.memory.shape == state.memory.shape == (16,)
+
+
+def test_a_memory_that_is_an_array_is_read_for_evaluation(simmim, monkeypatch):
+    read = loading.read_trained
+
+    def with_memory(*args):
+        step, found = read(*args)
+        return step, found | {"memory": jnp.arange(16)}
+
+    assert loading.load(simmim)[0].memory is None
+    monkeypatch.setattr(loading, "read_trained", with_memory)
+    assert loading.load(simmim)[0].memory.tolist() == list(range(16))
 
 
 # The source, the examples.
@@ -348,11 +368,11 @@ def test_a_masking_that_reads_boxes_says_which_examples_have_them():
         evals_test.test_images_without_labels_are_measured_or_refused_by_a_value_error,
     ],
 )
-def test_rank_keeps_the_contract_of_evaluations(check):
+def test_rank_keeps_the_contract_of_evaluations(check, rows):
     check("rank")
 
 
-def test_what_is_written_of_the_rank_can_be_read(tmp_path, capsys):
+def test_what_is_written_of_the_rank_can_be_read(rows, tmp_path, capsys):
     evals_test.test_what_is_written_can_be_read("rank", tmp_path, capsys)
 
 

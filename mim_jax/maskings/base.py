@@ -81,7 +81,7 @@ class Masking(abc.ABC):
         """
 
     def first_memory(self, grid: Grid) -> Any:
-        """The memory before the first step: a pytree of arrays, or None."""
+        """The memory before the first step: an array or nested dicts of arrays."""
         del grid
 
     def refresh(

@@ -74,7 +74,7 @@ def load(
         objective=objective,
         params=found["params"],
         stats=found["stats"],
-        memory=found["memory"] or None,
+        memory=found["memory"] if jax.tree.leaves(found["memory"]) else None,
         initial=initial_params(config, training.objective),
         step=step,
         name=folder.resolve().name + (", teacher" if teacher else ""),

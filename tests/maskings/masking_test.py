@@ -17,13 +17,19 @@ from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import Grid
 
 GRID = Grid(6, 8, 4)
+# What to test a masking with, if not its defaults on GRID.
 MEMBERS = {
     "random": (Random(), Random(ratio=0.6, unit=12, partial_units="allow")),
     "block": (Block(least=4),),
-    "grid": (GridMasking(),),
 }
+
+
+def members_of(name: str) -> tuple:
+    return MEMBERS[name] if name in MEMBERS else (MASKINGS[name](),)
+
+
 every_member = pytest.mark.parametrize(
-    "masking", [one for kind in MEMBERS.values() for one in kind], ids=str
+    "masking", [one for name in MASKINGS for one in members_of(name)], ids=str
 )
 
 
@@ -41,10 +47,13 @@ def same(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_every_row_of_the_table_is_tested():
-    assert {name: type(kind[0]) for name, kind in MEMBERS.items()} | {
-        "none": Nothing
-    } == MASKINGS
+@pytest.mark.parametrize("name", MASKINGS)
+def test_every_masking_is_tested_on_a_grid_that_it_fits(name):
+    for masking in members_of(name):
+        try:
+            masking.visible_count(GRID)
+        except ValueError as error:
+            pytest.fail(f"give {name!r} a row in MEMBERS of {__file__}: {error}")
 
 
 def test_nothing_is_hidden_by_nothing():

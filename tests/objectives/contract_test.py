@@ -44,7 +44,9 @@ each = pytest.mark.parametrize("name", TINY)
 
 
 def test_every_objective_has_a_row():
-    assert TINY.keys() == OBJECTIVES.keys()
+    for name in OBJECTIVES:
+        assert name in TINY, f"give {name!r} a row in TINY of tests/tiny.py"
+    assert TINY.keys() <= OBJECTIVES.keys()
 
 
 @functools.cache

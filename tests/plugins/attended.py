@@ -49,22 +49,21 @@ class Attended(Masking):
         return visible
 
     def first_memory(self, grid):
-        return {"attention": jnp.full((grid.size,), 1 / grid.size, jnp.float32)}
+        return jnp.full((grid.size,), 1 / grid.size, jnp.float32)
 
     def refresh(self, memory, objective, params, batch, keys):
         images = to_float(batch["image"])
         _, seen = objective.encode(params, images, taps=("attention",))
         # Of the last block, "b a t t": from the class token to the patches.
         found = seen["attention"][-1][:, :, 0, 1:].mean(axis=(0, 1))
-        old = memory["attention"]
-        return {"attention": self.decay * old + (1 - self.decay) * found}
+        return self.decay * memory + (1 - self.decay) * found
 
     def __call__(self, keys, grid, *, memory):
         def noise(key):
             return jax.random.gumbel(key, (grid.size,), jnp.float32)
 
         # The largest are a draw without replacement, weighted by the memory.
-        scores = jnp.log(memory["attention"])[None] + jax.vmap(noise)(keys)
+        scores = jnp.log(memory)[None] + jax.vmap(noise)(keys)
         return from_scores(scores, self.visible_count(grid))
 
 

@@ -58,8 +58,8 @@ class Rank(Eval):
                 features = extract(run.objective.features, params, batches).vectors
             values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
             numbers[f"rank_{name}"] = Number(effective_rank(values), "1")
+            numbers["images"] = Number(len(features), "images")
             arrays[f"singular_values_{name}"] = values
-        numbers["images"] = Number(len(features), "images")
         return Report(numbers=numbers, arrays=arrays)
 
     def draw(self, found):

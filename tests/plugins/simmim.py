@@ -7,7 +7,6 @@ PYTHONPATH=tests/plugins python -m mim_jax.main --plugins=simmim \
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +34,16 @@ class SimMIM(PixelObjective):
     masking: Masking = Random(ratio=0.6, unit=32)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    # Raw pixels are predicted; no field of the config.
+    normalise_target: bool = dataclasses.field(default=False, init=False)
 
-    occlusion = "mask_token"
-    feature = "avg"  # the loss reads patch tokens alone
-    normalise_target: ClassVar[bool] = False  # raw pixels are predicted
+    @property
+    def occlusion(self):
+        return "mask_token"
+
+    @property
+    def feature(self):
+        return "avg"  # the loss reads patch tokens alone
 
     def check_shape(self, image_shape):
         self.check_encoder(image_shape)
