@@ -20,7 +20,7 @@ _PAGE = pathlib.Path(__file__).parent / "compare.html"
 _BETTER = {
     "higher": "higher is better",
     "lower": "lower is better",
-    "neither": "neither way is better in itself",
+    "neither": "no direction is better",
 }
 
 

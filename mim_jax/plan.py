@@ -66,6 +66,7 @@ class Plan:
         try:
             mesh = settings.mesh.build(devices)
             _check_reads(objective, data)
+            _check_masking(objective, data)
             settings.report.check_objective(objective)
             if not stand_in:
                 _check_labels(objective, data)
@@ -183,6 +184,36 @@ def _check_reads(objective: Objective, data: Input) -> None:
         if len(shape) >= 3 and kind is np.uint8:  # an image, or several
             rows, cols, channels = shape[-3:]
             objective.check_shape((rows, cols, channels))
+
+
+def _check_masking(objective: Objective, data: Input) -> None:
+    """ValueError unless field `masking` draws the masks that it promises."""
+    if "masking" not in objective.maskings:
+        return
+    masking, shapes = objective.maskings["masking"], data.shapes
+    grid, name = objective.grid(data.image_shape), type(masking).__name__
+    batch = {
+        field: jax.ShapeDtypeStruct((2, *shape), kind)
+        for field in masking.reads
+        for shape, kind in [shapes[field]]
+    }
+
+    def drawn(batch):
+        given = dict(batch)
+        if masking.refresh_every:
+            given["memory"] = masking.first_memory(grid)
+        return masking(jax.random.split(jax.random.key(0), 2), grid, **given)
+
+    try:
+        mask = jax.eval_shape(drawn, batch)
+    except TypeError as error:
+        raise ValueError(f"masking {name} cannot draw: {error}") from error
+    visible, want = mask.keep.shape[1], masking.visible_count(grid)
+    if visible != want:
+        raise ValueError(
+            f"masking {name}: its masks leave {visible} of {grid.size} patches "
+            f"visible, and its visible_count says {want}: want the same"
+        )
 
 
 def _check_labels(objective: Objective, data: Input) -> None:

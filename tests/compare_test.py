@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 
+import fast
 import jax
 import numpy as np
 import pytest
@@ -23,6 +24,12 @@ from mim_jax.evals.figures import Panel, gallery
 from mim_jax.evals.report import Number, Report, mean_of
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 def trained(name: str, folder: pathlib.Path, **leaves) -> pathlib.Path:
@@ -151,7 +158,7 @@ def test_an_evaluation_says_all_that_the_page_shows_of_it(written):
     heads = re.findall("<th>([^<]*)<small>([^<]*)</small></th>", table)
     assert heads[-2:] == [
         ("mean pixel value, lux", "lower is better"),
-        ("glare", "neither way is better in itself"),
+        ("glare", "no direction is better"),
     ]
     cells = re.findall("<tr><td>(.*)</td></tr>", table)
     assert [row.rsplit("</td><td>", 1)[1] for row in cells] == ["25.0%", "–", "25.0%"]

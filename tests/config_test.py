@@ -205,6 +205,8 @@ def test_every_value_is_stated(tmp_path):
     def check_node(cls, node):
         assert set(node) - {"job", "name"} == stated(cls)
         for field in dataclasses.fields(cls):
+            if field.name not in node:
+                continue
             if dataclasses.is_dataclass(field.type):
                 check_node(field.type, node[field.name])
             elif field.type in config.KINDS:
@@ -599,9 +601,9 @@ def test_a_typo_on_the_command_line_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(
+    assert line == (
         "error: config has no field 'objectiv' (did you mean 'objective'?); it has: "
-        "accumulate, accumulate_coupled, batch_size,"
+        + ", ".join(sorted(stated(config.Train)))
     )
     assert not (tmp_path / "run").exists()  # nothing was begun
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import fast
 import jax
 import numpy as np
 import pytest
@@ -14,6 +15,12 @@ from mim_jax import config, evaluate, train
 from mim_jax.state import unstack_blocks
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 @pytest.fixture(scope="module")

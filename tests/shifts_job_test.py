@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import fast
 import jax
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ from mim_jax.evals.base import Eval
 from mim_jax.plan import Plan
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 def trained(argument, folder, steps=3, **leaves):

@@ -22,9 +22,9 @@ from mim_jax.config import ConfigError
         ("v5e:2x4x1", "want 2 sides"),
         ("v5e:0x4", "want 2 sides"),
         ("v4:2x2", "topology='v4:2x2': want 3 sides, e.g. v4:2x2x4"),
-        ("h100", "topology='h100': want GPUs of a host, e.g. h100:8, or hosts"),
-        ("h100:0", "want GPUs of a host"),
-        ("h200:2x2x2", "and GPUs of each, h200:4x8"),
+        ("h100", "topology='h100': want the number of GPUs in one host, e.g. h100:8"),
+        ("h100:0", "want the number of GPUs in one host"),
+        ("h200:2x2x2", "of GPUs in each, e.g. h200:4x8"),
     ],
 )
 def test_a_topology_is_checked_before_the_compiler_is_needed(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile training steps for devices that are not here, and say what they cost."""
+"""Compiles training steps for devices this machine lacks, and reports their cost."""

@@ -3,22 +3,22 @@
 
 python -m mim_jax.aot --config=configs/mae.py --topology=v5e:2x4
 
-Says whether the step fits in the memory of those and what takes how much of it, what
-the devices tell each other, and what the compiler estimates it to cost, part by part;
-of a GPU, only what it would cost at least. Neither is a measurement
-(`mim_jax.aot.hlo`).
-With --search --minutes=M it compiles variants of the config, of remat, mesh and batch,
-and says which fit and which of them is fastest by that estimate.
+It reports whether the step fits into the devices' memory, how that memory is used, how
+much the devices communicate, and the time of each part of the step. For a TPU the
+compiler estimates the time; for a GPU only a lower bound is known. Neither is a
+measurement (`mim_jax.aot.hlo`).
+With --search --minutes=M it compiles variants of the config (scan, remat, mesh, batch),
+and reports which of them fit and which of these the estimate calls fastest.
 
-Exit codes: 0 it fits, 1 it does or may not, 2 the command cannot work.
+Exit codes: 0: the step fits; 1: it does not or may not; 2: the command cannot work.
 """
 
 import os
 
 if __name__ == "__main__":
-    # JAX reads the first when it is imported: tracing needs the CPU only, and a GPU or
-    # TPU of this machine stays free for others. libtpu reads the rest when it is
-    # loaded; without them it looks for the machine that a TPU would be part of.
+    # JAX reads the first variable at import: tracing needs only the CPU, and this
+    # machine's GPU or TPU stays free for other programs. libtpu reads the others when
+    # it is loaded; without them it searches for a TPU host's metadata.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any: --topology decides
@@ -40,7 +40,7 @@ from mim_jax.run.commandline import CONFIG, EXIT_CONFIG, leave, parse
 
 EXIT_DOES_NOT_FIT = 1
 
-# Not required by absl: that would hold for `main` too, where both are imported.
+# Not marked as required: a program that imports both this and `main` would need it too.
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", f"CHIP:LAYOUT, e.g. v5e:2x4 or h100:8; chips: {CHIPS}"
 )
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def _write(found: dict[str, Any]) -> None:
-    """To the file of --out, if there is one."""
+    """Writes the result as JSON to --out, if that is given."""
     if not _OUT.value:
         return
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPUs and GPUs to compile for without having one, and their published speeds."""
+"""Descriptions of TPUs and GPUs to compile for, and their published speeds."""
 
 import dataclasses
 import importlib.util
@@ -19,15 +19,17 @@ from mim_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A chip, as libtpu knows it.
+    """A TPU chip, as libtpu names it.
 
     Attributes:
-        name: what libtpu calls the chip.
-        cores: how they are used; as a megacore, two are one device.
-        sides: of a layout of such chips.
-        speed: of one device, as published; `wires` is half of what is published for
-            both ways. Cycles per second follow from the size of its matrix units; NaN:
-            two cores share the work, and how the compiler counts is not known here.
+        name: libtpu's name of the chip.
+        cores: libtpu's name for the use of its cores; in a "megacore", two cores are
+            one device.
+        sides: number of sides of a layout: 2 for 2x4, 3 for 2x2x2.
+        speed: published speed of one device. `wires` is half of the published sum of
+            both directions. `clock` follows from the size of the matrix units; it is
+            NaN where two cores share the work, since it is unknown how the compiler
+            then counts cycles.
     """
 
     name: str
@@ -38,17 +40,19 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A device, as XLA's compiler wants it described.
+    """A GPU, with what XLA's compiler needs to know of it.
 
     Attributes:
-        name: as the driver has it.
-        capability: of CUDA.
-        memory: bytes.
-        multiprocessors, lanes: of the device, and float32 units of each.
-        l2, shared: bytes of the cache, and of each multiprocessor's own memory.
-        speed: of one device, as published; `wires` is NVLink, one way.
-        network: bytes per second of one device to other hosts, as in NVIDIA's own
-            hosts of eight.
+        name: the driver's name of the device.
+        capability: CUDA compute capability, major and minor.
+        memory: bytes of device memory.
+        multiprocessors: number of multiprocessors.
+        lanes: float32 units of each multiprocessor.
+        l2: bytes of the level-2 cache.
+        shared: bytes of each multiprocessor's shared memory.
+        speed: published speed of one device; `wires` is NVLink in one direction.
+        network: bytes per second from one device to other hosts, in NVIDIA's own hosts
+            of eight GPUs.
     """
 
     name: str
@@ -105,18 +109,19 @@ GPUS = {
     ),
 }
 CHIPS = ", ".join([*TPUS, *GPUS])
-# What JAX takes of a GPU unless told otherwise (XLA_PYTHON_CLIENT_MEM_FRACTION).
+# Share of a GPU's memory that JAX reserves by default, XLA_PYTHON_CLIENT_MEM_FRACTION.
 _TAKEN = 0.75
 
 
 def devices_of(topology: str) -> list:
-    """Devices that can be compiled for, of "v5e:2x4", "v4:2x2x2" or "h100:8".
+    """Stand-ins, to compile for, of the devices of a topology.
 
     Args:
-        topology: a TPU and the sides of a layout of such chips, or a GPU and the number
-            of them in a host, "h100:8", or of hosts and of them in each, "h100:4x8".
+        topology: a TPU chip and the layout of the chips, "v5e:2x4" or "v4:2x2x2"; or a
+            GPU and the number of GPUs in one host, "h100:8", or the number of hosts and
+            of GPUs in each, "h100:4x8".
     Raises:
-        ConfigError: there is no such TPU or GPU, or no compiler for it.
+        ConfigError: the chip or its layout is unknown, or its compiler not installed.
     """
     chip, _, layout = topology.partition(":")
     sides = layout.split("x")
@@ -129,8 +134,8 @@ def devices_of(topology: str) -> list:
     if chip in GPUS:
         if not numbers or len(sides) > 2:
             raise ConfigError(
-                f"topology={topology!r}: want GPUs of a host, e.g. {chip}:8, or hosts "
-                f"and GPUs of each, {chip}:4x8"
+                f"topology={topology!r}: want the number of GPUs in one host, e.g. "
+                f"{chip}:8, or of hosts and of GPUs in each, e.g. {chip}:4x8"
             )
         return _gpus(GPUS[chip], *map(int, ["1", *sides][-2:]))
     want = TPUS[chip].sides
@@ -180,7 +185,7 @@ def _gpus(chip: Gpu, hosts: int, each: int) -> list:
 
 
 def _description(chip: Gpu) -> str:
-    """Of a GPU, as its compiler reads it: XLA's GpuTargetConfigProto."""
+    """The GPU as XLA's GpuTargetConfigProto, in text form."""
     major, minor = chip.capability
     return f"""
         platform_name: "CUDA"
@@ -210,7 +215,7 @@ def _description(chip: Gpu) -> str:
 
 
 def speed_of(topology: str) -> Speed:
-    """Of one device of a topology that `devices_of` knows."""
+    """The speed of one device of a topology that `devices_of` accepts."""
     chip, _, layout = topology.partition(":")
     if chip in TPUS:
         return TPUS[chip].speed
@@ -225,18 +230,19 @@ def gpu_named(kind: str) -> Gpu | None:
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What the compiler must be told where the devices are not there."""
+    """Compiler options that are necessary because the devices are not present."""
     if mesh.devices.flat[0].platform == "gpu":
-        return {"xla_gpu_autotune_level": 0}  # else it would run candidates on them
+        return {"xla_gpu_autotune_level": 0}  # autotuning runs kernels on the device
     return {}
 
 
 def usable_memory(mesh: jax.sharding.Mesh) -> int:
-    """Bytes that a program may use on a device of a mesh of `devices_of`."""
+    """Bytes that a program may use on one device of a mesh of `devices_of`."""
     gpu = gpu_named(mesh.devices.flat[0].device_kind)
     if gpu is not None:
         return int(_TAKEN * gpu.memory)
-    # The TPU compiler alone knows, and says so when it refuses: so ask for too much.
+    # Only the TPU compiler knows, and its error for a program that is too large says
+    # it: so compile one.
     shape, rows = (mesh.size, 2**40), sharding.by_row(mesh)
     too_much = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     try:
@@ -247,12 +253,12 @@ def usable_memory(mesh: jax.sharding.Mesh) -> int:
 
 
 def over_memory(error: Exception) -> tuple[int, int]:
-    """(wanted, usable) bytes of a TPU compiler's refusal, or raises the error itself if
-    it is another."""
+    """(wanted, usable) bytes, read from the TPU compiler's out-of-memory error; any
+    other error is raised again."""
     message = str(error)
     sizes = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)
     exhausted = message.startswith("RESOURCE_EXHAUSTED") and "hbm" in message.lower()
-    if not exhausted or len(sizes) < 2:  # other memories of the chip run out, too
+    if not exhausted or len(sizes) < 2:  # e.g. another memory of the chip is full
         raise error
     wanted, usable = (
         round(float(number) * 1024 ** (" KMGT".index(unit)))

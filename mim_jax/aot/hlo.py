@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what a compiler says of a program in its text: collectives and, of a TPU,
-estimated cycles, loops being counted as often as they run.
+"""Reads costs from the text (HLO) of a compiled program: collectives and, for a TPU,
+the cycles that the compiler estimates. A loop's cost counts once for every round.
 
-Estimates are a model of single instructions: without overlap, and without what gathers,
-sorts, collectives and custom kernels cost; of a GPU there are none, and all that can be
-said is what each instruction takes at least. They rank variants of one program; they
-are no measurement.
+The estimates model single instructions, without overlap, and leave out gathers, sorts,
+collectives and custom kernels. For a GPU the compiler gives no estimates; there is only
+a lower bound for each instruction. Use them to rank variants of one program: they are
+no measurement.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _DIRECTION = re.compile(r"direction=(\w+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-# What a kernel's author says of it.
+# The cost that a custom kernel's author declared.
 _KERNEL_BYTES = re.compile(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"')
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([\w$]+)"')
@@ -39,7 +39,7 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
-# Custom calls that only tell the compiler something.
+# Custom calls that are annotations for the compiler and cost nothing.
 _NOTES = {
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
@@ -47,9 +47,11 @@ _NOTES = {
     "GatherScatterIndicesBitpacked",
     "Sharding",
 }
-# cuDNN's attention: matrix products of a call, each of all queries with all keys.
+# cuDNN's attention: number of matrix products per call, each of all queries with all
+# keys.
 _ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
-# Neither move nor compute: the compiler lays them out, or counts them elsewhere.
+# Instructions without a cost of their own: they move no data and compute nothing, or
+# the instructions in the computations they call are counted instead.
 _FREE = {
     "parameter",
     "constant",
@@ -64,7 +66,7 @@ _FREE = {
     "call",
     "opt-barrier",
 }
-# Read of their first operand only what they give.
+# These read only as much of their first operand as they return.
 _CUTS = ("slice", "dynamic-slice", "gather")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s4": 0.5, "u4": 0.5}
 
@@ -75,9 +77,9 @@ class Instruction:
 
     Attributes:
         name, opcode: as in the text.
-        shape: of the result.
+        shape: shape of the result, as in the text.
         scope: path of the operation in the traced program, "" if unknown.
-        rest: operands and attributes.
+        rest: text of the operands and attributes.
     """
 
     name: str
@@ -88,7 +90,7 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """As the compiler estimates them; None if it does not."""
+        """The compiler's estimate of cycles, or None if it gives none."""
         found = _CYCLES.search(self.rest)
         return int(found[1]) if found else None
 
@@ -100,8 +102,16 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction, how often it runs, the bytes that it must read and write, and the
-    FLOPs of the matrix products in it; of a fusion, the collective in it, if any."""
+    """An instruction as it runs in one call of a module.
+
+    Attributes:
+        instruction: the line of the text.
+        times: how often it runs.
+        read, written: bytes that it must at least read and write, each time.
+        flops: FLOPs of its matrix products, each time.
+        inside_fusion: whether it is part of a fusion.
+        carried: the collective inside it, if it is a fusion with one.
+    """
 
     instruction: Instruction
     times: int
@@ -113,10 +123,10 @@ class Executed:
 
 
 def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
-    """(name of the entry, instructions of each computation) of a module's text.
+    """(name of the entry computation, {computation: instructions}) of a module's text.
 
     Raises:
-        ValueError: the text has no entry.
+        ValueError: the text has no entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
@@ -139,11 +149,11 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
 
 
 def executed(text: str) -> Iterator[Executed]:
-    """Every instruction that runs in one call of a module, loops unrolled in number.
+    """Every instruction that runs in one call of a module, with its number of runs.
 
-    A loop whose number of rounds the text does not tell counts as one round.
-    Instructions inside a fusion come after it, marked: their cycles and bytes are those
-    of the fusion.
+    An instruction in a loop runs once per round; if the text does not tell the number
+    of rounds, it counts as one. Instructions inside a fusion come after it, marked
+    `inside_fusion`: the fusion's cycles and bytes already include theirs.
     """
     entry, computations = parse(text)
 
@@ -163,7 +173,7 @@ def executed(text: str) -> Iterator[Executed]:
                 rounds = _rounds(one, computations)
             fused = inside or one.opcode == "fusion"
             if one.opcode in ("reduce", "sort", "scatter", "map", "reduce-window"):
-                continue  # what they call is one scalar's share of their own work
+                continue  # they call a scalar function, part of their own cost
             called = _CALLED.findall(one.rest)
             for names in _BRANCHES.findall(one.rest):
                 called += _OPERAND.findall(names) or [names.strip()]
@@ -176,24 +186,27 @@ def executed(text: str) -> Iterator[Executed]:
 
 
 def _moved(one: Instruction, operands: list[float]) -> tuple[float, float]:
-    """Bytes that it must at least read, and write."""
+    """(read, written): bytes that an instruction must at least read and write."""
     kernel = _KERNEL_BYTES.search(one.rest)
     if kernel:
         return float(kernel[1]), 0.0
     read, result = sum(operands, 0.0), size_of(one.shape)
     if one.opcode.endswith("-start") and result > read:
-        result -= read  # the tuple holds what was given, too
+        result -= read  # the result tuple contains the operands too
     opcode = one.opcode.removesuffix("-start")
     if opcode in _CUTS:
-        return result, result  # of the first operand only what is taken
+        return result, result  # it reads only this much of the first operand
     if opcode in ("dynamic-update-slice", "scatter"):
-        changed = sum(operands[1:], 0.0)  # the rest stays where it is
+        changed = sum(operands[1:], 0.0)  # the rest is not moved
         return changed, changed
     return read, result
 
 
 def _moved_by_fusion(one: Instruction, body: list[Instruction]) -> tuple[float, float]:
-    """Likewise: of an array that is cut or changed in a part, that part alone."""
+    """(read, written) of a fusion.
+
+    If the fusion reads or changes only a part of an array, only that part counts.
+    """
     within = {inner.name: inner for inner in body}
 
     def source(name: str) -> Instruction:
@@ -229,7 +242,7 @@ def _products(
     shapes: dict[str, str],
     computations: dict[str, list[Instruction]],
 ) -> float:
-    """FLOPs of matrix products in an instruction, a multiply-add counted as two."""
+    """FLOPs of the matrix products in an instruction; a multiply-add counts as two."""
     kernel, called = _KERNEL_FLOPS.search(one.rest), _TARGET.search(one.rest)
     if kernel:
         return float(kernel[1])
@@ -253,15 +266,16 @@ def _products(
 
 
 def _sides(shape: str) -> list[int]:
-    """Of the first array of a shape."""
+    """Sides of the first array of a shape."""
     return [int(side) for side in _SHAPE.findall(shape)[0][1].split(",") if side]
 
 
 def _rounds(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """Of a while instruction: as the compiler notes it, or else by its condition.
+    """Number of rounds of a while instruction; 1 if the text does not tell.
 
-    The TPU compiler does not note it. JAX's loops count from 0 and run while the
-    counter is less than a constant.
+    The compiler may state the number; the TPU compiler does not. Otherwise it is read
+    from the condition: JAX's loops count from 0 and run while the counter is less than
+    a constant.
     """
     trips = _TRIPS.search(loop.rest)
     if trips:
@@ -277,7 +291,7 @@ def _rounds(loop: Instruction, computations: dict[str, list[Instruction]]) -> in
 
 
 def size_of(shape: str) -> float:
-    """Bytes of a shape, of all parts of a tuple together."""
+    """Bytes of a shape; for a tuple, the sum over its parts."""
     total = 0.0
     for kind, sides in _SHAPE.findall(shape):
         width = _BYTES.get(kind)
@@ -289,10 +303,14 @@ def size_of(shape: str) -> float:
 
 
 def _begun_before(one: Instruction, seen: set[str]) -> bool:
-    """Whether a collective in a fusion goes on with one that was seen.
+    """Whether a collective in a fusion belongs to one that was seen before.
 
-    The TPU compiler writes one that it hides behind other work three times: in a fusion
-    that begins it, in what it is hidden behind, and in a fusion that ends it.
+    When the TPU compiler overlaps a collective with other work, it writes the
+    collective three times: in a fusion that starts it, in the overlapping fusion, and
+    in a fusion that ends it. All three have one channel id.
+
+    Args:
+        seen: channel ids so far; this one is added.
     """
     channel = _CHANNEL.search(one.rest)
     if not channel:
@@ -315,7 +333,7 @@ def collectives(text: str) -> dict[str, dict[str, int | float]]:
         parts = _SHAPE.findall(one.instruction.shape)
         size = size_of(one.instruction.shape)
         if one.instruction.opcode.endswith("-start") and len(parts) > 1:
-            # The tuple holds what was given, too: the result is the last large part.
+            # The result tuple contains the operand too: take its largest part.
             size = max(size_of(f"{kind_}[{sides}]") for kind_, sides in parts)
         entry = found.setdefault(kind, {"count": 0, "bytes": 0.0})
         entry["count"] += one.times
@@ -323,7 +341,8 @@ def collectives(text: str) -> dict[str, dict[str, int | float]]:
     return found
 
 
-# Part: what its scope matches; the first that fits. Flax names scopes by modules.
+# Part of the step: pattern of its scopes; the first match counts. Flax names scopes
+# after modules.
 PARTS = {
     "optimiser": r"/optimiser/",
     "decoder attention": r"Decoder.*/attn(/|$)",
@@ -339,9 +358,15 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one device: bf16 `flops` per second, bytes per second of its memory (`hbm`)
-    and to the others (`wires`, one way), cycles per second (`clock`), NaN where it is
-    not known what the compiler counts."""
+    """Speed of one device.
+
+    Attributes:
+        flops: bf16 FLOPs per second.
+        hbm: bytes per second from and to its memory.
+        wires: bytes per second to other devices, in one direction.
+        clock: cycles per second; NaN if the meaning of the compiler's cycles is
+            unknown.
+    """
 
     flops: float
     hbm: float
@@ -353,14 +378,19 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
     """Estimated seconds of one call, by part.
 
     Args:
-        devices: how many work together.
+        text: of the compiled module.
+        speed: of one device.
+        devices: number of devices that work together.
     Returns:
-        `parts`: {part: {priced, unpriced, meanwhile}} in seconds: the compiler's
-        cycles, and for instructions that it does not price a lower bound: the time to
-        move what they read and write once, over the wires for collectives (as in a
-        ring), or that of their matrix products' FLOPs, whichever is longer. Those
-        that the compiler begins early and awaits later are `meanwhile`. Then the sums
-        of each, and `unpriced_opcodes`: seconds of each kind without a price.
+        `parts`: {part: {priced, unpriced, meanwhile}} in seconds.
+        `priced`: instructions for which the compiler estimates cycles.
+        `unpriced`: a lower bound for the others: the time to read and write their
+        operands and results once (for collectives: to send them round a ring), or the
+        time of their matrix products' FLOPs, whichever is longer.
+        `meanwhile`: the same bound for instructions that the compiler starts early and
+        awaits later.
+        Then the sum of each over the parts, and `unpriced_opcodes`: {opcode: seconds}
+        of the instructions without an estimate.
     """
     columns = ("priced", "unpriced", "meanwhile")
     parts: dict[str, dict[str, float]] = {}
@@ -375,7 +405,7 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
         )
 
     def on_wires(opcode: str, size: float) -> float:
-        # In a ring, each part of the whole passes over each wire but one.
+        # In a ring, each of the `devices` parts passes over all wires but one.
         passes = 2 if opcode == "all-reduce" else 1
         return passes * size * (devices - 1) / devices / speed.wires
 
@@ -384,7 +414,7 @@ def account(text: str, speed: Speed, devices: int) -> dict[str, Any]:
         if one.inside_fusion or instruction.opcode in _FREE:
             continue
         if instruction.opcode.endswith("-done"):
-            continue  # its start has been counted
+            continue  # its -start instruction was counted
         called = _TARGET.search(instruction.rest)
         if called and called[1] in _NOTES:
             continue

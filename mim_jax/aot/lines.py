@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `python -m mim_jax.aot` prints."""
+"""The lines that `python -m mim_jax.aot` prints."""
 
 from typing import Any
 

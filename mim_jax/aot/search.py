@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants of a config, compiled one after the other and ranked."""
+"""Compiles variants of a config one after the other, and ranks them."""
 
 import itertools
 import time
@@ -12,12 +12,12 @@ from mim_jax.aot.step import compile_step, estimate, plan_for, verdict
 
 
 def variants(config: configs.Tree, devices: int) -> list[dict[str, Any]]:
-    """Leaves to try: the form of the blocks and what the backward pass keeps of them,
-    the mesh, the batch."""
+    """Config leaves of each variant: scan and remat of the blocks, mesh, and batch."""
     batch = config.batch_size
     sizes = [(batch, 1), (2 * batch, 1), (batch // 2, 1), (batch, 2)]
     meshes = [1, *([devices] if devices > 1 else [])]
-    # Scanned blocks that keep all have more to keep than fits; fastest guess first.
+    # Scan without remat is not tried: it saves more than fits. The variant that is
+    # probably fastest comes first.
     forms = [(False, "none"), (True, "dots"), (True, "full")]
     return [
         {
@@ -34,10 +34,12 @@ def variants(config: configs.Tree, devices: int) -> list[dict[str, Any]]:
 
 
 def search(config: configs.Tree, topology: str, minutes: float) -> list[dict[str, Any]]:
-    """Compile variants of a config until the time is up; the fastest that fits first.
+    """Compile variants of a config until the time is up.
 
     Returns:
-        For each, `leaves`, and what `compile_step`, `verdict` and `estimate` say.
+        For each variant its `leaves` and the values that `compile_step`, `verdict` and
+        `estimate` return. Variants that fit come first, the fastest by estimate before
+        the others.
     """
     began, tried = time.monotonic(), []
     for leaves in variants(config, len(devices_of(topology))):
@@ -49,7 +51,7 @@ def search(config: configs.Tree, topology: str, minutes: float) -> list[dict[str
         try:
             plan, _ = plan_for(tree, topology)
         except configs.ConfigError:
-            continue  # a batch that the mesh does not divide, a loss of whole batches
+            continue  # e.g. the mesh does not divide the batch, or the loss couples it
         found, text = compile_step(plan)
         found |= {"leaves": leaves, "hbm_bytes": usable_memory(plan.mesh)}
         found |= verdict(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step for devices that are not here: planned, compiled, priced."""
+"""Plans, compiles and prices a training step for devices this machine lacks."""
 
 import dataclasses
 import math
@@ -26,10 +26,10 @@ from mim_jax.train import lowered
 
 
 def plan_for(config: configs.Tree, topology: str) -> tuple[Plan, str]:
-    """The plan of a run on devices that are not here, and where its images come from.
+    """The plan of a run on the devices of a topology, and a note on its source.
 
     Raises:
-        ConfigError: as `plan_on`, or there is no such topology.
+        ConfigError: as `plan_on`; or the topology is unknown, or the job not "train".
     """
     if config.job != "train":
         raise configs.ConfigError(
@@ -62,7 +62,7 @@ def plan_on(config: configs.Tree, devices: list) -> tuple[Plan, str]:
 
 
 def facts(plan: Plan) -> dict[str, Any]:
-    """What is known of a plan before it is compiled; bytes are those of one device."""
+    """What is known of a plan before compilation; bytes are per device."""
     settings, state = plan.settings, plan.abstract_state()
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     return {
@@ -83,14 +83,15 @@ def facts(plan: Plan) -> dict[str, Any]:
 
 
 def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
-    """Compile the step: whether it fits, and what it takes on one device.
+    """Compile the step, to learn whether it fits and how much memory it needs.
 
     Returns:
-        `compiles`; `peak_bytes`, to two decimals of its unit if it does not; then also
-        `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the output that
-        takes the place of donated arguments), `temp_bytes`; `compile_seconds`; `note`,
-        of what was compiled in the place of what was planned, "" if nothing was. And
-        the program's text, "" if there is none.
+        Values, and the program's text ("" if there is none). Values are per device:
+        `compiles`; `compile_seconds`; `note`, a line that says what was compiled in
+        place of the plan's own step ("" if nothing was); `peak_bytes`, which an error
+        of the compiler gives to two decimals of its unit only; and, if the step
+        compiles, `argument_bytes`, `output_bytes`, `alias_bytes` (the part of the
+        output that reuses the memory of donated arguments) and `temp_bytes`.
     """
     traced, note = _lowered_without_devices(plan)
     started, text = time.monotonic(), ""
@@ -134,11 +135,11 @@ def _lowered_without_devices(plan: Plan) -> tuple[jax.stages.Lowered, str]:
 
 
 def verdict(found: dict[str, Any]) -> dict[str, Any]:
-    """Whether the step fits, by its peak and by the room that its buffers are given.
+    """Whether the step fits: `held_bytes`, with the gaps between buffers, must fit.
 
-    The compiler refuses by the peak of what is alive at once. Laid out in memory,
-    buffers leave gaps, and with loops (scan) `temp_bytes` was seen at 1.6 times the
-    peak: a step whose buffers have no room is not taken to fit, though it compiles.
+    The compiler checks only the peak: the bytes alive at one time. The layout of
+    buffers in memory leaves gaps; with loops (scan), `temp_bytes` was once 1.6 times
+    the peak. So a step that compiles may still be too large.
     """
     held = found["peak_bytes"]
     if found["compiles"]:
@@ -148,16 +149,18 @@ def verdict(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimate(plan: Plan, topology: str, text: str) -> dict[str, Any]:
-    """What a compiled step costs by the compiler's own account, on one device.
+    """The cost of a compiled step on one device, by the compiler's own account.
 
     Returns:
-        `collectives`: {kind: {count, bytes}} of a step; `flops_per_image` of the
-        algorithm, nothing being counted twice; `roofline_seconds`: of a step at the
-        device's full speed; and, where the chip's clock is known, `estimate`: that of
-        `hlo.account` with `images_per_second`, `utilisation` (share of the device's
-        FLOP/s that the algorithm needs at that rate), each by priced instructions alone
-        and with the bound of those that the device waits for ("with_unpriced"). Of a
-        GPU nothing is priced: these rates are upper bounds.
+        `collectives`: {kind: {count, bytes}} of a step.
+        `flops_per_image`: FLOPs of the algorithm, without recomputation.
+        `roofline_seconds`: time of a step at the device's full FLOP/s.
+        `estimate`, only if the chip's clock is known: the result of `hlo.account`, with
+        `images_per_second` and `utilisation` (the share of the device's FLOP/s that the
+        algorithm uses at that rate). Both have two entries: "priced" counts only the
+        time of priced instructions, "with_unpriced" adds the lower bound for the
+        others, except those that run meanwhile. For a GPU nothing is priced, so that
+        its rates are upper bounds.
     """
     settings = plan.settings
     speed = speed_of(topology)

@@ -173,7 +173,13 @@ class CKA(Eval):
             axis.set_xticks(blocks)
             axis.set_ylim(min(0.0, float(curves.min())), 1.02)
         axes[0].set_ylabel(f"CKA ({self.estimator}), full against masked")
-        axes[-1].legend(title="hidden", fontsize=7, title_fontsize=8)
+        axes[-1].legend(
+            title="hidden",
+            fontsize=7,
+            title_fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
         figure.tight_layout()
         return {"cka": figure}
 

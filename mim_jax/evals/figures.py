@@ -62,7 +62,8 @@ def gallery(
         axis.set_xlabel(panel.below, fontsize=8)
         if panel.overlay is not None:
             panel.overlay(axis)
-    figure.suptitle(title, fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     return figure
 

@@ -40,7 +40,7 @@ class Ridge(Eval):
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline(
             "accuracy_*",
-            "accuracy, {}",
+            "few-shot accuracy, {}",
             "share",
             "higher",
             "Share of held-out images whose class a linear classifier finds from the "

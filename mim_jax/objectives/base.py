@@ -89,7 +89,7 @@ class Objective(abc.ABC):
 
     Attributes:
         reads: fields of the training example that the loss reads, besides those that a
-            masking reads; see `mim_jax.data.pipeline.Input`.
+            masking reads; see `mim_jax.data.input.Input`.
         encoder: the network that is learned.
         mean, std: of the data, per channel, for pixels in 0..1.
     """

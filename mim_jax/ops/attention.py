@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of softmax attention; `mim_jax/kernels` has each platform's form."""
+"""Softmax attention in plain JAX; `mim_jax/kernels` has a form for each platform."""
 
 from typing import Any
 
@@ -11,13 +11,16 @@ from jaxtyping import Array, Float
 def attention(
     qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
 ) -> tuple[Float[Array, "b n e//3"], Float[Array, "b {heads} n n"]]:
-    """softmax(q k^T / sqrt(c)) v for each head of c numbers, and the softmax.
+    """softmax(q k^T / sqrt(c)) v for each head of width c, and the softmax weights.
 
     Args:
-        qkv: queries, then keys, then values; in each the heads lie side by side.
+        qkv: queries, keys and values concatenated along the last axis; each of the
+            three is the concatenation of its heads.
         bias: added to `qkv`.
+        heads: number of heads.
     Returns:
-        Mixed values, heads side by side, and the weights, in float32 at least.
+        The attention's output with concatenated heads, and the softmax weights, which
+        are float32 at least.
     Source: arXiv:1706.03762, Eq. (1).
     """
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -33,5 +36,5 @@ def attention(
 
 
 def accurate(dtype: Any) -> jnp.dtype:
-    """float32, or `dtype` if that is wider: for sums and exponentials."""
+    """The dtype for sums and exponentials: float32, or `dtype` if that is wider."""
     return max(jnp.dtype("float32"), jnp.dtype(dtype), key=lambda kind: kind.itemsize)

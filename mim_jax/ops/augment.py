@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random colours of images in 0..1 that are on the device already."""
+"""Random changes of colour, on the device, for images in 0..1."""
 
 import dataclasses
 import math
@@ -14,23 +14,23 @@ _STRENGTHS = ("brightness", "contrast", "saturation", *_SHARES)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColorJitter:
-    """Random colours of a whole image, as in SimSiam (arXiv:2011.10566).
+    """Random changes of a whole image's colours, as in SimSiam (arXiv:2011.10566).
 
-    Brightness, contrast, saturation and hue change one after the other, in a random
-    order, then the image may lose its colour, be blurred and be solarised. Contrast
-    pulls towards the mean grey of the image. Images of one channel have brightness and
-    contrast alone.
+    Brightness, contrast, saturation and hue change in a random order. Then, each with
+    its own probability, the image turns grey, is blurred and is solarised. Contrast
+    scales the distance from the image's mean grey value. In images of one channel only
+    brightness and contrast change.
 
     Attributes:
-        brightness, contrast, saturation: factors are uniform in 1 - it .. 1 + it,
-            0 <= it <= 1.
-        hue: shift in turns, uniform in -it .. it, 0 <= it <= 0.5.
+        brightness, contrast, saturation: s; the factor is uniform in 1 - s .. 1 + s,
+            0 <= s <= 1.
+        hue: h; the shift is uniform in -h .. h turns, 0 <= h <= 0.5.
         p: share of images whose colours change.
-        gray_p: share of images that become grey, drawn separately.
-        blur_p: share of images that are blurred, by a Gaussian.
-        blur_sigma: least and greatest deviation of the Gaussian, in pixels; it is cut
-            off at three times the greatest one.
-        solarize_p: share of images whose values from 0.5 on are inverted.
+        gray_p: share of images that turn grey, drawn independently of `p`.
+        blur_p: share of images that a Gaussian blurs.
+        blur_sigma: least and greatest deviation of the Gaussian, in pixels. The
+            Gaussian is cut off at three times the greatest deviation.
+        solarize_p: share of images in which values of 0.5 and above are inverted.
     """
 
     brightness: float = 0.4
@@ -58,7 +58,7 @@ class ColorJitter:
             )
 
     def check_channels(self, channels: int) -> None:
-        """ValueError if images of so many channels cannot be jittered like this."""
+        """ValueError if these settings do not fit images of `channels` channels."""
         if channels == 1 and (self.saturation, self.hue, self.gray_p) != (0, 0, 0):
             raise ValueError(
                 f"jitter.saturation={self.saturation}, jitter.hue={self.hue}, "
@@ -73,7 +73,7 @@ class ColorJitter:
     def __call__(
         self, images: Float[Array, "b h w c"], keys: Key[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """Jittered images, in and out in 0..1, each a function of its own key."""
+        """Jittered images in 0..1, each by its own key; the input is in 0..1 too."""
         return jax.vmap(self._one)(images, keys)
 
     def _one(
@@ -115,7 +115,10 @@ class ColorJitter:
 def gaussian_blur(
     image: Float[Array, "h w c"], sigma: Float[Array, ""], radius: int
 ) -> Float[Array, "h w c"]:
-    """Gaussian of deviation `sigma` pixels, cut off at `radius`, edges repeated."""
+    """The image blurred by a Gaussian of deviation `sigma` pixels.
+
+    The Gaussian is cut off at `radius` pixels; edge pixels are repeated outwards.
+    """
     offsets = jnp.arange(-radius, radius + 1, dtype=image.dtype)
     weights = jnp.exp(-0.5 * (offsets / sigma) ** 2)
     weights = weights / weights.sum()
@@ -142,24 +145,24 @@ def luma(images: Float[Array, "*b c"]) -> Float[Array, "*b 1"]:
 
 
 def adjust_brightness(image: Float[Array, "h w c"], factor) -> Float[Array, "h w c"]:
-    """Every value times the factor, clipped to 0..1."""
+    """Multiplies every value by the factor; clips to 0..1."""
     return jnp.clip(image * factor, 0, 1)
 
 
 def adjust_contrast(image: Float[Array, "h w c"], factor) -> Float[Array, "h w c"]:
-    """Distances from the image's mean grey value times the factor, clipped to 0..1."""
+    """Scales distances from the image's mean grey value; clips to 0..1."""
     mean = luma(image).mean()
     return jnp.clip(mean + (image - mean) * factor, 0, 1)
 
 
 def adjust_saturation(image: Float[Array, "h w 3"], factor) -> Float[Array, "h w 3"]:
-    """Distances from each pixel's grey value times the factor, clipped to 0..1."""
+    """Scales distances from each pixel's own grey value; clips to 0..1."""
     grey = luma(image)
     return jnp.clip(grey + (image - grey) * factor, 0, 1)
 
 
 def adjust_hue(image: Float[Array, "h w 3"], turns) -> Float[Array, "h w 3"]:
-    """Hue of the HSV colour turned; 1 is once around."""
+    """Rotates the hue of each pixel's HSV colour; 1 turn is the full circle."""
     value = image.max(axis=-1)
     chroma = value - image.min(axis=-1)
     safe = jnp.where(chroma > 0, chroma, 1)
@@ -170,7 +173,8 @@ def adjust_hue(image: Float[Array, "h w 3"], turns) -> Float[Array, "h w 3"]:
         jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     hue = sextant + 6 * turns
-    # A channel falls from value to value - chroma and back as the hue goes around.
+    # As the hue goes round the circle, a channel falls from value to value - chroma
+    # and rises again.
     offset = jnp.array([[[5, 3, 1]]], image.dtype)
     place = (offset + hue[..., None]) % 6
     depth = jnp.clip(jnp.minimum(place, 4 - place), 0, 1)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 class Moments:
     """Sums over examples of two feature sets, from which CKA is exact.
 
-    No n x n matrix is made: memory is 3 d^2 numbers per layer whatever the number of
+    It needs no n x n matrix: memory is 3 d^2 numbers per layer for any number of
     examples, and the result does not depend on how they were split into batches.
 
     Args:
@@ -29,10 +29,11 @@ class Moments:
     def add(
         self, f: Float[np.ndarray, "layers n d"], g: Float[np.ndarray, "layers n d"]
     ) -> None:
-        """Features of n more examples, the same ones in both."""
+        """Add the features of n examples; `f` and `g` are of the same examples."""
         f, g = f.astype(np.float64), g.astype(np.float64)
         if self._shift is None:
-            # Both estimators ignore a constant; near 0 the sums cancel least.
+            # Both estimators ignore a constant shift; the sums lose the fewest digits
+            # if features are near 0.
             self._shift = np.stack([f.mean(axis=1), g.mean(axis=1)])
         f, g = f - self._shift[0][:, None], g - self._shift[1][:, None]
         self.count += f.shape[1]
@@ -56,7 +57,7 @@ class Moments:
     def plain(self) -> Float[np.ndarray, " layers"]:
         """||G'F||^2 / (||F'F|| ||G'G||) with centred columns, in 0..1.
 
-        Biased upwards unless examples are many more than features.
+        Biased upwards unless there are many more examples than features.
 
         Raises:
             ValueError: fewer than 2 examples.
@@ -73,7 +74,7 @@ class Moments:
         return across / np.sqrt(within)
 
     def debiased(self) -> Float[np.ndarray, " layers"]:
-        """CKA from unbiased estimates of HSIC; may be a little below 0 or above 1.
+        """CKA from unbiased estimates of HSIC; may fall slightly below 0 or above 1.
 
         Raises:
             ValueError: fewer than 4 examples.

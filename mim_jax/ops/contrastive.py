@@ -21,20 +21,20 @@ def info_nce(
 ) -> Float[Array, "b n"]:
     """Contrastive loss of each query token against tokens of the other branch.
 
-    The positive is the key of the same image and position. Logits exist for `chunk`
-    positions at a time, in the backward pass too: on D devices they take
-    chunk * b * b / D numbers for "same_position", the only one meant for large batches;
+    The positive is the key of the same image and position. Forward and backward pass
+    compute logits for `chunk` positions at a time. On D devices these take
+    chunk * b * b / D numbers for "same_position", the only choice for large batches;
     chunk * b * n / D for "same_image"; chunk * b * b * n / D for "all".
 
     Args:
-        query, key: rows of any length, normalised here, rows of the global batch.
+        query, key: tokens of the global batch; this function normalises their length.
         temperature: divides cosine similarity, > 0; smaller is sharper.
-        negatives: the denominator runs over the keys of the same position in all
-            images, of all positions in the same image, or over all keys; the positive
-            is among them.
+        negatives: keys that the denominator sums over: those of the "same_position" in
+            all images, of all positions in the "same_image", or "all" keys. The
+            positive is one of them.
         chunk: query positions per round, >= 1.
     Returns:
-        Loss per token in nats, float32 or wider, >= 0. Not averaged: the caller weighs.
+        Loss per token in nats, float32 or wider, >= 0; the caller averages it.
     Raises:
         ValueError: temperature or chunk out of range.
     Source: Eq. (9) of arXiv:2208.04164; one token per image is MoCo v3's loss
@@ -56,7 +56,7 @@ def info_nce(
 
     whole = l2_normalise(key) if negatives != "same_position" else key
 
-    # Logits are made again for the gradient: kept, they would be b * b * n numbers.
+    # The backward pass recomputes the logits: saved, they would take b * b * n numbers.
     @jax.checkpoint
     def part(q, k, whole):
         q, k = l2_normalise(q), l2_normalise(k)
@@ -92,7 +92,8 @@ def cosine_distance(
 
 
 def l2_normalise(x: Float[Array, "*b d"], axis: int = -1) -> Float[Array, "*b d"]:
-    """Vectors along an axis at length 1, rounded to their own dtype only at the end."""
+    """Scales the vectors along an axis to length 1; computes in float32 or wider and
+    returns the dtype of `x`."""
     wide = x.astype(accurate(x.dtype))
     square = (wide * wide).sum(axis=axis, keepdims=True)
     return (wide * jax.lax.rsqrt(square + 1e-12)).astype(x.dtype)

@@ -14,10 +14,10 @@ class EMA:
     """Momentum of a teacher, Eq. (10) of arXiv:2208.04164.
 
     Attributes:
-        base: momentum, 0 <= base <= 1; of the first update where it changes.
-        schedule: "cosine" lets it rise to 1 at the end of the run, as in BYOL
-            (arXiv:2006.07733) and MoCo v3: 1 - (1 - base) (1 + cos(pi s / S)) / 2 in
-            the update after s of S steps.
+        base: momentum, 0 <= base <= 1; with "cosine" that of the first update.
+        schedule: "constant", or "cosine": the momentum rises to 1 at the end of the
+            run, as in BYOL (arXiv:2006.07733) and MoCo v3. The update after s of S
+            steps has the momentum 1 - (1 - base) (1 + cos(pi s / S)) / 2.
     """
 
     base: float = 0.996
@@ -28,7 +28,7 @@ class EMA:
             raise ValueError(f"base={self.base}: want 0 <= base <= 1")
 
     def share(self, done: Array | int, total: int) -> Float[Array, ""]:
-        """1 - momentum, in the update that follows `done` of `total` steps."""
+        """1 - momentum of the update that follows `done` of `total` steps."""
         share = jnp.asarray(1 - self.base, jnp.float32)
         if self.schedule == "cosine":
             progress = jnp.asarray(done, jnp.float32) / total
@@ -39,7 +39,7 @@ class EMA:
         """The next teacher: momentum * old + (1 - momentum) * new.
 
         Args:
-            old: the teacher, a tree like `new`; None for the first one, which is `new`.
+            old: the teacher, a tree like `new`; None: the first teacher is `new`.
             new: the student's parameters after `done` steps of `total`.
         """
         if old is None:

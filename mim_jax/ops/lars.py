@@ -13,12 +13,13 @@ def trusted(
     coefficient: float,
     axes: Sequence[int] | None = None,
 ) -> Float[Array, "..."]:
-    """The gradient at the length coefficient * |parameter|, arXiv:1708.03888, eq. (6).
+    """The gradient scaled to the length coefficient * |parameter|.
 
-    Where either is all zeros, the gradient as it is.
+    If gradient or parameter is all zeros, the gradient is returned unchanged.
 
     Args:
-        axes: over which lengths are taken; None: all.
+        axes: axes over which lengths are computed; None: all.
+    Source: arXiv:1708.03888, Eq. (6).
     """
     axes = tuple(range(gradient.ndim)) if axes is None else tuple(axes)
     steep, long = (

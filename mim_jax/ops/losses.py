@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses per example or per patch, never averaged: the caller weighs them."""
+"""Losses per example; the caller weighs and averages them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 def soft_labels(
     labels: Int[Array, " b"], classes: int, smoothing: float
 ) -> Float[Array, "b {classes}"]:
-    """A target distribution per image; zeros where the label is out of range.
+    """A target distribution per image; all zeros if the label is out of range.
 
-    The true class gets 1 - smoothing (1 - 1 / classes), the others smoothing / classes
-    each, arXiv:1512.00567.
+    The true class gets 1 - smoothing (1 - 1 / classes), each other class
+    smoothing / classes, arXiv:1512.00567.
     """
     known = (labels >= 0) & (labels < classes)
     targets = jax.nn.one_hot(labels, classes, dtype=jnp.float32)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patches the encoder sees: index functions, pure and jittable.
+"""Which patches the encoder sees, as indices; the functions are pure.
 
 No array here is called "mask", since papers disagree on what 1 means. `hidden` is True
-where the encoder does not see; `keep` and `drop` are the indices of visible and hidden
-patches, each image with its own.
+at patches that the encoder does not see. `keep` and `drop` are each image's own indices
+of visible and of hidden patches.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ class Mask(NamedTuple):
 
     Attributes:
         keep: indices of the visible patches, "b k".
-        drop: indices of the hidden patches, "b n-k". Counts are the same for every
-            image, so that shapes are static; the order within a row is free.
+        drop: indices of the hidden patches, "b n-k". Every image has the same counts,
+            so that shapes are static. The order of indices in a row is arbitrary.
     """
 
     keep: Int[Array, "b k"]
@@ -40,15 +40,16 @@ class Mask(NamedTuple):
 def masks_of(
     masking: Any, batch: Mapping, keys: Key[Array, " b"], grid: Grid, state: Any = None
 ) -> Mask:
-    """The masks of a batch: its own under "mask" if it brings them, else drawn.
+    """The masks of a batch: its field "mask" if it has one, else drawn by `masking`.
 
     Args:
         masking: a `mim_jax.maskings.base.Masking`; it gets the fields of the batch that
             it reads, and its memory if it has one.
         batch: fields by name.
         keys: one per image.
-        state: whose `memory` the trainer keeps for the masking, a TrainState or the Run
-            of an evaluation; None will do for a masking without memory.
+        grid: the patches of the images.
+        state: a TrainState, or the Run of an evaluation, that has the masking's
+            `memory`; may be None for a masking without memory.
     """
     if "mask" in batch:
         return batch["mask"]
@@ -59,7 +60,7 @@ def masks_of(
 
 
 def cut(order: Int[Array, "b n"], keep: int) -> Mask:
-    """The first `keep` patches of each row's order are visible, the rest hidden.
+    """The mask that shows the first `keep` patches of each row and hides the rest.
 
     Raises:
         ValueError: keep leaves nothing visible or nothing hidden.
@@ -73,10 +74,11 @@ def cut(order: Int[Array, "b n"], keep: int) -> Mask:
 
 
 def from_scores(scores: Real[Array, "b n"], keep: int) -> Mask:
-    """The `keep` patches with the lowest score are visible.
+    """The mask that shows the `keep` patches with the lowest scores.
 
-    Source: "random sampling without replacement" of arXiv:2111.06377, section 3, by
-    one argsort of noise; noise from elsewhere gives that mask exactly.
+    Source: with noise as scores this is the "random sampling without replacement" of
+    arXiv:2111.06377, section 3. The mask depends on the noise alone, so that noise
+    drawn elsewhere reproduces its mask.
     """
     return cut(_argsort(scores), keep)
 
@@ -84,7 +86,7 @@ def from_scores(scores: Real[Array, "b n"], keep: int) -> Mask:
 def from_hidden(hidden: Bool[np.ndarray, "b n"]) -> Mask:
     """The mask that hides exactly the patches where `hidden` is True.
 
-    A host function: `hidden` is a concrete array, e.g. drawn by a user.
+    It runs on the host: `hidden` is a concrete array, not a traced one.
 
     Raises:
         ValueError: rows hide different numbers of patches, or hide none or all.
@@ -101,29 +103,30 @@ def from_hidden(hidden: Bool[np.ndarray, "b n"]) -> Mask:
 
 
 def no_mask(rows: int, grid: Grid) -> Mask:
-    """The mask that hides nothing, `keep` being in grid order."""
+    """The mask that hides nothing; its `keep` is in grid order."""
     keep = jnp.broadcast_to(jnp.arange(grid.size, dtype=jnp.int32), (rows, grid.size))
     return Mask(keep=keep, drop=keep[:, :0])
 
 
 def complement(mask: Mask) -> Mask:
-    """Visible and hidden exchanged: 1 - M of arXiv:2208.04164, Eq. (6)."""
+    """The mask that hides what `mask` shows: 1 - M of arXiv:2208.04164, Eq. (6)."""
     return Mask(keep=mask.drop, drop=mask.keep)
 
 
 def order_units(
     scores: Real[Array, "b u"], grid: Grid, side: int
 ) -> Int[Array, "b {grid.size}"]:
-    """Patches in the order of visibility: units by score, each in one piece.
+    """All patches in an order that sorts units by score and keeps each unit together.
 
-    Units are squares of side x side patches, numbered row-major from the top left;
-    those of the last row and column may reach over the border.
+    Units are squares of side x side patches, numbered row-major from the top left. The
+    units of the last row and column may reach over the image's border.
 
     Args:
-        scores: one number per unit; units with the lowest come first.
+        scores: one number per unit; units with the lowest scores come first.
+        grid: the patches of the images.
         side: patches along the side of a unit, >= 1.
     """
-    # Units are ordered first and expanded after: a tie can never split a unit.
+    # Units are sorted before they are expanded to patches: a tie never splits a unit.
     order = _argsort(scores)
     return order if side == 1 else _expanded(order, grid, side)
 
@@ -131,11 +134,12 @@ def order_units(
 def _expanded(
     order: Int[Array, "b u"], grid: Grid, side: int
 ) -> Int[Array, "b {grid.size}"]:
-    """The patches of each unit in the place of the unit."""
+    """Replaces each unit of an order by its patches."""
     unit_cols = -(-grid.cols // side)
     inner = jnp.arange(side * side, dtype=order.dtype)[None, None, :]
-    # Column by column inside a unit: where a cut may fall inside one (partial units),
-    # it falls as in long-sequence MAE, arXiv:2210.07224.
+    # Inside a unit, patches are in column-major order. With partial units the cut
+    # between visible and hidden then splits a unit as long-sequence MAE does,
+    # arXiv:2210.07224.
     row = (order // unit_cols * side)[:, :, None] + inner % side
     col = (order % unit_cols * side)[:, :, None] + inner // side
     patches = (row * grid.cols + col).reshape(order.shape[0], -1)
@@ -154,7 +158,7 @@ def take(
 
 
 def unshuffle(values: Shaped[Array, "b n d"], mask: Mask) -> Shaped[Array, "b n d"]:
-    """From the order (visible, hidden) back to grid order: for pictures and tables."""
+    """Sorts patches from the order (`mask.keep`, `mask.drop`) back to grid order."""
     return take(values, _argsort(jnp.concatenate([mask.keep, mask.drop], axis=1)))
 
 

@@ -16,10 +16,10 @@ from mim_jax.ops.patches import denormalise
 def cutmix(
     images: Float[Array, "b h w c"], keys: Key[Array, " b"], partner: int = 1
 ) -> tuple[Float[Array, "b h w c"], Bool[Array, "b h w"]]:
-    """Paste a box of another image of the batch, arXiv:1905.04899.
+    """Paste a box of another image of the batch into each image, arXiv:1905.04899.
 
-    The box has the share 1 - lambda of the area, lambda uniform in 0..1, the image's
-    own proportions and a uniform centre; what reaches over the border is cut off.
+    The box has the share 1 - lambda of the image's area, with lambda uniform in 0..1,
+    the proportions of the image and a uniform centre. It is cut off at the border.
 
     Args:
         keys: one per example, for its box.
@@ -32,8 +32,8 @@ def cutmix(
     rows, height, width, _ = images.shape
     if partner % rows == 0:
         raise ValueError(
-            f"cutmix of {rows} image(s) with number {partner} after each: want a batch "
-            f"of more than {abs(partner)}, so that no image is its own partner"
+            f"cutmix of {rows} image(s) with partner={partner}: want a batch of more "
+            f"than {abs(partner)} images, so that no image is its own partner"
         )
 
     def box(key):
@@ -56,13 +56,13 @@ def cutmix(
 class Mix:
     """Mixup (arXiv:1710.09412) and cutmix (arXiv:1905.04899) of images and labels.
 
-    A batch is taken in groups of consecutive images. A group draws one of the two and
-    one share lambda ~ Beta(alpha, alpha); image i of a group of n is mixed with image
-    n - 1 - i. After cutmix lambda is the share of pixels that were not pasted.
+    The batch is cut into groups of consecutive images. A group draws mixup or cutmix,
+    and one share lambda ~ Beta(alpha, alpha). Image i of a group of n is mixed with
+    image n - 1 - i. After cutmix lambda is the share of pixels that were not pasted.
 
     Attributes:
-        mixup, cutmix: alpha of each; 0: never that one.
-        switch: share of groups that get cutmix where both are on.
+        mixup, cutmix: alpha of mixup and of cutmix; 0 turns it off.
+        switch: share of groups that get cutmix if both are on.
         group: images per group, even; a smaller batch is one group.
     """
 
@@ -94,16 +94,16 @@ class Mix:
         """Mixed images, and their targets mixed in the same proportion.
 
         Args:
-            keys: one per example; a group draws by that of its first.
+            keys: one per example; a group draws by the key of its first example.
         Raises:
-            ValueError: the batch cannot be cut into such groups.
+            ValueError: the groups do not divide the batch.
         """
         rows = len(images)
         size = min(self.group, rows)
         if rows % size or size % 2:
             raise ValueError(
                 f"a batch of {rows} images in groups of mix.group={self.group}: want a "
-                "multiple, or an even batch below that"
+                "multiple of that, or an even number below it"
             )
         groups = images.reshape(-1, size, *images.shape[1:])
         mixed, share = jax.vmap(self._group)(groups, keys[::size])
@@ -136,7 +136,8 @@ class Mix:
 def _cut_box(
     key: Key[Array, ""], shape: tuple[int, ...], share: Float[Array, ""]
 ) -> Bool[Array, "h w"]:
-    """True in a box of 1 - share of the area around a random pixel, cut at borders."""
+    """True in a box around a random pixel; it has 1 - share of the area and is cut off
+    at the borders."""
 
     def inside(key, length):
         side = jnp.floor(length * jnp.sqrt(1 - share)).astype(jnp.int32)
@@ -150,10 +151,10 @@ def _cut_box(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Erasing:
-    """Random erasing, arXiv:1708.04896: a box of noise in place of the image.
+    """Random erasing, arXiv:1708.04896: noise replaces a box of the image.
 
-    Noise is normal with the data's mean and deviation, drawn for each pixel. Of ten
-    boxes the first that fits inside the image is taken.
+    Noise is normal with the data's mean and deviation, drawn for each pixel. Ten boxes
+    are drawn; the first that fits inside the image is used.
 
     Attributes:
         p: share of images with a box.
@@ -180,7 +181,7 @@ class Erasing:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Float[Array, "b h w c"]:
-        """Images in 0..1 with noise in some places, each a function of its own key."""
+        """Images in 0..1, some with a box of noise, each by its own key."""
         _, rows, cols, channels = images.shape
         shape = (rows, cols, channels)
         boxes = jax.vmap(lambda key: self._box(key, (rows, cols)))(keys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as grids of patches: standardised, cut, placed; and errors of patches."""
+"""Images as grids of patches: standardising, cutting, position tables, patch errors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def grid_of(height: int, width: int, patch: int) -> Grid:
 def to_float(
     images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """uint8 images to float32 in 0..1; float images are in 0..1 already and unchanged.
+    """uint8 images as float32 in 0..1; float images, in 0..1 already, are unchanged.
 
     Raises:
         TypeError: images of another type, such as int32.
@@ -64,7 +64,7 @@ def _floating(images: Array) -> Float[Array, "b h w c"]:
 def normalise(
     images: Float[Array, "b h w c"], mean: Channels, std: Channels
 ) -> Float[Array, "b h w c"]:
-    """Standardised images, from values in 0..1, with one mean and std per channel."""
+    """Standardises images in 0..1 by one mean and one std per channel."""
     centre, scale = (
         jnp.asarray(x, images.dtype)[None, None, None] for x in (mean, std)
     )
@@ -99,7 +99,7 @@ def patchify(
 
 
 def unpatchify(patches: Shaped[Array, "b n p"], grid: Grid) -> Shaped[Array, "b h w c"]:
-    """The image of which `patches` are the patches: inverse of `patchify`."""
+    """Puts patches together to images: inverse of `patchify`."""
     return einops.rearrange(
         patches,
         "b (h w) (p q c) -> b (h p) (w q) c",
@@ -113,10 +113,10 @@ def unpatchify(patches: Shaped[Array, "b n p"], grid: Grid) -> Shaped[Array, "b 
 def patch_statistics(
     patches: Float[Array, "b n p"],
 ) -> tuple[Float[Array, "b n 1"], Float[Array, "b n 1"]]:
-    """Mean and standard deviation of each patch vector, all channels together.
+    """Mean and standard deviation of each patch vector, over all channels together.
 
-    The variance has divisor p - 1 (the reference MAE's, unlike numpy's default) and
-    1e-6 is added to it before the root, so a flat patch has deviation 1e-3.
+    The variance has divisor p - 1, as in the reference MAE and unlike numpy's default.
+    1e-6 is added to it before the root, so that a flat patch has deviation 1e-3.
     """
     mean = patches.mean(axis=-1, keepdims=True)
     variance = patches.var(axis=-1, keepdims=True, ddof=1)
@@ -124,7 +124,7 @@ def patch_statistics(
 
 
 def normalise_patches(patches: Float[Array, "b n p"]) -> Float[Array, "b n p"]:
-    """Each patch with its own mean removed, divided by its own deviation.
+    """Subtracts from each patch its own mean and divides by its own deviation.
 
     Source: arXiv:2111.06377, section 3, "reconstruction target".
     """
@@ -135,17 +135,17 @@ def normalise_patches(patches: Float[Array, "b n p"]) -> Float[Array, "b n p"]:
 def patch_mse(
     prediction: Float[Array, "b n p"], target: Float[Array, "b n p"]
 ) -> Float[Array, "b n"]:
-    """Mean squared error of each patch vector, in the unit of the target squared.
+    """Mean squared error of each patch vector.
 
-    Computed in the precision of the target (float32 or better), whatever the
-    prediction's.
+    It is computed in the target's dtype (float32 or wider), whatever the dtype of the
+    prediction.
     """
     error = prediction.astype(target.dtype) - target
     return jnp.mean(error * error, axis=-1)
 
 
 def sincos_1d(positions: Float[np.ndarray, " n"], width: int) -> np.ndarray:
-    """Sines, then cosines, of each position at width / 2 frequencies: [n, width].
+    """Sines, then cosines, of each position times width / 2 frequencies: [n, width].
 
     Frequency i is 10000 ** (-i / (width / 2)), arXiv:1706.03762.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position tables of one grid brought to another."""
+"""Resizes position tables from one grid to another."""
 
 import numpy as np
 from jaxtyping import Float
@@ -8,15 +8,16 @@ from jaxtyping import Float
 def resized(
     table: Float[np.ndarray, "n d"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[np.ndarray, "m d"]:
-    """A position table of one grid for another, by bicubic interpolation.
+    """Resizes a position table to another grid by bicubic interpolation.
 
-    Without antialiasing, pixel centres aligned, edges repeated, cubic coefficient
-    -0.75: what PyTorch calls bicubic, which MAE's fine-tuning resizes positions by.
+    It equals PyTorch's "bicubic", with which MAE's fine-tuning resizes positions: no
+    antialiasing, pixel centres aligned, edges repeated, cubic coefficient -0.75.
 
     Args:
-        old, new: rows and columns.
+        table: one row per patch of the old grid, in row-major order.
+        old, new: rows and columns of the grids.
     Raises:
-        ValueError: the table is not one of the old grid.
+        ValueError: the table does not have one row per patch of the old grid.
     """
     rows, cols = old
     if len(table) != rows * cols:
@@ -31,7 +32,7 @@ def resized(
 
 
 def _bicubic(old: int, new: int) -> Float[np.ndarray, "{new} {old}"]:
-    """Weights of old places at new ones, Keys 1981 with a = -0.75."""
+    """Weight of each old position at each new one, Keys 1981 with a = -0.75."""
     a = -0.75
     places = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(places).astype(int)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How alike two images are: MSE, PSNR, SSIM and FSIM, batched and differentiable.
 
-SSIM and FSIM keep many numbers per pixel while they work. On a CPU they take image
-after image, so that these stay in its caches (benchmarks/similarity.py).
+SSIM and FSIM need many intermediate numbers per pixel. On a CPU they work on one image
+after the other, so that these numbers stay in its caches (benchmarks/similarity.py).
 """
 
 import functools
@@ -72,11 +72,12 @@ def ssim(
         return tuple(_windowed(one, window, axis=1, step=channels) for one in lanes)
 
     def of(image, reference):
-        # By the sum s and the difference d of both, 4 xy = s^2 - d^2 and 2 (x^2 + y^2)
-        # = s^2 + d^2: two images to go over, and equal ones give exactly 1.
+        # With the sum s and the difference d of both images, 4 xy = s^2 - d^2 and
+        # 2 (x^2 + y^2) = s^2 + d^2: only these two images and their squares are
+        # filtered, and equal images give exactly 1.
         lanes = jnp.stack([image + reference, image - reference])
         lanes = lanes.reshape(2, height, width * channels)
-        # Two loops: of one XLA would make sums of sums, eleven times the work.
+        # Two loops: XLA would fuse a single one to sums of sums, eleven times the work.
         mean, square = jax.lax.map(across, jax.lax.map(down, lanes))
         power = mean**2
         (s, d), (own_s, own_d) = power, square - power
@@ -95,12 +96,12 @@ def fsim(
 ) -> Float[Array, " b"]:
     """Feature similarity of each image, for values in 0..1; 1 is identity.
 
-    Phase congruency (log-Gabor filters of 4 scales and 4 orientations) and Scharr
-    gradients of the luminance, compared and weighted by the larger congruency. Images
-    whose shorter side is 384 or more are averaged down first, to about 256.
+    It compares phase congruency (log-Gabor filters of 4 scales and 4 orientations) and
+    Scharr gradients of the luminance; the larger congruency is a pixel's weight. Images
+    whose shorter side is 384 or more are first averaged down to about 256.
 
     Args:
-        chromatic: FSIMc, which compares the I and Q of YIQ too.
+        chromatic: FSIMc, which also compares the I and Q of YIQ.
     Raises:
         ValueError: neither 1 nor 3 channels, or `chromatic` for grey images.
     Source: Zhang et al. 2011, doi:10.1109/TIP.2011.2109730, with its constants
@@ -117,7 +118,7 @@ def fsim(
     def of(image, reference):
         planes = _pooled(jnp.stack([image, reference]) * 255, side)
         if channels == 3:
-            # In full: some devices multiply matrices with few digits.
+            # Full precision: by default some devices multiply matrices with few digits.
             planes = jnp.einsum(
                 "bhwc,kc->kbhw",
                 planes,
@@ -152,7 +153,8 @@ def phase_congruency(image: Float[Array, "h w"]) -> Float[Array, "h w"]:
     tiny = jnp.finfo(image.dtype).eps
 
     def orientation(filters, noise):
-        # A list, not an axis: XLA then makes one loop over the pixels of it all.
+        # With a list instead of an array axis, XLA fuses all this to one loop over
+        # pixels.
         responses = [jnp.fft.ifft2(spectrum * scale) for scale in filters]
         pairs = [(response.real, response.imag) for response in responses]
         squares = [even**2 + odd**2 for even, odd in pairs]
@@ -185,7 +187,7 @@ class _Bank(NamedTuple):
 @functools.cache
 def _log_gabor(height: int, width: int) -> _Bank:
     def frequencies(length):
-        # Odd lengths reach both ends, -.5 and .5, as in the authors' program.
+        # For odd lengths the range includes both -.5 and .5, as in the authors' code.
         steps = length - length % 2
         return np.fft.ifftshift((np.arange(length) - length // 2) / steps)
 
@@ -213,7 +215,7 @@ def _log_gabor(height: int, width: int) -> _Bank:
 
 
 def _per_image(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function of one pair of images as one of batches."""
+    """Turns a function of one pair of images into a function of batches."""
     if jax.default_backend() != "cpu":
         return jax.vmap(function)
     # On a CPU one image at a time stays in the cache.
@@ -221,31 +223,31 @@ def _per_image(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _lower_median(values: Float[Array, " n"]) -> Float[Array, ""]:
-    """The element that sorting would put at (n - 1) // 2, of numbers >= 0.
+    """The element at (n - 1) // 2 of the sorted values, which must be >= 0.
 
-    Of an even count it is the smaller of the two in the middle, as in the
-    implementations that papers use. Found bit by bit, which takes a tenth of the time
-    of sorting.
+    If n is even, that is the smaller of the two middle elements, as in the
+    implementations that papers use. The search goes bit by bit, which takes a tenth of
+    the time of sorting.
     """
-    # Floats >= 0 are in the order of their bits.
+    # Floats >= 0 have the same order as their bits read as integers.
     size = 8 * values.dtype.itemsize
     kind = jnp.dtype(f"int{size}")
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(values), kind)
     rank = (len(values) - 1) // 2
 
     def narrow(step, found):
-        # The largest number that at most `rank` values are below.
+        # `found` becomes the largest number with at most `rank` values below it.
         trial = found | (jnp.ones((), kind) << (size - 2 - step).astype(kind))
         return jnp.where((bits < trial).sum() <= rank, trial, found)
 
     found = jax.lax.fori_loop(0, size - 1, narrow, jnp.zeros((), kind))
-    return values[(bits == found).argmax()]  # taken, not made: it has a gradient
+    return values[(bits == found).argmax()]  # indexing `values` has a gradient
 
 
 def _windowed(
     lanes: Float[Array, "h n"], window: list[float], axis: int = 0, step: int = 1
 ) -> Float[Array, "y x"]:
-    """Weighted sums of every `step`-th row or column, where the window fits."""
+    """Weighted sums over a window of rows or columns `step` apart, where it fits."""
     length = lanes.shape[axis] - step * (len(window) - 1)
     return _sum(
         weight * jax.lax.slice_in_dim(lanes, i * step, i * step + length, axis=axis)
@@ -254,7 +256,7 @@ def _windowed(
 
 
 def _pooled(images: Float[Array, "b h w c"], side: int) -> Float[Array, "b y x c"]:
-    """Means over squares; rows and columns that do not fill one are left out."""
+    """Means over squares; rows and columns that do not fill a square are left out."""
     rows, cols = images.shape[1] // side, images.shape[2] // side
     images = images[:, : rows * side, : cols * side]
     shape = (images.shape[0], rows, side, cols, side, images.shape[3])
@@ -262,7 +264,7 @@ def _pooled(images: Float[Array, "b h w c"], side: int) -> Float[Array, "b y x c
 
 
 def _scharr(images: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
-    """Length of the gradient by Scharr's filters, zeros around the image."""
+    """Length of the gradient by Scharr's filters; the image is padded with zeros."""
     around = jnp.pad(images, ((0, 0), (1, 1), (1, 1)))
 
     def along(images, axis, weights):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line that all programs share: --plugins and --config.
 
-Both are read before absl reads them, since absl reports mistakes as tracebacks.
+`parse` checks both before absl does, since absl reports mistakes as tracebacks.
 """
 
 import os
@@ -31,7 +31,8 @@ _PLUGINS = _define_plugins(flags.FLAGS)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Imports --plugins and reads all flags; a mistake ends the process with a line."""
+    """Imports --plugins and parses all flags; a mistake ends the process with one line
+    on stderr."""
     try:
         _import_plugins(argv)
         _check_config(argv)
@@ -45,21 +46,21 @@ def parse(argv: list[str]) -> list[str]:
         )
     tree = CONFIG.value
     if "plugins" in tree:
-        # A config file may have loaded some itself.
+        # The config file may have loaded plug-ins of its own.
         tree.plugins = tuple(dict.fromkeys([*tree.plugins, *_PLUGINS.value]))
     return rest
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """Ends the process with a line on stderr."""
+    """Prints the message on stderr and ends the process with this exit code."""
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    # A thread may still compile, which would hold the process for nothing.
+    # sys.exit would wait for threads that may still compile.
     os._exit(code)
 
 
 def _import_plugins(argv: list[str]) -> None:
-    """Imports the modules of --plugins: the file of --config may name their rows."""
+    """Imports the modules of --plugins; the config file may use what they register."""
     values = flags.FlagValues()
     plugins = _define_plugins(values)
     values(argv, known_only=True)
@@ -67,11 +68,11 @@ def _import_plugins(argv: list[str]) -> None:
 
 
 def _check_config(argv: list[str]) -> None:
-    """Checks --config and the path of every --config.LEAF against the file."""
+    """Checks that --config can be read and that every --config.LEAF exists in it."""
     line = "\n".join(argv[1:]) + "\n"
     found = re.search(r"^--?config[=\n](.*)$", line, re.MULTILINE)
     if found is None:
-        return  # absl says that it is required
+        return  # absl reports that it is required
     tree = configs.read(found[1])
     for leaf in re.findall(r"^--?(?:no)?config\.([^=\n]+)", line, re.MULTILINE):
         if leaf == "plugins":

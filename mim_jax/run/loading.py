@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained runs, read from their directories, and their measurement."""
+"""Loads trained runs from their directories, and measures them."""
 
 import dataclasses
 import pathlib
@@ -21,12 +21,12 @@ from mim_jax.run.parts import read_parts
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A run that is ready to be measured.
+    """A loaded run, ready to be measured.
 
     Attributes:
-        folder: its run directory.
-        run: what evaluations read.
-        training: its own config, built.
+        folder: the run directory.
+        run: the objective and parameters that evaluations read.
+        training: the run's own config, built.
     """
 
     folder: pathlib.Path
@@ -39,7 +39,7 @@ class Loaded:
         return EvalPasses(self.training.data)
 
     def untrained(self, name: str) -> "Loaded":
-        """The model before training, under another name."""
+        """The same model with its parameters before training, called `name`."""
         run = dataclasses.replace(self.run, params=self.run.initial, name=name, step=0)
         return dataclasses.replace(self, run=run)
 
@@ -50,10 +50,13 @@ def load(
     """A trained run and its built config, from its run directory.
 
     Args:
-        step: which checkpoint; None is the newest.
-        teacher: replace the student's parameters by the teacher's, where it has them.
+        folder: run directory.
+        step: step of the checkpoint; None: the newest.
+        teacher: replace the student's parameters by the teacher's, as far as the
+            teacher has them.
     Raises:
-        ConfigError: there is no run, or no such checkpoint, or it has no teacher.
+        ConfigError: the folder holds no run, the checkpoint does not exist, or the run
+            has no teacher.
 
     Example:
         >>> run, training = load("runs/mae")  # doctest: +SKIP
@@ -86,16 +89,18 @@ def read_trained(
     parts: tuple[str, ...],
     teacher: bool,
 ) -> tuple[int, dict[str, Any]]:
-    """(step, {part: tree}) of a run's checkpoint, in the layout of its training.
+    """(step, {part: tree}) of a run's checkpoint; blocks are stacked if its config says
+    `scan`.
 
     Args:
         folder: run directory.
         config: the config saved there.
-        step: which checkpoint; None is the newest.
+        step: step of the checkpoint; None: the newest.
         parts: fields of TrainState.
-        teacher: replace the student's parameters by the teacher's, where it has them.
+        teacher: replace the student's parameters by the teacher's, as far as the
+            teacher has them.
     Raises:
-        ConfigError: no such checkpoint, or it has no teacher.
+        ConfigError: the checkpoint does not exist, or the run has no teacher.
         CheckpointError: the checkpoint is damaged.
     """
     read = (*parts, "teacher") if teacher else parts
@@ -109,14 +114,14 @@ def read_trained(
                 f"weights='teacher': run {str(folder)!r} has none; want 'trained'"
             )
         found["params"] |= found["teacher"]
-    # Unstacked, many deep networks in one program compile slowly.
+    # Blocks stay stacked: a program of many deep networks compiles slowly without.
     return step, {part: states.layout(found[part], config.scan) for part in parts}
 
 
 def initial_params(config: configs.Tree, objective: Objective) -> Any:
-    """New parameters by the run's seed, in the layout of its training.
+    """New parameters by the run's seed; blocks are stacked if its config says `scan`.
 
-    Training started from them, unless it began with another run's.
+    Training started from these, unless `config.init_from` named another run.
     """
     shape = (*config.data.image_size, len(objective.mean))
 
@@ -132,13 +137,15 @@ def load_all(
     step: int | None = None,
     weights: Literal["trained", "teacher", "initial"] = "trained",
 ) -> dict[str, Loaded]:
-    """Several runs on the same images, by their captions.
+    """Loads several runs that read the same images: {caption: run}.
 
     Args:
-        step: which checkpoint of each; None is the newest.
+        folders: run directories.
+        step: step of each run's checkpoint; None: the newest.
         weights: the trained parameters, the teacher's, or those before training.
     Raises:
-        ConfigError: as `load`; or two runs have the same caption or read other images.
+        ConfigError: as `load`; or two runs have the same caption, or read different
+            images.
     """
     found: dict[str, Loaded] = {}
     for folder in folders:
@@ -161,10 +168,11 @@ def load_all(
 def measure(
     evaluation: Eval, runs: dict[str, Loaded]
 ) -> tuple[dict[str, Report], dict[str, str]]:
-    """Measure runs by their captions, each on the images of its own config.
+    """Measure each run on the images of its own config.
 
     Returns:
-        (reports, reasons): of the runs that can be measured, and of those that cannot.
+        (reports, reasons), both by caption: a report for each run that could be
+        measured, and for each other run the reason why not.
     """
     reports, reasons = {}, {}
     for title, one in runs.items():
@@ -177,7 +185,7 @@ def measure(
 
 
 def check(evaluation: Eval, one: Loaded) -> None:
-    """Refuse, before measuring, a run that the evaluation cannot measure.
+    """Raise, before measuring, if the evaluation cannot measure the run.
 
     Raises:
         ValueError: the objective or the data do not fit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's account of a training run: metrics, undecodable images, NaN."""
+"""What the host watches during a training run: metrics, undecodable images, NaN."""
 
 import json
 import pathlib
@@ -17,12 +17,22 @@ from mim_jax.run.log import Progress, Window, Writer
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient was NaN or infinite; the state before it is safe."""
+    """A loss or gradient was NaN or infinite; the state was not updated with it."""
 
 
 class Monitor:
-    """The host's account of a run. It reads a step's metrics while the next one runs:
-    means to log, images that could not be decoded, values that are not finite."""
+    """Reads the metrics of a step on the host while the device runs the next step.
+
+    It logs means, counts images that could not be decoded, and stops the run at a value
+    that is not finite.
+
+    Args:
+        plan: of the run.
+        workdir: directory of the run.
+        start: steps done when this process began.
+        extra: what `saved` returned for the checkpoint; {} for a new run.
+        newest: returns the step of the newest checkpoint, or None.
+    """
 
     def __init__(
         self,
@@ -44,7 +54,7 @@ class Monitor:
         self._mark, self._steps_since, self._waiting = time.monotonic(), 0, 0.0
 
     def timed(self, batches: Iterable) -> Iterator:
-        """The batches, with the time spent waiting for each booked."""
+        """The same batches; adds up the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             before = time.monotonic()
@@ -55,13 +65,14 @@ class Monitor:
             yield batch
 
     def dispatched(self, step: int, values: dict, batch: dict) -> None:
-        """`step` steps are on their way to the device; read the one before."""
+        """Note that step `step` was sent to the device; read the metrics of the step
+        before."""
         self.settle()
         indices = np.array(batch["index"])  # a copy: the batch lies in shared memory
         self._pending = (step, values, indices, int(batch["replaced"].sum()))
 
     def settle(self) -> None:
-        """Read the metrics that are outstanding, waiting for them if need be.
+        """Read the metrics of the last dispatched step; wait until they are there.
 
         Raises:
             NonFiniteError: that step's loss or gradients were not finite.
@@ -82,7 +93,7 @@ class Monitor:
             self._log(step)
 
     def saved(self) -> dict[str, Any]:
-        """What to keep with the checkpoint of this step, plain JSON values."""
+        """JSON values to save with the checkpoint, for `extra` of the next process."""
         return {
             "window": self._window.saved(),
             "replaced": sum(sharding.from_hosts(self._replaced)),
@@ -90,7 +101,7 @@ class Monitor:
         }
 
     def close(self) -> None:
-        """Close files and bar."""
+        """Close the files and the progress bar."""
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
@@ -100,7 +111,7 @@ class Monitor:
         elapsed = max(time.monotonic() - self._mark, 1e-9)
         replaced = sum(sharding.from_hosts(self._replaced))
         values = self._window.take() | {
-            # The rate at which this step's update was made: steps count from 0.
+            # The learning rate of this step's update: the schedule counts from 0.
             "lr": float(self._plan.schedule(step - 1)),
             "epoch": step * settings.batch_size / self._plan.epoch_images,
             "replaced": replaced,
@@ -111,7 +122,8 @@ class Monitor:
         if self._writer is not None:
             self._writer.write(step, values)
         self._progress.show(step, values)
-        # A share of at least one epoch, so that one bad image at the start is no alarm.
+        # The share is that of at least one epoch of images, so that a single bad image
+        # at the start does not stop the run.
         seen = max(step * settings.batch_size, len(settings.data.source))
         check_replaced(replaced, seen, settings.data.max_replaced)
 

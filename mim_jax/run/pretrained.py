@@ -36,7 +36,7 @@ class PretrainedEncoder:
     """
 
     objective: Objective
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     step: int
     image_size: tuple[int, int]
     crop_fraction: float

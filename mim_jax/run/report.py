@@ -16,7 +16,10 @@ from mim_jax.state import TrainState
 
 
 def measure(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
-    """Measure the state as `config.report` says, on the first host; write report/."""
+    """Run the evaluation of `config.report` on the first host, and write report/.
+
+    All hosts must call this, since they gather the parameters together.
+    """
     settings, mesh = plan.settings, plan.mesh
     everywhere = sharding.replicated(mesh)
     gather = jax.jit(lambda tree: tree, out_shardings=everywhere)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is about to run: printed, and the parameters in full as parameters.txt."""
+"""A summary of the run that starts: printed lines, and all parameters in a file."""
 
 import pathlib
 
@@ -16,11 +16,13 @@ from mim_jax.state import TrainState
 def summarise(
     plan: Plan, state: TrainState, workdir: pathlib.Path, changes: list[str]
 ) -> None:
-    """Print what is about to run, and write parameters.txt.
+    """Print a summary of the run that starts, and write parameters.txt.
 
     Args:
-        state: shapes and shardings.
-        changes: lines about leaves of the config that differ from the run's own.
+        plan: of the run.
+        state: the state's shapes and shardings.
+        workdir: directory of the run.
+        changes: lines on config leaves that differ from the config saved in `workdir`.
     """
     if jax.process_index() != 0:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beginning a run with the parameters of another: fine-tuning and probing."""
+"""Starts a run from the parameters of another run: fine-tuning and probing."""
 
 import copy
 import dataclasses
@@ -25,15 +25,17 @@ _NORM = "encoder/norm"
 
 
 def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.Tree:
-    """The config with what its objective adopts from the run of config.init_from.
+    """The config, with the settings that its objective adopts from the run that
+    config.init_from names (`Objective.adopt`).
 
-    Once the new run has a config.json, that file is read instead: the other run may be
-    gone.
+    Once the new run has a config.json, these settings are read from there: the other
+    run may no longer exist.
 
     Args:
-        workdir: of the run that begins.
+        config: of the new run.
+        workdir: directory of the new run.
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: config.init_from.run is no training run.
     """
     if not config.init_from.run:
         return config
@@ -50,19 +52,23 @@ def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.
 def begun(
     state: TrainState, like: TrainState, settings: configs.Train
 ) -> tuple[TrainState, str]:
-    """A first state with parameters of the run that `settings.init_from` names.
+    """The first state of a run, with parameters of the run that `settings.init_from`
+    names.
 
-    All leaves below `init_from.parts` that both have are taken; their shapes must
-    agree, but for positions, which are resized to the new grid. The norm after pooling
-    is not that of tokens, and stays new.
+    It takes all leaves below `init_from.parts` that both runs have. Their shapes must
+    agree, except those of positions, which are resized to the new grid. If only one of
+    the runs applies its final norm to pooled tokens, that norm is not taken.
 
     Args:
-        state: the first state, laid out as `like`.
-        like: shapes and shardings.
+        state: the first state with new parameters.
+        like: shapes and shardings of the state.
+        settings: the built config of the new run.
     Returns:
-        The state, and lines for people: what was taken, what is new, what was left.
+        The state, and a line for people: which leaves were taken, are new, or were not
+        taken.
     Raises:
-        ConfigError: no such run or checkpoint, or its parameters do not fit.
+        ConfigError: the run or its checkpoint does not exist, or its parameters do not
+            fit.
     """
     begin = settings.init_from
     folder = pathlib.Path(begin.run)
@@ -110,7 +116,12 @@ def _merge(
     left: tuple[str, ...],
     begin: configs.InitFrom,
 ) -> tuple[dict[str, Any], str]:
-    """All leaves of `fresh`, those of the parts from `source`; and what was done."""
+    """The leaves of `fresh`, those below `begin.parts` replaced from `source`; and a
+    line for people.
+
+    Args:
+        left: paths that are never taken from `source`.
+    """
     offered = {
         name: leaf
         for name, leaf in source.items()
@@ -142,7 +153,7 @@ def _merge(
 def _positions(
     source: dict[str, Any], saved: configs.Tree, settings: configs.Train
 ) -> np.ndarray:
-    """Positions of the other run for the grid of this one, class token first."""
+    """The other run's positions for this run's grid; the class token's come first."""
     patch = saved.objective.encoder.patch
     rows, cols = saved.data.image_size
     old = Grid(rows // patch, cols // patch, patch)
@@ -156,7 +167,7 @@ def _positions(
 
 
 def _left(saved: configs.Tree, settings: configs.Train) -> tuple[str, ...]:
-    """What the networks have under one name for two purposes."""
+    """Paths that exist in both networks but with different purposes."""
     same = saved.objective.encoder.norm == settings.objective.encoder.norm
     return () if same else (_NORM,)
 
@@ -192,7 +203,8 @@ def _tops(leaves: dict[str, Any]) -> list[str]:
 
 
 def _short(names: Any) -> str:
-    """Names of leaves, whole groups by the name of the group and a count."""
+    """The first two parts of the leaves' paths, each with the number of leaves below
+    it."""
     counts: dict[str, int] = {}
     for name in sorted(names):
         top = "/".join(name.split("/")[:2])

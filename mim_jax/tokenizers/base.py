@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tokenizer is: a fixed map from the patches of images to whole numbers."""
+"""The interface of a tokenizer: a fixed map from patches of images to integers."""
 
 import abc
 
@@ -9,7 +9,7 @@ from mim_jax.ops.patches import Grid
 
 
 class Tokenizer(abc.ABC):
-    """Names what each patch shows: one token of a vocabulary per patch.
+    """Gives each patch one token of a vocabulary.
 
     A concrete tokenizer is a frozen dataclass whose fields are its configuration. It is
     not learned, and no gradient flows through it.
@@ -22,10 +22,11 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
-        """Opens what it reads, so that no loss has to.
+        """Checks images of (rows, columns, channels), and loads the tokenizer's files
+        so that the loss need not.
 
         Raises:
-            ValueError: images of (rows, columns, channels) have no tokens.
+            ValueError: this tokenizer cannot tokenize such images.
         """
 
     @abc.abstractmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest of a few hundred small pictures, found by k-means."""
+"""Tokens by k-means: the index of the nearest of 512 small pictures."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ CODEBOOK = pathlib.Path(__file__).with_name("kmeans.npz")
 
 @functools.cache
 def codebook() -> UInt8[np.ndarray, "v 4 4 3"]:
-    """The codewords, of which token i is the i-th; the file says how they were made."""
+    """The codewords: token i stands for the i-th; the file says how they were made."""
     with np.load(CODEBOOK, allow_pickle=False) as file:
         return file["codewords"]
 
@@ -30,9 +30,9 @@ def shrink(
 ) -> Float[Array, "b {grid.size} 48"]:
     """Each patch as 4 x 4 pixels of three channels, in the order of `patchify`.
 
-    Pixels are averaged over equal squares where the patch's side is a multiple of 4,
-    and resized (linear, antialiased) within the patch where it is not. Grey images get
-    three equal channels.
+    If the patch's side is a multiple of 4, pixels are averaged over equal squares;
+    otherwise the patch is resized (linear, antialiased). Grey images get three equal
+    channels.
     """
     patches = patchify(images, grid.patch)
     pixels = einops.rearrange(
@@ -51,11 +51,12 @@ def shrink(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KMeans(Tokenizer):
-    """Token = the nearest of 512 codewords to the patch, averaged down to 4 x 4 pixels.
+    """A patch is averaged down to 4 x 4 pixels; its token is the nearest of 512
+    codewords.
 
-    Departure from BEiT (arXiv:2106.08254), whose tokens are a discrete VAE's: this one
-    needs no weights from elsewhere. benchmarks/codebook.py made the codewords, from the
-    embedded photographs.
+    Departure from BEiT (arXiv:2106.08254), where a discrete VAE gives the tokens: this
+    tokenizer needs no weights from elsewhere. benchmarks/codebook.py made the codewords
+    from the embedded photographs.
     """
 
     @property
@@ -75,8 +76,8 @@ class KMeans(Tokenizer):
     ) -> Int[Array, "b {grid.size}"]:
         pixels = shrink(images, grid)
         words = codebook().reshape(self.vocabulary, -1).astype(np.float64) / 255
-        # Squared distance less |pixels|^2, which is the same for all words. At full
-        # precision: an accelerator's default has 8 bits of mantissa, too few to choose.
+        # The distance omits |pixels|^2, which is the same for all codewords. Full
+        # precision: an accelerator's default, 8 bits of mantissa, can pick a wrong one.
         products = jnp.einsum(
             "bnp,vp->bnv",
             pixels,

@@ -8,11 +8,9 @@ row is tested with its defaults. Runs are tiny and untrained, one of each object
 import functools
 import math
 
-import jax
+import fast
 import numpy as np
 import pytest
-import sklearn.manifold  # noqa: F401  (so that its threads are limited, too)
-import threadpoolctl
 from matplotlib.figure import Figure
 from small_evals import SMALL, objective_of, passes_of, run_of, small
 from tiny import TINY
@@ -26,11 +24,8 @@ each = pytest.mark.parametrize("name", EVALS)
 
 @pytest.fixture(autouse=True, scope="module")
 def _fast():
-    # Many programs that run for milliseconds, and threads that would wait for a core.
-    jax.config.update("jax_disable_most_optimizations", True)
-    with threadpoolctl.threadpool_limits(1):
+    with fast.compilation():
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

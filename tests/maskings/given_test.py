@@ -147,9 +147,30 @@ def test_the_mask_is_that_of_the_memory_at_each_step(known):
         state, _ = step(state, batch)
 
 
+def test_a_masking_that_breaks_its_promise_is_refused(known):
+    class Wrong(Labelled):
+        def visible_count(self, grid):
+            return grid.size // 4
+
+        def __call__(self, keys, grid, *, label):
+            return Labelled()(keys, grid, label=label)._replace(
+                keep=jnp.zeros((len(keys), 5), "int32")
+            )
+
+    class Deaf(Labelled):
+        def __call__(self, keys, grid):
+            return Labelled()(keys, grid, label=jnp.zeros(len(keys), "int32"))
+
+    table = config.KINDS[Masking][1]
+    for cls, reason in ((Wrong, "leave 5 of 16 .* says 4"), (Deaf, "'label'")):
+        table["labelled"] = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        with pytest.raises(config.ConfigError, match=reason):
+            Plan.of(tree("labelled"), jax.devices()[:1])
+
+
 def test_a_second_masking_with_a_memory_is_refused(known):
     made = tree_of("rmae", objective__t2="independent")
     with made.objective.unlocked():
         made.objective.t2_masking = config.choose(Masking, "remembering")
-    with pytest.raises(config.ConfigError, match="t2_masking=Remembering: it keeps"):
+    with pytest.raises(config.ConfigError, match="t2_masking=Remembering"):
         Plan.of(made, jax.devices()[:1])
