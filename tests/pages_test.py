@@ -15,10 +15,10 @@ from mim_jax.objectives.base import Objective
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 TEXTS = [*PAGES, *ROOT.glob("configs/*.py"), *ROOT.glob("launch/*.sh")]
-_GROUPS = "checkpoint|data|eval|init_from|log|mesh|objective|optim|report"
+_GROUPS = "checkpoint|data|eval|init_from|mesh|objective|optim|report"
 # A leaf on the command line; a leaf in backticks, as `objective.masking.ratio=.5`.
 _FLAG = re.compile(r"--config\.([a-z][\w.]*\w)")
-_LEAF = re.compile(rf"`((?:{_GROUPS})\.[a-z][\w.]*\w)[`=]")
+_LEAF = re.compile(rf"`((?:{_GROUPS})\.[a-z_0-9.]*[a-z0-9])[`=]")
 
 named = functools.partial(pytest.mark.parametrize, ids=lambda path: path.name)
 

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 
+import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from kernels import forms_test
 from maskings import masking_test
 from objectives import contract_test as objectives_test
 from small_evals import SMALL, run_of
+from tables import restored
 from tiny import TINY, Tiny
 
 from mim_jax import compare, config, evaluate, kernels, train
@@ -38,25 +40,21 @@ from mim_jax.run import loading
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "tests/plugins"
 PLUGINS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
-TABLES = [*(table for _, table in config.KINDS.values()), kernels.FORMS]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def modules():
     """The plug-ins by name, imported as --plugins imports them, and their rows in the
     tables until the tests of this file are done."""
-    # Dozens of programs that run for milliseconds each.
-    jax.config.update("jax_disable_most_optimizations", True)
-    before = [dict(table) for table in TABLES]
+    forms = dict(kernels.FORMS)
     sys.path.insert(0, str(FOLDER))
-    yield {name: sys.modules[name] for name in config.load_plugins(PLUGINS)}
+    with restored(), fast.compilation():
+        yield {name: sys.modules[name] for name in config.load_plugins(PLUGINS)}
     sys.path.remove(str(FOLDER))
-    for table, rows in zip(TABLES, before, strict=True):
-        table.clear()
-        table.update(rows)
+    kernels.FORMS.clear()
+    kernels.FORMS.update(forms)
     for name in PLUGINS:
         del sys.modules[name]
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def command_of(name: str) -> dict[str, str]:
