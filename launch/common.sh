@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by every script: the settings, the command line and --dry-run.
+# Every script sources this file: the settings, the command line and --dry-run.
 #   launch/X.sh [--dry-run] [WORD...] -- ARGUMENTS OF python -m mim_jax.main
 set -euo pipefail
 
@@ -9,7 +9,7 @@ ROOT=$(dirname "$LAUNCH")
 PYTHON=${PYTHON:-python}
 # shellcheck source=launch/env.sh
 source "${LAUNCH_ENV:-$LAUNCH/env.sh}"
-exec 3>&1 # what --dry-run shows, also from within $(...)
+exec 3>&1 # --dry-run writes here, also from within $(...)
 
 say() { [[ ${DRY-} ]] || printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
 note() { [[ ! $DRY ]] || printf '# %s\n' "$*" >&3; }
@@ -18,7 +18,7 @@ fail() {
   exit 2
 }
 
-# DRY; the WORDS before -- and the ARGS after it, which stay as they are.
+# Sets DRY, the WORDS before -- and the ARGS after it, unchanged.
 read_arguments() {
   DRY='' WORDS=()
   while (($#)) && [[ $1 != -- ]]; do
@@ -52,14 +52,14 @@ queue() {
     --project="$PROJECT" --zone="$ZONE" "${@:2}"
 }
 
-# On all hosts at once; the login shell there reads the text.
+# Runs a text on all hosts at once; their login shells read it.
 on_hosts() {
   run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" \
     --worker=all --command="$1"
 }
 
-# Of the request: ACTIVE, WAITING_FOR_RESOURCES, ...; SUSPENDED also where only the
-# machine was taken; NONE if there is no request.
+# The state of the request: ACTIVE, WAITING_FOR_RESOURCES, ...; SUSPENDED also if only the
+# machine was taken away; NONE if there is no request.
 state() {
   local found node=''
   found=$(queue describe '--format=value(state.state)' 2>/dev/null) || found=NONE

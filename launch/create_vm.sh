@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for the TPU and waits until it is there; one that was taken is asked for anew.
+# Asks for the TPU and waits until it is there; asks again if it was taken away.
 #   launch/create_vm.sh [--dry-run]
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the TPU back. What is not in the bucket is lost: fetch.sh first.
+# Gives the TPU back. Files outside the bucket are lost: run fetch.sh first.
 #   launch/delete_vm.sh [--dry-run]
 set -euo pipefail
 # shellcheck source=launch/common.sh

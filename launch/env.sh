@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034  # read by the other scripts
-# The only file to edit. LAUNCH_ENV=mine.sh takes another one, for a second machine.
+# The only file to edit. LAUNCH_ENV=mine.sh takes another file, as for a second machine.
 
 # TPU VMs
 PROJECT=my-project
@@ -7,14 +7,14 @@ ZONE=us-west4-a
 NAME=mim          # of the queued resource, the TPU VM and the jobs below
 ACCELERATOR=v5litepod-32
 RUNTIME=v2-alpha-tpuv5-lite
-SPOT=true         # cheaper, and may be taken back at any time: use watch.sh
+SPOT=true         # cheaper, but can be taken away at any time: use watch.sh
 BUCKET=my-bucket  # mounted as bucket/ beside the code on every host; "" for none
 
 # watch.sh
 POLL=60           # seconds between two looks
-CRASHES=5         # lost runs in a row, without a preemption, after which it stops
+CRASHES=5         # stops after so many lost runs in a row without a preemption
 
-# slurm.sh: JAX gives every task one GPU, so as many tasks as GPUs per node
+# slurm.sh: JAX gives each task one GPU, so ask for as many tasks as GPUs per node
 SBATCH=(--nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00)
 
 # gke_jobset.sh

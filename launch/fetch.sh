@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings the run directory here, as runs/NAME: from the bucket, or else from host 0.
+# Copies the run directory here, as runs/NAME: from the bucket, or else from host 0.
 #   launch/fetch.sh [--dry-run] -- --config=configs/mae.py --workdir=bucket/runs/mae
 set -euo pipefail
 # shellcheck source=launch/common.sh

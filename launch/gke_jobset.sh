@@ -9,7 +9,7 @@ no_words
 need_arguments
 
 [[ $BUCKET ]] || fail "BUCKET is empty in env.sh: the hosts need a directory in common"
-# A JSON list is a YAML list, too; Kubernetes reads $(NAME) and takes $$ for a dollar.
+# A JSON list is a YAML list too. Kubernetes expands $(NAME), and reads $$ as a dollar.
 list='import json, sys
 words = [word.replace("$", "$$") for word in sys.argv[1:]]
 print(json.dumps(words, ensure_ascii=False))'

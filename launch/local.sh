@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine, joined by jax.distributed.
+# Starts N processes of one run on this machine, which jax.distributed joins.
 #   launch/local.sh [--dry-run] N -- --config=configs/mae.py:digits --workdir=runs/two
 #   launch/local.sh [--dry-run] N -- COMMAND WORD...
-# SIGTERM and Ctrl-C ask all to save and leave, a second one kills them. If one fails,
-# the others have GRACE seconds. The exit code is the first that is not 0.
+# SIGTERM and Ctrl-C ask all processes to save and leave; a second one kills them. If one
+# process fails, the others have GRACE seconds. The exit code is the first that is not 0.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -18,25 +18,25 @@ fi
 free='import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])'
 port=$("$PYTHON" -c "$free")
 pids=() asked=0 code=0
-all() { # kill with that option: the groups, which are the processes and their workers
+all() { # kills with that option; a group is a process and its workers
   local pid
   for pid in "${pids[@]}"; do kill "$1" -- "$2$pid" 2>/dev/null || true; done
 }
-# shellcheck disable=SC2329  # by the trap
+# shellcheck disable=SC2329  # the trap calls it
 ask() {
   if ((asked++)); then all -KILL -; else all -TERM ''; fi
 }
 trap ask TERM INT
 trap 'all -KILL -' EXIT
 
-{ # read to its end before it begins: this file may change meanwhile
+{ # bash reads the braces to their end first: this file may change meanwhile
 for ((i = 0; i < WORDS[0]; i++)); do
-  # In a session of its own, so that Ctrl-C comes here only.
+  # Each in a session of its own, so that Ctrl-C reaches this script only.
   command=(env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" JAX_COORDINATOR_ADDRESS="localhost:$port"
     JAX_NUM_PROCESSES="${WORDS[0]}" JAX_PROCESS_ID="$i" setsid "${ARGS[@]}")
   if [[ $DRY ]]; then run "${command[@]}"; else "${command[@]}" & pids+=($!); fi
 done
-# By asking, not by `wait -n`: of two that are killed together it forgets the second.
+# Asks each process. `wait -n` forgets the second of two that are killed together.
 while ((${#pids[@]})); do
   left=()
   for pid in "${pids[@]}"; do

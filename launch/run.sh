@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Starts the command on all hosts under tmux; leaves alone what runs there already.
+# Starts the command on all hosts under tmux; leaves a command alone that runs already.
 #   launch/run.sh [--dry-run] -- --config=configs/mae.py --workdir=bucket/runs/mae
-# What it prints: ~/mim_jax/log.txt; its exit code, once it ends: ~/mim_jax/exit-code.
+# Its output goes to ~/mim_jax/log.txt, its exit code in the end to ~/mim_jax/exit-code.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -10,8 +10,8 @@ no_words
 need_arguments
 
 command=$(quoted .venv/bin/python -m mim_jax.main --distributed "${ARGS[@]}")
-# A host that shuts down signals all of them: this shell and tmux must not end the run,
-# which saves, nor keep its exit code to themselves.
+# A host that shuts down signals all its processes. This shell must outlive the run, which
+# saves first, and write its exit code.
 inside=$(quoted bash -c "trap '' HUP; trap : TERM
 $command >>log.txt 2>&1; echo \$? >exit-code")
 on_hosts "cd mim_jax || exit

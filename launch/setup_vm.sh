@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On all hosts: the code as it lies here (what git tracks), Python, JAX, the bucket.
+# Puts on all hosts: the files here that git tracks, Python, JAX and the bucket.
 #   launch/setup_vm.sh [--dry-run]
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -12,7 +12,7 @@ run bash -c 'cd "$1" && git ls-files -z | tar -czf "$2" --null -T -' - "$ROOT" "
 run gcloud compute tpus tpu-vm scp "$archive" "$NAME:mim_jax.tar.gz" \
   --project="$PROJECT" --zone="$ZONE" --worker=all
 
-# Every step is left out where it is done already.
+# A host leaves out each step that is done already.
 # shellcheck disable=SC2016  # the hosts expand it
 script='set -eu
 mkdir -p mim_jax && tar -xzf mim_jax.tar.gz -C mim_jax && cd mim_jax

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits the command as a Slurm job, which goes back to the queue when it is told to
+# Submits the command as a Slurm job. The job goes back to the queue when Slurm tells it to
 # leave: before its time is up, and when it is preempted.
 #   launch/slurm.sh [--dry-run] -- --config=configs/mae.py --workdir=runs/mae
 set -euo pipefail
@@ -18,7 +18,7 @@ if [[ $DRY || -z ${SLURM_JOB_ID-} ]]; then
 fi
 note "in the job:"
 code=0
-# Not killed when the first one leaves: the others may still be saving.
+# When the first task leaves, the others may still be saving: do not kill them.
 run srun --kill-on-bad-exit=0 "$PYTHON" -m mim_jax.main --distributed "${ARGS[@]}" ||
   code=$?
 note "after exit code 75:"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Creates, sets up and runs until the run is done: the same command goes on after a
-# preemption, after exit code 75 and after the loss of a host.
+# Creates the TPU, sets it up and runs the command until the run is done. The same command
+# goes on after a preemption, after exit code 75 and after the loss of a host.
 #   launch/watch.sh [--dry-run] -- --config=configs/mae.py --workdir=bucket/runs/mae
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -14,7 +14,7 @@ look='cd mim_jax 2>/dev/null || exit 0
 if tmux has-session -t =mim 2>/dev/null; then echo "host running"
 elif [ -s exit-code ]; then echo "host $(cat exit-code)"; else echo "host lost"; fi'
 
-# What the hosts say together: the exit code that decides, running, lost or away.
+# What the hosts say together: the exit code that decides, or running, lost or away.
 outcome() {
   local told code
   told=$(on_hosts "$look" 2>/dev/null) || { echo away; return; }
@@ -25,10 +25,10 @@ outcome() {
   if [[ $told == " 0 " ]]; then echo 0; else echo lost; fi
 }
 
-{ # read to its end before it begins: this file may change meanwhile
+{ # bash reads the braces to their end first: this file may change meanwhile
 crashes=0
 while ((crashes < CRASHES)); do
-  crashes=$((crashes + 1)) # taken back below, where it was none
+  crashes=$((crashes + 1)) # set back below if this was no crash
   if "$LAUNCH/create_vm.sh" $DRY && "$LAUNCH/setup_vm.sh" $DRY &&
     "$LAUNCH/run.sh" $DRY -- "${ARGS[@]}"; then
     note "again and again, while one host says that it runs:"
