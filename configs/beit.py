@@ -6,17 +6,17 @@ python -m mim_jax.main --config=configs/beit.py --workdir=runs/beit
 Hyper-parameters are those of the paper's appendix for the base model: AdamW
 (.9, .999), weight decay .05, batch 2048, learning rate 1.5e-3 after 10 epochs of
 warm-up and 1e-5 at the end, gradients clipped to norm 3, block masking of 40 %, colour
-jitter .4. Crops of 8 to 100 % of the area are the released code's.
+jitter .4. Crops of 8 to 100 % of the area come from the released code.
 
-It is no replication: tokens are those of k-means on the colours of 16 x 16 pixels, not
-of DALL-E's discrete VAE, and the network has neither relative position bias nor layer
-scale nor drop path (docs/deviations.md).
+It is no replication. k-means on the colours of 16 x 16 pixels makes the tokens, instead
+of DALL-E's discrete VAE, and the network has no relative position bias, no layer scale
+and no drop path (docs/deviations.md).
 
 Hardware: not yet run. Paper: 83.2 fine-tuned (arXiv:2106.08254, table 1); 82.9 after
 300 epochs (arXiv:2208.04164, table 1).
 
-Variant `:digits`: the same program on scanned digits, for two CPU cores, 1.5 minutes:
-69.6 % of held-out digits by ten nearest neighbours, untrained 50.4 %.
+Variant `:digits`: the same program on scanned digits, for two CPU cores. In 1.5 minutes
+ten nearest neighbours find the class of 69.6 % of held-out digits; untrained, 50.4 %.
 
 python -m mim_jax.main --config=configs/beit.py:digits --workdir=runs/beit-digits
 """
@@ -42,5 +42,5 @@ def get_config(variant: str = "") -> config.Tree:
     if preset == "digits":
         presets.digits(c)
         if "least" in c.objective.masking:
-            c.objective.masking.least = 4  # of the 7 patches that are hidden
+            c.objective.masking.least = 4  # 7 patches are hidden
     return c

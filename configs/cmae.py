@@ -4,13 +4,13 @@
 python -m mim_jax.main --config=configs/cmae.py --workdir=runs/cmae
 
 Ablations are leaves of config.objective: contrast=byol (table 2), tokens=cls, avg or
-patch+cls (table 3), mask_token=false with tokens=avg (table 4), cutmix, color_jitter
-and --config=configs/cmae.py:masking=none (table 5). docs/deviations.md has every
-reading.
+patch+cls (table 3), mask_token=false with tokens=avg (table 4), cutmix and color_jitter
+(table 5). With --config=configs/cmae.py:masking=none nothing is hidden (table 5).
+docs/deviations.md says how each ambiguity of the paper is read.
 
 Hardware: 32 x TPU v5e, about 4.2 h at 40 % utilisation by arithmetic; not yet run.
-By the compiler, on 8 x v5e (`python -m mim_jax.aot`): peak 12.3 GiB per chip; with
---config.scan=true --config.remat=full 4.2.
+By the compiler's account on 8 x v5e (`python -m mim_jax.aot`) the peak is 12.3 GiB per
+chip, and 4.2 with --config.scan=true --config.remat=full.
 Paper: 83.1 fine-tuned (arXiv:2208.04164, table 2).
 
 Variant `:digits`: the same program on scanned digits, for two CPU cores.
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.batch_size = 1024
     c.optim.base_lr = 1.5e-4
     c.optim.warmup_epochs = 20.0
-    # Nearly half as fast again as loops over the blocks, by the TPU compiler's account.
+    # By the TPU compiler's account nearly 1.5 times as fast as a loop over the blocks.
     c.scan, c.remat = False, "none"
     if preset == "digits":
         presets.digits(c)

@@ -6,8 +6,8 @@ python -m mim_jax.main --config=configs/dino.py --workdir=runs/dino
 Hyper-parameters are those released with the paper for ViT-B/16: batch 1024, learning
 rate 7.5e-4 to 2e-6, 10 warm-up epochs, weight decay 0.04 to 0.4, gradient norm 0.3,
 10 local crops of 96 pixels, teacher temperature 0.04 to 0.07 over 50 epochs,
-prototypes fixed for 3. Not here: drop path 0.1, and each parameter is not clipped by
-itself but all together.
+prototypes fixed for 3. Two things differ: there is no drop path (0.1 there), and
+gradients are clipped by their common norm, not parameter by parameter.
 
 Hardware: not yet run. Paper: 78.2 linear probe (arXiv:2104.14294, table 2).
 

@@ -6,23 +6,24 @@ python -m mim_jax.main --config=configs/few.py --workdir=runs/few \
 
 An epoch is 1,281,167 draws, each with a new crop and new colours ("stronger
 augmentation", which the paper does not specify: docs/deviations.md). The paper stops
-early: after 5 epochs with 1 or 10 images, 10 with 100 or 1,000. Here that is
-stop_after, 6,256 steps as it stands and 12,512 for 10 epochs; the schedule is that of
-100 epochs all the same, and without stop_after (--config.stop_after=125114) the run
-goes on to the end, as the last rows of table 6 do.
+early: after 5 epochs with 1 or 10 images, after 10 with 100 or 1,000. The leaf
+stop_after does that: 6,256 steps by default, 12,512 for 10 epochs. The schedule remains
+that of 100 epochs. With --config.stop_after=125114 the run goes on to its end, as in
+the last rows of table 6.
 
-Which images: --config.data.source.sampling=random, one_class or one_per_class (table 7)
-and --config.data.source.seed; the run directory keeps them in images.json. Another data
-set is named by the variant, `:source=folder`; so are other methods of table 8,
-`:objective=rmae` or `:objective=cmae`, with their own learning rate and colours.
+--config.data.source.sampling=random, one_class or one_per_class (table 7) and
+--config.data.source.seed choose the images; images.json in the run directory lists
+them. The variant names another data set, `:source=folder`, or another method of table
+8, `:objective=rmae` or `:objective=cmae`, each with its own learning rate and colours.
 
 Hardware: 32 x TPU v5e, about 3 minutes for 5 epochs by arithmetic; not yet run.
 Paper: 82.3 fine-tuned with 1 image, 82.1 with 1,000 (table 6).
 
 Variant `:photos`: one photograph that ships inside scikit-image or scikit-learn, at the
-size of configs/mae.py:photos; no data set, no accelerator. Hidden pixels of held-out
-photographs: 16.0 dB, where twelve photographs give 16.7 and the visible mean 15.2
-(docs/photos.md says how that is measured; jax 0.10.2, two x86-64 cores).
+size of configs/mae.py:photos. It needs no data set and no accelerator. The PSNR of
+hidden pixels of held-out photographs is 16.0 dB; training on twelve photographs gives
+16.7, the visible mean 15.2 (docs/photos.md says how that is measured; jax 0.10.2, two
+x86-64 cores).
 
 python -m mim_jax.main --config=configs/few.py:photos --workdir=runs/few-photos
 """

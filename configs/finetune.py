@@ -4,19 +4,19 @@
 python -m mim_jax.main --config=configs/finetune.py --config.init_from.run=runs/mae \
     --workdir=runs/mae-finetune
 
-The run named decides the network; its class token, embedding and blocks are taken, head
-and last norm are new. Without init_from.run the same recipe trains from scratch (add
---config.optim.layer_decay=1.0). Another size resizes the positions:
---config.data.image_size='(384,384)' --config.data.eval_crop_fraction=1.0.
+The run that is named decides the network. This run takes its class token, embedding and
+blocks; head and last norm are new. Without init_from.run the same recipe trains from
+scratch (add --config.optim.layer_decay=1.0). For images of another size the positions
+are resized: --config.data.image_size='(384,384)' --config.data.eval_crop_fraction=1.0.
 
-Recipe of arXiv:2208.04164, section 5; what it leaves open is that of arXiv:2111.06377,
-table 9: mean patch token and a new norm, layer decay 0.75, drop path 0.1, mixup 0.8,
-cutmix 1.0, RandAugment 9/0.5, erasing 0.25, label smoothing 0.1. MAE's released command
-has base_lr 5e-4 and layer_decay 0.65 instead.
+The recipe is that of arXiv:2208.04164, section 5. What it leaves open is that of
+arXiv:2111.06377, table 9: mean patch token and a new norm, layer decay 0.75, drop path
+0.1, mixup 0.8, cutmix 1.0, RandAugment 9/0.5, erasing 0.25, label smoothing 0.1. MAE's
+released command has base_lr 5e-4 and layer_decay 0.65 instead.
 
-Variants `:10pct` and `:1pct`: a part of the labels, SimCLR's lists for tfds's ImageNet
-(imagenet2012_subset), a stratified draw for another source (`:10pct,source=folder`),
-whose images.json names the records and their hash.
+Variants `:10pct` and `:1pct` use a part of the labels: SimCLR's lists for tfds's
+ImageNet (imagenet2012_subset), and a stratified draw for another source
+(`:10pct,source=folder`), whose images.json has the records and their hash.
 
 Hardware: not yet run. Paper, after 100 epochs of pre-training: MAE 83.1, R-MAE 82.7,
 C-MAE 82.9; from scratch 80.9 (arXiv:2208.04164, tables 1 and 2).
@@ -27,7 +27,7 @@ cores.
 python -m mim_jax.main --config=configs/finetune.py:digits \
     --config.init_from.run=runs/mae-digits --workdir=runs/mae-digits-finetune
 
-The run ends with its accuracy on held-out images, for digits under five shifts as well
+The run ends with its accuracy on held-out images, and for digits also under five shifts
 (configs/robustness.py). Variant `:cues`: drawn shapes filled with textures, for
 configs/shape_bias.py.
 

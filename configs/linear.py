@@ -4,8 +4,8 @@
 python -m mim_jax.main --config=configs/linear.py \
     --config.run=runs/mae-digits --workdir=runs/mae-digits-probe
 
-The quick way to the number of configs/linear_probe.py: the same optimiser and length,
-images without augmentation. Several runs side by side:
+A quick way to the number of configs/linear_probe.py, with the same optimiser and
+length, but on images without augmentation. Several runs side by side:
 --config.also='("runs/A","runs/B")'.
 """
 

@@ -4,11 +4,11 @@
 python -m mim_jax.main --config=configs/linear_probe.py \
     --config.init_from.run=runs/mae --workdir=runs/mae-linear
 
-The run named decides network and feature: the class token for MAE and R-MAE, the mean
-patch token for C-MAE. LARS with momentum 0.9 and trust 0.001, no weight decay, learning
-rate 6.4 at batch 16384, 90 epochs; batch norm without scale and bias before the linear
-layer; random resized crops as BYOL's (arXiv:2111.06377, table 10). For many learning
-rates in one pass over the images see configs/linear.py.
+The run that is named decides network and feature: the class token for MAE and R-MAE,
+the mean patch token for C-MAE. The recipe: LARS with momentum 0.9 and trust 0.001, no
+weight decay, learning rate 6.4 at batch 16384, 90 epochs; batch norm without scale and
+bias before the linear layer; random resized crops as BYOL's (arXiv:2111.06377, table
+10). configs/linear.py tries many learning rates in one pass over the images.
 
 Hardware: not yet run. Paper, after 100 epochs of pre-training: MAE 54.5, C-MAE 41.1,
 without mask token 56.2 (arXiv:2208.04164, table 4).
@@ -18,7 +18,7 @@ Variant `:digits`: the same program on scanned digits, for two CPU cores.
 python -m mim_jax.main --config=configs/linear_probe.py:digits \
     --config.init_from.run=runs/mae-digits --workdir=runs/mae-digits-linear
 
-The run ends with its accuracy on held-out images, for digits under five shifts as well
+The run ends with its accuracy on held-out images, and for digits also under five shifts
 (configs/robustness.py). Variant `:cues`: drawn shapes filled with textures, for
 configs/shape_bias.py.
 """

@@ -3,18 +3,19 @@
 
 python -m mim_jax.main --config=configs/mae.py --workdir=runs/mae
 
-Hardware: 32 x TPU v5e, about 0.8 h at 40 % utilisation by arithmetic; not yet run.
-Colour jitter and cutmix of that paper's tables 4 and 5 are leaves of config.objective:
-color_jitter=whole or input_only, cutmix=true, and masking=none as a variant.
+The colour jitter and cutmix of that paper's tables 4 and 5 are leaves of
+config.objective, color_jitter=whole or input_only and cutmix=true; the variant
+`:masking=none` hides nothing.
 
+Hardware: 32 x TPU v5e, about 0.8 h at 40 % utilisation by arithmetic; not yet run.
 Paper: 83.1 fine-tuned, 54.5 linear probe (arXiv:2208.04164, table 4).
 
 Variant `:photos`: the same program on the photographs inside scikit-image and
-scikit-learn, sized for two CPU cores: no data set, no accelerator.
+scikit-learn, sized for two CPU cores. It needs no data set and no accelerator.
 
 python -m mim_jax.main --config=configs/mae.py:photos --workdir=runs/photos
 
-Variant `:digits`: likewise on scikit-learn's scanned digits. `:cues`: on drawn shapes
+Variant `:digits` trains on scikit-learn's scanned digits, `:cues` on drawn shapes
 filled with textures, for configs/shape_bias.py.
 """
 
@@ -30,7 +31,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.batch_size = 1024
     c.optim.base_lr = 1.5e-4
     c.optim.warmup_epochs = 20.0
-    # A third faster than loops over the blocks, by the TPU compiler's account, and
+    # By the TPU compiler's account a third faster than a loop over the blocks, but
     # twice as long to compile.
     c.scan, c.remat = False, "none"
     if preset == "photos":

@@ -5,7 +5,7 @@ python -m mim_jax.main --config=configs/mocov3.py --workdir=runs/mocov3
 
 Hyper-parameters are those of the released ViT-B command: AdamW, weight decay 0.1 on
 every parameter, base learning rate 1.5e-4 at batch 4096, crops of 8 to 100 % of the
-area. Crops are bicubic here; docs/deviations.md has the rest.
+area. Crops are bicubic here; docs/deviations.md lists all differences.
 
 Hardware: not yet run. Paper: 76.7 linear probe (arXiv:2104.02057, table 4).
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few-shot accuracy of frozen features: ridge regression from 1 to 25 labels a class.
+"""Few-shot accuracy of frozen features: ridge regression on 1 to 25 labels per class.
 
 python -m mim_jax.main --config=configs/ridge.py \
     --config.run=runs/mae-digits --workdir=runs/mae-digits-ridge

@@ -3,16 +3,16 @@
 
 python -m mim_jax.main --config=configs/rmae.py --workdir=runs/rmae
 
-The paper's variants: R-MAE is the default; dagger is
---config.objective.t2=independent, double dagger is --config.objective.t2=identity.
+The paper has three variants: R-MAE is the default, dagger is
+--config.objective.t2=independent, and double dagger is --config.objective.t2=identity.
 
 Hardware: 32 x TPU v5e, about 2.4 h at 40 % utilisation by arithmetic; not yet run.
-By the compiler, on 8 x v5e (`python -m mim_jax.aot`): peak 10.9 GiB per chip; with
---config.scan=true --config.remat=full 3.5.
+By the compiler's account on 8 x v5e (`python -m mim_jax.aot`) the peak is 10.9 GiB per
+chip, and 3.5 with --config.scan=true --config.remat=full.
 Paper: 82.7 fine-tuned (arXiv:2208.04164, table 1).
 
 Variant `:photos`: the same program on embedded photographs, for two CPU cores;
-`:digits` on scanned digits.
+`:digits`: on scanned digits.
 
 python -m mim_jax.main --config=configs/rmae.py:photos --workdir=runs/rmae-photos
 """
@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> config.Tree:
     c.batch_size = 1024
     c.optim.base_lr = 3e-4
     c.optim.warmup_epochs = 20.0
-    # Half as fast again as loops over the blocks, by the TPU compiler's account.
+    # By the TPU compiler's account 1.5 times as fast as a loop over the blocks.
     c.scan, c.remat = False, "none"
     if preset == "photos":
         presets.photos(c)

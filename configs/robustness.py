@@ -5,10 +5,10 @@ python -m mim_jax.main --config=configs/robustness.py --config.run=runs/mae-line
     --config.eval.sets='("imagenet_v2","imagenet_r","objectnet=/data/objectnet-1.0")' \
     --workdir=runs/mae-linear-robust
 
-Table 1 of arXiv:2306.04898, and ReaL besides: linear probes on ImageNet-V2, ObjectNet,
-ImageNet-R, -A and -Sketch. A set is "NAME", prepared by tfds, or
-"NAME=FOLDER"; docs/data.md says what lies where. The run is one with labels, of
-configs/finetune.py, configs/linear_probe.py or configs/supervised.py.
+Table 1 of arXiv:2306.04898 has linear probes on ImageNet-V2, ObjectNet, ImageNet-R, -A
+and -Sketch; here ReaL is a set, too. A set is "NAME", prepared by tfds, or
+"NAME=FOLDER"; docs/data.md lists what a folder holds. The run must have learned from
+labels, by configs/finetune.py, configs/linear_probe.py or configs/supervised.py.
 
 Variant `:digits`: five shifts of the held-out digits, for runs on digits.
 

@@ -4,7 +4,7 @@
 python -m mim_jax.main --config=configs/supervised.py --workdir=runs/supervised
 
 The recipe is that of fine-tuning (configs/finetune.py, arXiv:2208.04164, section 5)
-without layer decay, which has no meaning where nothing was learned before.
+without layer decay, which makes no sense before anything was learned.
 
 Hardware: not yet run. Paper: 80.9 in 100 epochs (arXiv:2208.04164, table 1).
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""t-SNE of ten classes, with numbers beside it: figure 8 of arXiv:2306.04898.
+"""t-SNE of ten classes, and how well they separate: figure 8 of arXiv:2306.04898.
 
 python -m mim_jax.main --config=configs/tsne.py \
     --config.run=runs/cmae-digits --workdir=runs/cmae-digits-tsne
