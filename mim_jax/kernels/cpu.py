@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention for CPUs: the weights are computed again for the gradient.
 
-What costs on a CPU is moving n x n weights to memory and back. This form keeps none,
-and its gradient goes image by image, so that the weights of one fit the cache.
+What costs on a CPU is moving n x n weights to memory and back. This form keeps none.
+Where an image has many, the gradient goes image by image, so that they fit the cache.
 """
 
 import jax
@@ -12,11 +12,9 @@ from jaxtyping import Array, Float
 from mim_jax.kernels.base import Site
 from mim_jax.ops.attention import accurate
 
-# Bytes of weights of an image from which the loop over images pays; below, the
-# gradients of all images are computed at once.
-LOOP_BYTES = 2**20
-# Bytes of weights of an image from which "auto" takes this form.
-LEAST_BYTES = 2**15
+# Bytes of weights of an image from which the gradient goes image by image, and "auto"
+# takes this form; docs/performance.md has the measurements.
+LOOP_BYTES = 2**19
 
 
 def misfit(site: Site) -> str:
@@ -27,7 +25,7 @@ def misfit(site: Site) -> str:
 
 def preferred(site: Site) -> bool:
     """Whether the weights are so many that computing them again is cheaper."""
-    return site.heads * site.tokens**2 * 4 >= LEAST_BYTES
+    return site.heads * site.tokens**2 * 4 >= LOOP_BYTES
 
 
 def recomputing_attention(
