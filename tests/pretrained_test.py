@@ -16,7 +16,7 @@ import pytest
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax.data.pipeline import EvalPasses
+from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.features import extract
 from mim_jax.run.checkpoint import CheckpointError
 from mim_jax.run.parts import read_parts

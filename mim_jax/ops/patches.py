@@ -64,7 +64,13 @@ def _floating(images: Array) -> Float[Array, "b h w c"]:
 def normalise(
     images: Float[Array, "b h w c"], mean: Channels, std: Channels
 ) -> Float[Array, "b h w c"]:
-    """Standardises images in 0..1 by one mean and one std per channel."""
+    """Standardises images in 0..1 by one mean and one std per channel.
+
+    Raises:
+        TypeError: the images are integers; `to_float` makes uint8 images floats.
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images are {images.dtype}: want floats in 0..1, see to_float")
     centre, scale = (
         jnp.asarray(x, images.dtype)[None, None, None] for x in (mean, std)
     )

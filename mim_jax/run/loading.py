@@ -59,8 +59,10 @@ def load(
             has no teacher.
 
     Example:
-        >>> run, training = load("runs/mae")  # doctest: +SKIP
-        >>> features = run.objective.features(run.params, images)  # doctest: +SKIP
+        >>> run, training = load("runs/mae")
+        mae, step 10: attention: encoder plain, decoder plain
+        >>> run.step, training.batch_size
+        (10, 16)
     """
     folder = pathlib.Path(folder)
     config = rundir.read_config(folder, f"run={str(folder)!r}")

@@ -113,8 +113,8 @@ def test_masks_do_not_depend_on_the_model():
     seen = []
 
     class Spy(Oracle):
-        def mask(self, batch, keys):
-            mask = super().mask(batch, keys)
+        def mask(self, batch, keys, state=None):
+            mask = super().mask(batch, keys, state)
             jax.debug.callback(lambda keep: seen.append(np.asarray(keep)), mask.keep)
             return mask
 

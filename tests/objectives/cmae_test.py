@@ -271,8 +271,8 @@ def test_a_view_is_masked_and_coloured_by_separate_keys():
 class Turned(CMAE):
     """Its second view shows the images in another order."""
 
-    def views(self, batch, keys):
-        one, two = super().views(batch, keys)
+    def views(self, batch, keys, state=None):
+        one, two = super().views(batch, keys, state)
         return one, View(two.images[::-1], two.mask, None)
 
 

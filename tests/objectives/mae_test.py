@@ -14,8 +14,8 @@ from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import SIZES, Encoder
+from mim_jax.objectives import mae as mae_module
 from mim_jax.objectives.mae import MAE
-from mim_jax.ops import augment
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.masking import Mask, take
 from mim_jax.ops.patches import Grid, normalise_patches, patchify
@@ -257,7 +257,7 @@ TOUCHED[2, 4, 8] = True
 )
 def test_what_is_seen_and_what_is_wanted(masking, color_jitter, cutmix, monkeypatch):
     """Tables 4 and 5 of arXiv:2208.04164: the target is clean, or is jittered whole."""
-    monkeypatch.setattr(augment, "cutmix", paste)
+    monkeypatch.setattr(mae_module, "cutmix", paste)
     mae = dataclasses.replace(
         MAE_ODD, color_jitter=color_jitter, jitter=Negative(), cutmix=cutmix
     )
@@ -313,7 +313,7 @@ def test_a_paste_that_touches_nothing_is_no_loss(monkeypatch):
     def nothing(images, keys):
         return images, jnp.zeros(images.shape[:3], bool)
 
-    monkeypatch.setattr(augment, "cutmix", nothing)
+    monkeypatch.setattr(mae_module, "cutmix", nothing)
     mae = dataclasses.replace(MAE_ODD, masking=Nothing(), cutmix=True)
     loss, aux = mae.loss(params_of(MAE_ODD), None, draw_batch(), keys())
     assert loss == aux.weight == 0

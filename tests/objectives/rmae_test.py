@@ -417,7 +417,7 @@ def test_independent_masks_share_what_chance_lets_them():
     rmae = dataclasses.replace(DAGGER, encoder=Encoder(patch=1))
     batch, chain = {"image": jnp.zeros((1000, 14, 14, 2), jnp.uint8)}, keys(1000)
     mask = rmae.mask(batch, chain)
-    other = rmae.second_mask(mask, chain, Grid(14, 14, 1))
+    other = rmae.second_mask(mask, batch, chain, Grid(14, 14, 1))
     shared = np.sum(np.asarray(mask.hidden & ~other.hidden), axis=1)
     assert mask.drop.shape[1] == 147 and other.drop.shape[1] == 49
     assert shared.min() >= 98 and shared.max() <= 147

@@ -307,8 +307,8 @@ def test_too_few_classes_for_the_data_are_refused():
     with pytest.raises(config.ConfigError) as caught:
         plan_of("supervised", objective__classes=9)
     assert str(caught.value) == (
-        "config: objective.classes=9: data.source has 10, and images of the others "
-        "would be left out; want 10"
+        "config: objective.classes=9: data.source has 10 classes, and the loss would "
+        "ignore images of the remaining ones; want objective.classes=10"
     )
     plan_of("supervised", objective__classes=11)  # as for a shared head
 
