@@ -9,14 +9,13 @@ import jax
 import pytest
 
 from mim_jax import evals
-from mim_jax.run import loading
 
 MODULES = [
     f"{evals.__name__}.{one.name}" for one in pkgutil.iter_modules(evals.__path__)
 ]
 
 
-@pytest.mark.parametrize("name", [*MODULES, loading.__name__])
+@pytest.mark.parametrize("name", MODULES)
 def test_examples_of(name):
     # As a reader's own program: without the strictness of these tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

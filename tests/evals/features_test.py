@@ -5,6 +5,7 @@ import dataclasses
 import io
 import sys
 
+import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,12 @@ from mim_jax.evals.report import mean_of, share_of
 from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import grid_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 def test_votes_are_those_of_scikit_learn():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear and ridge probes, against numpy, scikit-learn and leaving images out."""
 
+import fast
 import numpy as np
 import pytest
 from passes import Given
@@ -11,6 +12,12 @@ from mim_jax.evals import linear
 from mim_jax.evals.features import extract
 from mim_jax.evals.linear import Linear, predict
 from mim_jax.evals.ridge import Ridge, fit
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 def blobs(count: int, classes: int = 4, width: int = 6, spread: float = 1.0):

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,12 @@ from mim_jax.ops.masking import from_hidden
 from mim_jax.ops.patches import Grid, normalise_patches, patchify, to_float, unpatchify
 
 GRID = Grid(3, 4, 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast():
+    with fast.compilation():
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
