@@ -6,12 +6,12 @@ python -m mim_jax.main --config=configs/compare.py \
 
 A table of numbers, reconstructions, neighbours, CKA, attention, t-SNE, training curves
 and what differs in the configs. --config.also='("ridge",)' adds other evaluations. Runs
-must read the same images.
+must read the same images, or those that `:source=NAME` and config.data.source name.
 """
 
 from mim_jax import config
 
 
 def get_config(variant: str = "") -> config.Tree:
-    config.variant(variant, presets=())
-    return config.experiment("compare")
+    _, chosen = config.variant(variant, presets=())
+    return config.experiment("compare", **chosen)

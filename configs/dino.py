@@ -11,9 +11,12 @@ gradients are clipped by their common norm, not parameter by parameter.
 
 Hardware: not yet run. Paper: 78.2 linear probe (arXiv:2104.14294, table 2).
 
-Variant `:digits`: the same program on scanned digits, for two CPU cores.
+Variants `:mnist` and `:digits`: the same program on handwritten digits of 28 x 28
+pixels and on scanned ones of 8 x 8, for two CPU cores.
 
-python -m mim_jax.main --config=configs/dino.py:digits --workdir=runs/dino-digits
+python -m mim_jax.main --config=configs/dino.py:mnist --workdir=runs/dino-mnist
+
+Variants `:tiny`, `:small` and `:base`: sizes for your own images, with `source=folder`.
 """
 
 from mim_jax import config, presets
@@ -21,8 +24,8 @@ from mim_jax.evals.base import Eval
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("digits",))
-    chosen = {"objective": "dino", "source": preset or "tfds"} | chosen
+    preset, chosen = config.variant(variant, presets=("mnist", "digits", *presets.OWN))
+    chosen = {"objective": "dino", "source": presets.source_of(preset)} | chosen
     c = config.experiment("train", **chosen)
     c.report = config.choose(Eval, "knn")
     c.epochs = 400.0
@@ -36,10 +39,10 @@ def get_config(variant: str = "") -> config.Tree:
     c.data.crops = 2
     c.data.local_crops = 10
     c.data.crop_scale = (0.25, 1.0)
-    if preset == "digits":
-        presets.digits(c)
+    presets.apply(c, preset)
+    if preset:
         c.data.local_crops = 4
-        c.data.local_size = (4, 4)
+        c.data.local_size = (4, 4) if preset == "digits" else (16, 16)
         c.data.local_scale = (0.2, 0.5)
         c.objective.head.update(dict(hidden=256, bottleneck=64, out=512))
     return c

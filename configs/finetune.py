@@ -21,34 +21,52 @@ ImageNet (imagenet2012_subset), and a stratified draw for another source
 Hardware: not yet run. Paper, after 100 epochs of pre-training: MAE 83.1, R-MAE 82.7,
 C-MAE 82.9; from scratch 80.9 (arXiv:2208.04164, tables 1 and 2).
 
-Variants `:digits` and `:digits-10pct`: the same program on scanned digits, for two CPU
-cores.
+Variants `:mnist` and `:digits`: the same program on handwritten digits of 28 x 28
+pixels and on scanned ones of 8 x 8, for two CPU cores; `:mnist-10pct` and
+`:digits-10pct` use a tenth of the labels. `:cifar10`: on CIFAR-10, for one GPU or TPU;
+not yet run.
 
-python -m mim_jax.main --config=configs/finetune.py:digits \
-    --config.init_from.run=runs/mae-digits --workdir=runs/mae-digits-finetune
+python -m mim_jax.main --config=configs/finetune.py:mnist \
+    --config.init_from.run=runs/mae-mnist --workdir=runs/mae-mnist-finetune
 
-The run ends with its accuracy on held-out images, and for digits also under five shifts
-(configs/robustness.py). Variant `:cues`: drawn shapes filled with textures, for
-configs/shape_bias.py.
+The run ends with its accuracy on held-out images, and for both kinds of digits also
+under five shifts (configs/robustness.py). Variant `:cues`: drawn shapes filled with
+textures, for configs/shape_bias.py.
 
 python -m mim_jax.main --config=configs/finetune.py:cues --workdir=runs/cues
+
+Variants `:tiny`, `:small` and `:base`: sizes for your own images, with `source=folder`.
 """
 
 from mim_jax import config, presets
 from mim_jax.data.sources.base import Source
 from mim_jax.evals.base import Eval
 
-SHARES = {"10pct": 0.1, "1pct": 0.01, "digits-10pct": 0.1}
+SHARES = {"10pct": 0.1, "1pct": 0.01, "mnist-10pct": 0.1, "digits-10pct": 0.1}
 
 
 def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(
-        variant, presets=("digits", "cues", "10pct", "1pct", "digits-10pct")
+        variant,
+        presets=(
+            "10pct",
+            "1pct",
+            "mnist",
+            "mnist-10pct",
+            "digits",
+            "digits-10pct",
+            "cues",
+            "cifar10",
+            *presets.OWN,
+        ),
     )
     small = preset.removesuffix("-10pct")
-    source = small if small in presets.CLASSES else "tfds"
-    chosen = {"objective": "supervised", "source": source} | chosen
+    small = small if small in (*presets.CLASSES, *presets.OWN) else ""
+    inherited = presets.inherited(preset, chosen)
+    chosen = {"objective": "supervised", "source": presets.source_of(small)} | chosen
     c = config.experiment("train", **chosen)
+    c.init_from.data = inherited
+    c.count_classes = bool(inherited) or chosen["source"] != "tfds"
     c.report = config.choose(Eval, "robustness")
     c.epochs = 100.0
     c.batch_size = 1024
@@ -63,12 +81,9 @@ def get_config(variant: str = "") -> config.Tree:
     c.objective.erasing.p = 0.25
     c.data.randaugment.ops = 2
     c.data.crop_scale = (0.08, 1.0)
-    if small == "digits":
-        presets.digits(c)
-        presets.labels(c)
-    if small == "cues":
-        presets.cues(c)
-        presets.labels(c, "cues")
+    presets.apply(c, small)
+    if small:
+        presets.labels(c, small)
     if preset in SHARES:
         if chosen["source"] == "tfds":
             c.data.source.dataset = f"imagenet2012_subset/{preset}"

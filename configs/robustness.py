@@ -10,10 +10,11 @@ and -Sketch; here ReaL is a set, too. A set is "NAME", prepared by tfds, or
 "NAME=FOLDER"; docs/data.md lists what a folder holds. The run must have learned from
 labels, by configs/finetune.py, configs/linear_probe.py or configs/supervised.py.
 
-Variant `:digits`: five shifts of the held-out digits, for runs on digits.
+Variants `:mnist` and `:digits`: five shifts of the held-out digits, for runs on them.
+The sets `shift_blur` to `shift_inversion` shift any grey source with labels.
 
-python -m mim_jax.main --config=configs/robustness.py:digits \
-    --config.run=runs/mae-digits-finetune --workdir=runs/mae-digits-robust
+python -m mim_jax.main --config=configs/robustness.py:mnist \
+    --config.run=runs/mae-mnist-finetune --workdir=runs/mae-mnist-robust
 
 Several runs side by side: --config.also='("runs/A","runs/B")'.
 """
@@ -22,7 +23,7 @@ from mim_jax import config, presets
 
 
 def get_config(variant: str = "") -> config.Tree:
-    preset, chosen = config.variant(variant, presets=("digits",))
+    preset, chosen = config.variant(variant, presets=("mnist", "digits"))
     c = config.experiment("eval", **({"eval": "robustness"} | chosen))
     if preset:
         c.eval.sets = presets.SHIFTS[preset]

@@ -31,6 +31,7 @@ ABOUT = {
     "plan": "all choices, made",
     "evaluate": "one evaluation",
     "compare": "runs on one page",
+    "studies": "tables of the papers",
     "config": "jobs, plug-in tables",
     "trees": "config trees",
     "schema": "fields as leaves",
@@ -44,10 +45,13 @@ ABOUT = {
     "tokenizers": "tokens of patches",
     "models": "Flax networks",
     "kernels": "forms of attention",
+    "theory": "what masks divide",
     "ops": "arrays in, arrays out",
     "evals": "what is measured",
     "data": "records to batches",
     "aot": "compile, no device",
+    "weights": "files in and out",
+    "interop": "weights as files",
 }
 _BOX, _ARROW = 1.0, 0.22  # widths that a box and an arrow take in a row
 
@@ -61,7 +65,8 @@ def module_imports() -> Edges:
         for path in sorted(PACKAGE.rglob("*.py"))
     }
     names = {name.removesuffix(".__init__"): path for name, path in names.items()}
-    names.pop("__init__")  # only the version and load_encoder
+    names.pop("__init__")  # only the version and what `interop` has
+    names.pop("__main__")  # it runs main
     found: Edges = {}
     for name, path in names.items():
         found[name] = set()

@@ -35,6 +35,30 @@ need_arguments() {
   ((${#ARGS[@]})) || fail "no arguments: want [--dry-run] -- --config=... --workdir=..."
 }
 
+# Refuses those of the named settings that are as they came; --dry-run only says so.
+need_settings() {
+  local name
+  for name in "$@"; do
+    [[ ${!name} == @(my-project|my-bucket|*/my-project/*) ]] || continue
+    if [[ $DRY ]]; then
+      note "$name=${!name} is a placeholder"
+    else
+      fail "$name=${!name} is a placeholder: edit ${LAUNCH_ENV:-$LAUNCH/env.sh}"
+    fi
+  done
+}
+
+# The value of --workdir among the arguments, or nothing.
+workdir() {
+  local word found='' previous=''
+  for word in "${ARGS[@]}"; do
+    if [[ $word == --workdir=* ]]; then found=${word#*=}; fi
+    if [[ $previous == --workdir ]]; then found=$word; fi
+    previous=$word
+  done
+  printf '%s' "${found%/}"
+}
+
 # The words as one line that a shell reads back as the same words.
 quoted() {
   local line

@@ -6,6 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_arguments "$@"
 no_words
+need_settings PROJECT
 
 found=$(state)
 while [[ $found == @(SUSPENDING|DELETING) ]]; do

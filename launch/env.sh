@@ -4,13 +4,20 @@
 # TPU VMs
 PROJECT=my-project
 ZONE=us-west4-a
-NAME=mim          # of the queued resource, the TPU VM and the jobs below
+NAME=${NAME:-mim} # of the queued resource, the TPU VM and the jobs below
 ACCELERATOR=v5litepod-32
 RUNTIME=v2-alpha-tpuv5-lite
 SPOT=true         # cheaper, but can be taken away at any time: use watch.sh
 BUCKET=my-bucket  # mounted as bucket/ beside the code on every host; "" for none
 
+# Compiled programs, so that a new machine need not compile; "" for none. Whoever may write
+# there can run code on all hosts.
+COMPILED=${BUCKET:+bucket/compiled}
+
 # watch.sh
+CHECK=true        # check the command here before a TPU is asked for; "" does not
+OVER=ask          # the TPU costs until it is deleted. When the run is done, or has failed
+                  # for good: delete it, keep it, or ask, if there is a terminal
 POLL=60           # seconds between two looks
 CRASHES=5         # stops after so many lost runs in a row without a preemption
 

@@ -7,18 +7,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_arguments "$@"
 no_words
 
-workdir='' previous=''
-for word in "${ARGS[@]}"; do
-  if [[ $word == --workdir=* ]]; then workdir=${word#*=}; fi
-  if [[ $previous == --workdir ]]; then workdir=$word; fi
-  previous=$word
-done
-workdir=${workdir%/}
+need_settings PROJECT BUCKET
+workdir=$(workdir)
 [[ $workdir ]] || fail "no --workdir among the arguments: want -- --workdir=..."
 
 here=runs/${workdir##*/}
 run mkdir -p "$here"
-if [[ $BUCKET && $workdir == bucket/* ]]; then
+if [[ $workdir == gs://* ]]; then
+  run gcloud storage rsync --recursive "$workdir" "$here"
+elif [[ $BUCKET && $workdir == bucket/* ]]; then
   run gcloud storage rsync --recursive '--exclude=^compiled/' \
     "gs://$BUCKET/${workdir#bucket/}" "$here"
 else

@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_arguments "$@"
 no_words
 need_arguments
+need_settings BUCKET IMAGE
 
 [[ $BUCKET ]] || fail "BUCKET is empty in env.sh: the hosts need a directory in common"
 # A JSON list is a YAML list too. Kubernetes expands $(NAME), and reads $$ as a dollar.
@@ -16,8 +17,11 @@ print(json.dumps(words, ensure_ascii=False))'
 # shellcheck disable=SC2034  # read by name below
 COMMAND=$("$PYTHON" -c "$list" \
   python -m mim_jax.main --distributed "${ARGS[@]}")
+# shellcheck disable=SC2034  # read by name below
+COMPILED=${COMPILED-}
 manifest=$(<"$LAUNCH/jobset.yaml")
-for field in NAME IMAGE GKE_ACCELERATOR GKE_TOPOLOGY HOSTS CHIPS ACCOUNT BUCKET COMMAND; do
+for field in NAME IMAGE GKE_ACCELERATOR GKE_TOPOLOGY HOSTS CHIPS ACCOUNT BUCKET COMPILED \
+  COMMAND; do
   manifest=${manifest//"@$field@"/"${!field}"}
 done
 if [[ $DRY ]]; then

@@ -8,11 +8,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_arguments "$@"
 no_words
 need_arguments
+need_settings PROJECT
 
 command=$(quoted .venv/bin/python -m mim_jax.main --distributed "${ARGS[@]}")
+cache=$(quoted "${COMPILED-}")
 # A host that shuts down signals all its processes. This shell must outlive the run, which
 # saves first, and write its exit code.
 inside=$(quoted bash -c "trap '' HUP; trap : TERM
+export JAX_COMPILATION_CACHE_DIR=$cache
 $command >>log.txt 2>&1; echo \$? >exit-code")
 on_hosts "cd mim_jax || exit
 if tmux has-session -t =mim 2>/dev/null; then echo running already: \"\$(cat command)\"; exit; fi

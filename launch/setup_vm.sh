@@ -6,6 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_arguments "$@"
 no_words
+need_settings PROJECT BUCKET
 
 archive=${TMPDIR:-/tmp}/mim_jax-$NAME.tar.gz
 run bash -c 'cd "$1" && git ls-files -z | tar -czf "$2" --null -T -' - "$ROOT" "$archive"

@@ -8,6 +8,60 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_arguments "$@"
 no_words
 need_arguments
+need_settings PROJECT BUCKET
+
+# Devices of the accelerator. Its name counts cores, of which two are a device of these.
+devices=${ACCELERATOR##*-}
+if [[ $ACCELERATOR == @(v4|v5p)-* ]]; then devices=$((devices / 2)); fi
+
+# No TPU is asked for by a command that cannot work.
+check() {
+  local where code=0
+  where=$(workdir)
+  [[ $where ]] || fail "no --workdir among the arguments: want -- --workdir=..."
+  if ((devices > 8)) && [[ $where != @(bucket/*|/*|*://*) ]]; then
+    fail "--workdir=$where: each of several hosts has a directory of that name of its" \
+      "own: want --workdir=bucket/$where"
+  fi
+  if [[ $where == bucket/* && ! $BUCKET ]]; then
+    fail "--workdir=$where: BUCKET is empty in env.sh"
+  fi
+  [[ $CHECK ]] || return 0
+  (cd "$ROOT" && run "$PYTHON" -m mim_jax.main "${ARGS[@]}" --check="$devices") || code=$?
+  case $code in
+    0) ;;
+    2) fail "the command cannot work: nothing was asked for" ;;
+    *) fail "the command could not be checked here: want PYTHON=... with mim_jax" \
+      "(pip install -e .), or CHECK= in env.sh" ;;
+  esac
+}
+
+# Shows the end of what the hosts said.
+told() {
+  on_hosts 'tail -n 20 mim_jax/log.txt' >&2 || true
+}
+
+# Leaves with an exit code; before, the TPU is given back or not, as env.sh says.
+over() {
+  local code=$1 answer=$OVER
+  say "${*:2}"
+  if [[ $answer == ask ]]; then
+    answer=keep
+    if [[ -t 0 ]] && read -r -t "${PATIENCE:-600}" -p "delete $NAME? [y/N] " answer; then
+      if [[ $answer == [yY]* ]]; then answer=delete; else answer=keep; fi
+    fi
+  fi
+  if [[ $answer == delete && $(workdir) != @(bucket/*|*://*) ]]; then
+    say "the run directory is on the hosts of $NAME: fetch.sh first"
+    answer=keep
+  fi
+  if [[ $answer == delete ]]; then
+    "$LAUNCH/delete_vm.sh"
+  else
+    say "$NAME costs until launch/delete_vm.sh gives it back"
+  fi
+  exit "$code"
+}
 
 # shellcheck disable=SC2016  # the hosts expand it
 look='cd mim_jax 2>/dev/null || exit 0
@@ -19,13 +73,15 @@ outcome() {
   local told code
   told=$(on_hosts "$look" 2>/dev/null) || { echo away; return; }
   told=" $(sed -n 's/^host //p' <<<"$told" | sort -u | paste -sd ' ') "
-  for code in 2 3 4 1 running 75; do
+  for code in 2 3 4 5 1 running 75; do
     if [[ $told == *" $code "* ]]; then echo "$code"; return; fi
   done
   if [[ $told == " 0 " ]]; then echo 0; else echo lost; fi
 }
 
 { # bash reads the braces to their end first: this file may change meanwhile
+note "first, here:"
+check
 crashes=0
 while ((crashes < CRASHES)); do
   crashes=$((crashes + 1)) # set back below if this was no crash
@@ -41,20 +97,22 @@ while ((crashes < CRASHES)); do
     found=away
   fi
   case $found in
-    0) say "done" && exit 0 ;;
-    1) say "exit code 1: an error in Python; see log.txt on the hosts" && exit 1 ;;
-    2) say "exit code 2: config, data or run directory; see log.txt" && exit 2 ;;
-    3) say "exit code 3: a loss or gradient was not finite; see log.txt" && exit 3 ;;
-    4) say "exit code 4: the disk or the checkpoints; see log.txt" && exit 4 ;;
+    0) over 0 "done" ;;
+    1) told && over 1 "exit code 1: an error in Python" ;;
+    2) told && over 2 "exit code 2: config, data or run directory" ;;
+    3) told && over 3 "exit code 3: a loss or gradient was not finite" ;;
+    4) told && over 4 "exit code 4: the disk or the checkpoints" ;;
+    5) told && over 5 "exit code 5: records cannot be read" ;;
     75) crashes=0 ;;
   esac
-  note "then stop at 0 to 4; after 75, a lost host or a preemption all of it again"
+  note "then stop at 0 to 5, and delete it or not (OVER in env.sh); after 75, a lost host or a preemption all of it again"
   now=$(state)
   [[ ! $DRY ]] || exit 0
-  if [[ $now != ACTIVE ]]; then crashes=0; fi
+  # Without a request it was create_vm.sh that failed: that may be for good.
+  if [[ $now != @(ACTIVE|NONE) ]]; then crashes=0; fi
   say "$NAME is $now, the run was $found: once more"
   sleep "$POLL"
 done
-say "failed $CRASHES times in a row: giving up; see log.txt on the hosts"
-exit 1
+told
+over 1 "failed $CRASHES times in a row: giving up"
 }

@@ -3,18 +3,18 @@
 
 import base64
 import html
-import io
-import json
 import math
 import pathlib
 
 from matplotlib.figure import Figure
 
 from mim_jax import config as configs
-from mim_jax.evals.base import Eval, Headline, caption
-from mim_jax.evals.report import Number, Report, save_arrays
-from mim_jax.run import loading, rundir
+from mim_jax.evals.base import Eval, Headline, caption, drawn
+from mim_jax.evals.report import Number, Report, plain, png, save_arrays
+from mim_jax.run import files, loading, notes, rundir
 from mim_jax.run.loading import Loaded
+from mim_jax.run.log import read_rows
+from mim_jax.schema import to_json
 
 _PAGE = pathlib.Path(__file__).parent / "compare.html"
 _BETTER = {
@@ -24,7 +24,7 @@ _BETTER = {
 }
 
 
-def run(config: configs.Tree, workdir: pathlib.Path) -> None:
+def run(config: configs.Tree, workdir: files.Place) -> None:
     """Measure all of `config.runs` and write workdir/report/index.html.
 
     Every evaluation brings its own description, headline numbers and figures; the page
@@ -34,28 +34,31 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         ConfigError: the config cannot work, or a run cannot be read or compared.
     """
     settings = configs.build(config)
-    trained = loading.load_all(settings.runs, settings.step)
+    images = config.data.source
+    trained = loading.load_all(settings.runs, settings.step, source=images)
     runs = dict(trained)
     if settings.random:
         first = next(iter(trained.values()))
         random = first.untrained(f"random ({first.run.name})")
         runs[caption(random.run)] = random
-    with rundir.claim(workdir):
-        (workdir / "config.json").write_text(configs.dumps(config))
+    with rundir.claim(workdir, "compare"):
+        rundir.write_config(workdir, config)
+        names = [f"of          {title}: {one.folder}" for title, one in runs.items()]
+        notes.begin(workdir, "\n".join(["compare", *names]))
         folder = workdir / "report"
-        folder.mkdir(exist_ok=True)
+        files.make(folder)
         sections, results = [], {}
         for name, evaluation in settings.evaluations.items():
             print(f"{name} ...", flush=True)
             reports, reasons = loading.measure(evaluation, runs)
-            figures = evaluation.draw(reports) if reports else {}
+            figures = drawn(evaluation, reports) if reports else {}
             for title, figure in figures.items():
-                figure.savefig(folder / f"{title}.png")
+                files.write(folder / f"{title}.png", png(figure))
             save_arrays(folder, name, reports)
             results[name] = reports
-            sections.append(_section(name, evaluation, figures, reasons))
+            sections.append(_section(name, evaluation, reports, figures, reasons))
         curves = _curves(trained)
-        curves.savefig(folder / "curves.png")
+        files.write(folder / "curves.png", png(curves))
         page = _PAGE.read_text()
         for mark, text in {
             "TITLE": ", ".join(html.escape(one.run.name) for one in runs.values()),
@@ -65,12 +68,13 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             "CONFIGS": _differences(trained),
         }.items():
             page = page.replace(f"<!--{mark}-->", text)
-        (folder / "index.html").write_text(page)
+        files.write(folder / "index.html", page)
         saved = {
             name: {title: report.described for title, report in reports.items()}
             for name, reports in results.items()
         }
-        (workdir / "results.json").write_text(json.dumps(saved, indent=2) + "\n")
+        files.write(workdir / "results.json", to_json(saved, indent=2) + "\n")
+        notes.end(workdir, "open report/index.html; results.json has the numbers")
     print(f"open {folder / 'index.html'}", flush=True)
 
 
@@ -126,6 +130,7 @@ def _cell(number: Number) -> str:
 def _section(
     name: str,
     evaluation: Eval,
+    reports: dict[str, Report],
     figures: dict[str, Figure],
     reasons: dict[str, str],
 ) -> str:
@@ -135,9 +140,12 @@ def _section(
     lines = [f"<h2 id={name!r}>{title}</h2>"]
     lines.append(f"<p>{html.escape(evaluation.description)}</p>")
     lines.append("<ul>")
+    keys = [key for one in reports.values() for key in one.numbers]
     for headline in evaluation.headlines:
         word = _full_title(headline, headline.title.format("..."))
         text = f"{headline.meaning} {_BETTER[headline.better].capitalize()}."
+        if not headline.columns(keys):
+            text += " Not measured here."
         lines.append(f"<li><b>{html.escape(word)}</b>: {html.escape(text)}</li>")
     lines.append("</ul>")
     lines += [_picture(title, figure) for title, figure in figures.items()]
@@ -150,9 +158,7 @@ def _section(
 
 def _picture(title: str, figure: Figure) -> str:
     """The figure as a tag that holds its PNG."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(png(figure)).decode()
     return f"<img alt='{html.escape(title)}' src='data:image/png;base64,{data}'>"
 
 
@@ -161,10 +167,10 @@ def _curves(trained: dict[str, Loaded]) -> Figure:
     figure = Figure(figsize=(3.2 * len(trained), 2.6), dpi=110)
     axes = figure.subplots(1, len(trained), squeeze=False)[0]
     for axis, (title, one) in zip(axes, trained.items(), strict=True):
-        lines = (one.folder / "metrics.jsonl").read_text().splitlines()
-        values = [json.loads(line) for line in lines]
-        axis.plot([v["step"] for v in values], [v["loss"] for v in values])
-        axis.set_title(title, fontsize=8)
+        rows = read_rows(one.folder / "metrics.jsonl")
+        rows = [row for row in rows if "loss" in row]  # others are of evaluations
+        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+        axis.set_title(plain(title), fontsize=8)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.tight_layout()
@@ -173,17 +179,14 @@ def _curves(trained: dict[str, Loaded]) -> Figure:
 
 def _differences(trained: dict[str, Loaded]) -> str:
     """The config leaves that differ between runs."""
-    flat = [
-        _flat(json.loads((one.folder / "config.json").read_text()))
-        for one in trained.values()
-    ]
+    flat = [_flat(rundir.saved_config(one.folder) or {}) for one in trained.values()]
     names = sorted(set().union(*flat))
     lines = ["<tr><th>config</th>"]
     lines += [f"<th>{html.escape(title)}</th>" for title in trained]
     lines.append("</tr>")
     for name in names:
         values = [one.get(name, "–") for one in flat]
-        if len({json.dumps(value) for value in values}) > 1:
+        if len({repr(value) for value in values}) > 1:
             cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in values)
             lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     return "\n".join(lines)

@@ -30,20 +30,22 @@ from mim_jax.evals.base import Eval
 from mim_jax.evals.cka import CKA
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.evals.robustness import Robustness
 from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings import MASKINGS
 from mim_jax.maskings.base import Masking
 from mim_jax.models.vit import REMAT
 from mim_jax.objectives import OBJECTIVES
-from mim_jax.objectives.base import Objective
+from mim_jax.objectives.base import LabelObjective, Objective, PixelObjective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import OPTIMISERS, AdamW, Optimiser
 from mim_jax.run.checkpoint import Checkpoints
 from mim_jax.run.log import Log
 from mim_jax.run.plugins import load_plugins as load_plugins
 from mim_jax.run.profiler import traced_steps
+from mim_jax.run.spikes import Spikes
 from mim_jax.schema import ConfigError as ConfigError
-from mim_jax.schema import formerly, free
+from mim_jax.schema import check_ranges, formerly, free, within
 from mim_jax.sharding import Mesh
 from mim_jax.tokenizers import TOKENIZERS
 from mim_jax.tokenizers.base import Tokenizer
@@ -72,15 +74,22 @@ class InitFrom:
     Attributes:
         run: run directory; "" begins from scratch. `Objective.adopt` says what of
             this run's config the other one decides.
+        keep: leaves of `objective`, such as "pool", that the other run does not decide
+            all the same.
+        data: parts of `data`, such as "source", that the other run decides; without
+            those that the command line sets. Of a source `few`, the whole is taken.
         step: checkpoint to read; None is the newest.
         weights: "trained", or "teacher": the averaged ones of methods that have them.
         parts: paths of parameters to take, with all below them.
     """
 
     run: str = ""
-    step: int | None = None
+    step: int | None = within(None, least=0)
     weights: Literal["trained", "teacher"] = "trained"
     parts: tuple[str, ...] = ("encoder",)
+    keep: tuple[str, ...] = ()
+    # What they decide stands in the leaves themselves, which a resumed run compares.
+    data: tuple[str, ...] = free(())
 
     def __post_init__(self):
         if self.run and not self.parts:
@@ -105,57 +114,61 @@ class Train:
             micro-batch, which is another loss.
         dtype: of activations; parameters, statistics and losses stay float32.
         init_from: a run to begin with.
+        count_classes: let `objective.classes` be the number of classes of the source,
+            unless the command line sets it.
         scan: run the blocks as one loop: compiles faster, same result.
         remat: what the backward pass recomputes: none, dots (all but matmuls), full.
         attention: the form of attention: "auto" takes the fastest known one for the
             devices, "plain" runs everywhere; `mim_jax.kernels.FORMS` has the others.
+        spikes: what to do when the loss of a step spikes.
+        report: the evaluation that ends the run.
+        also: names of further evaluations that end it, with their defaults.
+        evaluate_every: steps between evaluations of the state in memory; None is off.
+            The end of the run is evaluated too.
+        evaluate_with: names of these evaluations. () takes those that fit: `knn` if
+            the source has labels, `reconstruction` for objectives that predict pixels,
+            `robustness` on the held-out images alone for those that learn labels.
         on_change: "refuse" or "accept" to resume a run with another config.
-        compile_cache: keep compiled programs under the work directory.
+        compile_cache: keep compiled programs in the user's folder for caches
+            (docs/security.md).
         profile: "FIRST:COUNT" writes a trace of COUNT steps, the first being FIRST
             (counted from 1), to the folder profile/ of the run.
         plugins: modules that add plug-ins to the tables; set by --plugins. A resumed
             run may add modules, and refuses to start without one that it has recorded.
     """
 
-    seed: int = 0
-    epochs: float = 100.0
-    epoch_images: int | None = None
-    steps: int | None = None
-    stop_after: int | None = free(None)
-    batch_size: int = 1024
-    accumulate: int = 1
+    seed: int = within(0, least=0, most=2**31 - 1)
+    epochs: float = within(100.0, above=0, most=1e6)
+    epoch_images: int | None = within(None, least=1, most=2**31 - 1)
+    steps: int | None = within(None, least=1, most=2**31 - 1)
+    stop_after: int | None = free(within(None, least=1, most=2**31 - 1))
+    batch_size: int = within(1024, least=1, most=2**20)
+    accumulate: int = within(1, least=1, most=2**20)
     accumulate_coupled: bool = False
     dtype: str = "bfloat16"
     scan: bool = True
     remat: str = "dots"
     attention: str = "auto"
     init_from: InitFrom = InitFrom()
+    count_classes: bool = free(False)
     objective: Objective = MAE()
     data: Input
     optim: Optimiser = formerly("adamw", AdamW())
     mesh: Mesh = Mesh()
     checkpoint: Checkpoints = free(Checkpoints())
     log: Log = free(Log())
+    spikes: Spikes = Spikes()
     report: Eval = Reconstruction()
+    also: tuple[str, ...] = free(())
+    evaluate_every: int | None = free(within(None, least=1, most=2**31 - 1))
+    evaluate_with: tuple[str, ...] = free(())
     on_change: str = free("refuse")
     compile_cache: bool = free(True)
     profile: str = free("")
     plugins: tuple[str, ...] = free(())
 
     def __post_init__(self):
-        for name in ("steps", "stop_after", "epoch_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: want at least 1")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs}: want a number > 0")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed}: want 0 <= seed < 2**31")
-        if self.batch_size < 1 or self.accumulate < 1:
-            raise ValueError(
-                f"batch_size={self.batch_size}, accumulate={self.accumulate}: want "
-                "at least 1"
-            )
+        check_ranges(self)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} in accumulate={self.accumulate} "
@@ -164,8 +177,63 @@ class Train:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("remat", self.remat, REMAT)
         _one_of("on_change", self.on_change, ("refuse", "accept"))
+        for name in self.evaluate_with:
+            _one_of("evaluate_with", name, EVALS)
+        for name in self.also:
+            _one_of("also", name, EVALS)
+            if EVALS[name] is type(self.report):
+                raise ValueError(f"also={name!r}: it is the report already")
+        if self.evaluate_with and self.evaluate_every is None:
+            raise ValueError(
+                f"evaluate_with={self.evaluate_with} and evaluate_every=None: want "
+                "evaluate_every=N, the number of steps between evaluations"
+            )
         traced_steps(self.profile)  # raises if it is none
         self.optim.schedule(self.batch_size, self.epochs, 1)  # raises if it cannot be
+
+    @property
+    def closing(self) -> dict[str, Eval]:
+        """The evaluations that end the run, by name: `report`, then those of `also`."""
+        (first,) = (name for name, cls in EVALS.items() if cls is type(self.report))
+        return {first: self.report} | {name: EVALS[name]() for name in self.also}
+
+    @property
+    def evaluations(self) -> dict[str, Eval]:
+        """What `evaluate_every` measures, by name; {} if it is off, or nothing fits.
+
+        An evaluation that `report` names too has the settings of `report`. Only the
+        accuracy that no one asked for by name leaves out the sets of `report`.
+        """
+        if self.evaluate_every is None:
+            return {}
+        names = self.evaluate_with
+        if not names:
+            fits = {
+                "knn": bool(self.data.source.classes),
+                "reconstruction": isinstance(self.objective, PixelObjective),
+                "robustness": isinstance(self.objective, LabelObjective),
+            }
+            names = tuple(name for name, fit in fits.items() if fit)
+        found = {
+            name: self.report if type(self.report) is EVALS[name] else EVALS[name]()
+            for name in names
+        }
+        if not self.evaluate_with and "robustness" in found:
+            found["robustness"] = Robustness()
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """The images of an evaluation.
+
+    Attributes:
+        source: read in place of the run's own source, which then need not be on this
+            machine; None: the run's. Their size, crop and standardisation are the
+            run's in any case. `--config=configs/knn.py:source=folder` names one.
+    """
+
+    source: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,14 +247,16 @@ class Evaluate:
         step: checkpoint to read; None is the newest.
         weights: "trained"; "teacher", the averaged ones of methods that have them; or
             "initial", new ones by the run's seed: the random baseline.
+        data: which images, if not the run's.
         eval: what to measure.
         plugins: modules that add plug-ins to the tables; set by --plugins.
     """
 
     run: str = ""
     also: tuple[str, ...] = ()
-    step: int | None = None
+    step: int | None = within(None, least=0)
     weights: Literal["trained", "teacher", "initial"] = "trained"
+    data: Images = Images()
     eval: Eval = Reconstruction()
     plugins: tuple[str, ...] = free(())
 
@@ -207,15 +277,17 @@ class Compare:
         random: show the first run before training, too.
         skip: evaluations to leave out, by name.
         also: further evaluations, by name, with their defaults.
+        data: which images, if not the runs' own.
         reconstruction, knn, cka, attention, tsne: what is measured.
         plugins: modules that add plug-ins to the tables; set by --plugins.
     """
 
     runs: tuple[str, ...] = ()
-    step: int | None = None
+    step: int | None = within(None, least=0)
     random: bool = True
     skip: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    data: Images = Images()
     reconstruction: Reconstruction = Reconstruction(draws=1, inpainted=0)
     knn: KNN = KNN(k=(10,), rows=5)
     cka: CKA = CKA(images=2000, occlusion="model")
@@ -251,7 +323,68 @@ class Compare:
         return {name: one for name, one in values.items() if isinstance(one, Eval)}
 
 
-JOBS = {"train": Train, "eval": Evaluate, "compare": Compare}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStudy:
+    """Job "study": all runs and evaluations behind a table or figure of a paper.
+
+    Attributes:
+        study: its name, a key of `mim_jax.studies.STUDIES`.
+        size: "full" is the paper's; the others are embedded sources, at sizes for two
+            CPU cores (`mim_jax.studies.sizes`).
+        seeds: each run is trained once with each of them.
+        class_list: at the paper's size, a file with the names of the classes that are
+            read, one on each line, such as those of ImageNet-100; "" reads all.
+        given: "ROW=RUNDIR": run directories, such as those of imported weights, that
+            stand for the pre-training of rows of the study, by the rows' names.
+        only: the name of one cell, to make in this process; "" makes all that are
+            missing, each in a process of its own.
+        commands: print commands instead of running anything: "local" one for each
+            missing cell; "slurm" and "jobset" the same through the scripts of launch/;
+            "aot" the compiler's account of each distinct run.
+        cells: begin at most so many missing cells.
+        minutes: begin no cell after so many minutes.
+        keep_runs: False deletes the run directories of finished cells from which no
+            unfinished cell begins.
+        recipes: folder of the config files that studies name.
+        results: folder of cells/, and of one folder per study with its page; "" is
+            docs/studies beside `recipes` if that is there, else the folder that the
+            work directory is in.
+        runs: folder of the run directories, which all studies share; "" is runs/ in the
+            folder that the work directory is in.
+        plugins: modules that add plug-ins and studies; set by --plugins.
+    """
+
+    study: str = ""
+    size: Literal["full", "mnist", "cues", "digits", "hierarchy"] = "full"
+    seeds: tuple[int, ...] = within((0, 1, 2), least=0, most=2**31 - 1)
+    class_list: str = ""
+    given: tuple[str, ...] = ()
+    only: str = ""
+    commands: Literal["", "local", "slurm", "jobset", "aot"] = ""
+    cells: int | None = within(None, least=0)
+    minutes: float | None = within(None, least=0)
+    keep_runs: bool = True
+    recipes: str = "configs"
+    results: str = ""
+    runs: str = ""
+    plugins: tuple[str, ...] = free(())
+
+    def __post_init__(self):
+        if not self.study:
+            raise ValueError(
+                "study is empty: name one, e.g. --config=configs/study_p1_table1.py"
+            )
+        check_ranges(self)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}: want each once")
+        if self.class_list and self.size != "full":
+            raise ValueError(
+                f"class_list={self.class_list!r} at size {self.size!r}: want size="
+                "'full', or no class list"
+            )
+
+
+JOBS = {"train": Train, "eval": Evaluate, "compare": Compare, "study": RunStudy}
 
 TREES = Trees(KINDS, JOBS)
 
@@ -261,6 +394,8 @@ experiment = TREES.experiment
 variant = TREES.variant
 build = TREES.build
 load = TREES.load
+filled = TREES.filled
+changed = TREES.changed
 check_path = TREES.check_path
 difference = TREES.difference
 write = TREES.write
@@ -278,6 +413,15 @@ def build_objective(tree: Tree) -> Objective:
         ConfigError: as `build`.
     """
     return TREES.build_part(tree, "objective")
+
+
+def build_source(tree: Tree) -> Source:
+    """The data source of a training job alone.
+
+    Raises:
+        ConfigError: as `build`.
+    """
+    return TREES.build_part(tree, "data").source
 
 
 def register(name: str, cls: type) -> None:

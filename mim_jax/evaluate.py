@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -12,15 +11,17 @@ import numpy as np
 import mim_jax
 from mim_jax import config as configs
 from mim_jax import state
+from mim_jax.evals.base import drawn
 from mim_jax.evals.report import save
-from mim_jax.run import loading, rundir
+from mim_jax.run import files, loading, notes, rundir
 from mim_jax.run.loading import load
+from mim_jax.schema import to_json
 from mim_jax.sharding import path_name
 
 __all__ = ["load", "run"]
 
 
-def run(config: configs.Tree, workdir: pathlib.Path) -> None:
+def run(config: configs.Tree, workdir: files.Place) -> None:
     """Measure the runs of `config` by the evaluation of `config.eval`.
 
     Writes pictures, plain values and arrays to workdir/report, and values with units,
@@ -32,14 +33,18 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
     settings = configs.build(config)
     evaluation, name = settings.eval, config.eval.name
     folders = (settings.run, *settings.also)
-    runs = loading.load_all(folders, settings.step, settings.weights)
+    images = config.data.source
+    runs = loading.load_all(folders, settings.step, settings.weights, images)
     try:
         for one in runs.values():
             loading.check(evaluation, one)
     except ValueError as error:
         raise configs.ConfigError(f"config.eval: {error}") from error
-    with rundir.claim(workdir):
-        (workdir / "config.json").write_text(configs.dumps(config))
+    with rundir.claim(workdir, "eval"):
+        rundir.write_config(workdir, config)
+        lines = [f"eval        {name}"]
+        lines += [f"of          {title}: {one.folder}" for title, one in runs.items()]
+        notes.begin(workdir, "\n".join(lines))
         reports, reasons = loading.measure(evaluation, runs)
         if reasons:
             raise configs.ConfigError(f"config.eval: {next(iter(reasons.values()))}")
@@ -59,8 +64,17 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
             "runs": about,
             "config": json.loads(configs.dumps(config)),
         }
-        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        save(workdir / "report", name, reports, evaluation.draw(reports))
+        files.write(workdir / "results.json", to_json(results, indent=2) + "\n")
+        save(workdir / "report", name, reports, drawn(evaluation, reports))
+        notes.end(
+            workdir,
+            "\n".join(
+                f"{title}: {key} {value:.6g}"
+                for title, report in reports.items()
+                for key, value in report.scalars.items()
+            )
+            + "\nreport/ has pictures and numbers",
+        )
 
 
 def _digest(params: Any) -> str:

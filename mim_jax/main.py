@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program: python -m mim_jax.main --config=configs/mae.py --workdir=runs/mae."""
 
+import functools
 import gc
 import os
-import pathlib
 import signal
 import time
 
@@ -17,23 +17,51 @@ from absl import app, flags, logging
 
 from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
+from mim_jax.aot import doctor
+from mim_jax.data.fields import DataError, ExampleError
+from mim_jax.run import files
 from mim_jax.run.checkpoint import CheckpointError, MismatchError
-from mim_jax.run.commandline import CONFIG, EXIT_CONFIG, leave, parse
+from mim_jax.run.commandline import (
+    CONFIG,
+    EXIT_CONFIG,
+    given,
+    leave,
+    outlive_pipes,
+    parse,
+)
+from mim_jax.run.hosts import REPORT
 from mim_jax.run.interrupt import EXIT_INTERRUPTED, Interrupted
-from mim_jax.run.log import MetricsError
+from mim_jax.run.rundir import NotSharedError
 from mim_jax.run.storage import wait_for_all
+from mim_jax.run.warmstart import check_given
+from mim_jax.schema import DiskError
+from mim_jax.studies import job as study
 
-JOBS = {"train": train.run, "eval": evaluate.run, "compare": compare.run}
+JOBS = {
+    "train": train.run,
+    "eval": evaluate.run,
+    "compare": compare.run,
+    "study": study.run,
+}
 
-EXIT_NON_FINITE, EXIT_CHECKPOINT = 3, 4
+EXIT_FAILED, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_DATA = 1, 3, 4, 5
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run, made if absent.", required=True
+    "workdir",
+    None,
+    "Directory of the run, made if absent; or gs://BUCKET/FOLDER.",
+    required=True,
+)
+_DOCTOR = flags.DEFINE_bool(
+    "doctor", False, "Try what the command needs, say what it takes, start nothing."
+)
+_PRICE = flags.DEFINE_float("price", None, "With --doctor: of an hour of all devices.")
+_CHECK = flags.DEFINE_integer(
+    "check", None, "Check the command as for so many devices; start nothing."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One process of several: call jax.distributed.initialize."
 )
-_REPORT = 24 * 3600  # seconds that the other hosts wait for the first one's report
 
 
 def main(argv: list[str]) -> None:
@@ -44,20 +72,39 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         _join()
     config = CONFIG.value
-    why = None
+    why, together = None, False
     try:
         if config.job not in JOBS:
             configs.build(config)  # raises an error that lists the jobs
-        if config.job == "train" or jax.process_index() == 0:  # others need one host
-            JOBS[config.job](config, pathlib.Path(str(_WORKDIR.value)))
-    except (configs.ConfigError, MismatchError) as error:
+        if config.job == "study" and not config.only:
+            # The processes of its cells need the devices: this one leaves them alone.
+            jax.config.update("jax_platforms", "cpu")
+        if _CHECK.value is not None:
+            doctor.check(config, _CHECK.value)
+            return
+        workdir = files.place(str(_WORKDIR.value))
+        if config.job == "train":
+            check_given(config, given(), workdir)
+        job = JOBS[config.job]
+        if _DOCTOR.value:
+            job = functools.partial(doctor.examine, price=_PRICE.value)
+        # The other jobs need one host.
+        if config.job in ("train", "study") or jax.process_index() == 0:
+            job(config, workdir)
+    except (configs.ConfigError, MismatchError, ExampleError) as error:
         why = f"error: {error}", EXIT_CONFIG
+        together = isinstance(error, NotSharedError)
     except FloatingPointError as error:
-        why = f"error: {error}", EXIT_NON_FINITE
-    except (CheckpointError, MetricsError) as error:
+        why, together = (f"error: {error}", EXIT_NON_FINITE), True
+    except (CheckpointError, DiskError) as error:
         why = f"error: {error}", EXIT_CHECKPOINT
+    except DataError as error:
+        why, together = (f"error: {error}", EXIT_DATA), error.everywhere
+    except study.FailedCellsError as error:
+        why = f"error: {error}", EXIT_FAILED
     except Interrupted:
-        why = "saved; the same command goes on from here", EXIT_INTERRUPTED
+        said = "saved; the same command goes on from here"
+        why, together = (said, EXIT_INTERRUPTED), True
     # Batches lie in shared memory, which a thread of Grain frees. The exception above
     # may have kept the last batches alive: collect it, and give the thread time, or
     # Python reports the memory as leaked.
@@ -65,10 +112,10 @@ def main(argv: list[str]) -> None:
     time.sleep(0.1)
     if why is None and _DISTRIBUTED.value:
         # The first host may still draw its report; JAX itself waits only 5 minutes.
-        wait_for_all("done", _REPORT)
+        wait_for_all("done", REPORT)
     if why is not None:
-        if why[1] in (EXIT_NON_FINITE, EXIT_INTERRUPTED):
-            # All hosts end with these codes. One that ended first would make JAX abort
+        if together:
+            # All hosts end with this code. One that ended first would make JAX abort
             # the others, so they shut down together.
             jax.distributed.shutdown()
         leave(*why)
@@ -94,5 +141,11 @@ def _join() -> None:
         )
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """What `mim-jax`, `python -m mim_jax` and `python -m mim_jax.main` run."""
+    outlive_pipes()
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    start()

@@ -9,17 +9,18 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from mim_jax.objectives.base import Aux
 from mim_jax.ops.lars import trusted
+from mim_jax.schema import check_ranges, within
 from mim_jax.sharding import path_name
 
 _BLOCK = re.compile(r"block(\d+)")
@@ -63,6 +64,7 @@ class Optimiser(abc.ABC):
         schedule: Callable[[Any], Any],
         total: int = 1,
         frozen: tuple[str, ...] = (),
+        late: Mapping[str, int] | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optax transformation for a learning rate per step.
 
@@ -71,8 +73,15 @@ class Optimiser(abc.ABC):
             total: steps of the run; a weight decay that changes needs it.
             frozen: paths of parameters that are never updated. The optimiser has no
                 state for them.
+            late: paths of parameters that are not updated before a step, with that step
+                (`Objective.late`).
+        Raises:
+            ValueError: this optimiser cannot begin with some parameters late.
         """
-        steps = self.steps(schedule, total)
+        if late:
+            steps = self.late_steps(schedule, total, late)
+        else:
+            steps = self.steps(schedule, total)
         return _freezing(frozen, steps) if frozen else steps
 
     @abc.abstractmethod
@@ -82,13 +91,36 @@ class Optimiser(abc.ABC):
         """The optax transformation of `build`, for parameters of which none is
         frozen."""
 
+    def late_steps(
+        self, schedule: Callable[[Any], Any], total: int, late: Mapping[str, int]
+    ) -> optax.GradientTransformationExtraArgs:
+        """`steps`, for an objective some of whose parameters begin to learn late.
+
+        Until its step such a parameter is not updated and does not decay, and its
+        moments begin there: as if the optimiser had first seen it then.
+
+        Args:
+            late: the steps, by paths; the gradient of each is zero before its step.
+        Raises:
+            ValueError: this optimiser cannot do that.
+        """
+        del schedule, total
+        raise ValueError(
+            f"the objective's parameters {', '.join(late)} begin to learn after some "
+            f"steps, which the optimiser {type(self).__name__} cannot do; want "
+            "optim=adamw"
+        )
+
     def check_rates(self) -> None:
-        """ValueError if a learning rate or the warm-up is out of range."""
-        if not self.base_lr > 0 or not math.isfinite(self.base_lr):
-            raise ValueError(f"base_lr={self.base_lr}: want a number > 0")
+        """ValueError if a learning rate or the warm-up is not finite or out of range,
+        for optimisers whose fields do not declare theirs."""
+        if not 0 < self.base_lr < math.inf:
+            raise ValueError(f"base_lr={self.base_lr}: want more than 0, and finite")
         for name in ("warmup_epochs", "final_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: want a number >= 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: want at least 0, and finite"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,48 +142,45 @@ class AdamW(Optimiser):
         clip: upper bound of the gradient's global norm, or None.
     """
 
-    base_lr: float = 1.5e-4
-    warmup_epochs: float = 20.0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    final_weight_decay: float | None = None
+    base_lr: float = within(1.5e-4, above=0, most=1e38)
+    warmup_epochs: float = within(20.0, least=0, most=1e6)
+    b1: float = within(0.9, least=0, below=1)
+    b2: float = within(0.95, least=0, below=1)
+    eps: float = within(1e-8, least=1e-30, most=1)
+    weight_decay: float = within(0.05, least=0, most=1e3)
+    final_weight_decay: float | None = within(None, least=0, most=1e3)
     decay: Literal["matrices", "kernels", "all"] = "matrices"
-    layer_decay: float | None = None
-    final_lr: float = 0.0
-    clip: float | None = None
+    layer_decay: float | None = within(None, above=0, most=1)
+    final_lr: float = within(0.0, least=0, most=1e38)
+    clip: float | None = within(None, above=0, most=1e6)
 
     def __post_init__(self):
-        self.check_rates()
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
-            raise ValueError(
-                f"b1={self.b1}, b2={self.b2}, eps={self.eps}: want 0 <= b1, b2 < 1 and "
-                "eps > 0"
-            )
-        for name in ("weight_decay", "final_weight_decay"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: want a number >= 0")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise ValueError(
-                f"layer_decay={self.layer_decay}: want 0 < layer_decay <= 1 (1: off)"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip}: want a number > 0, or none")
+        check_ranges(self)
 
     def steps(
         self, schedule: Callable[[Any], Any], total: int
+    ) -> optax.GradientTransformationExtraArgs:
+        adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+        return self._chain(adam, optax.scale_by_learning_rate(schedule), total)
+
+    def late_steps(
+        self, schedule: Callable[[Any], Any], total: int, late: Mapping[str, int]
+    ) -> optax.GradientTransformationExtraArgs:
+        adam = _late_adam(self.b1, self.b2, self.eps, late)
+        return self._chain(adam, _late_rate(schedule, late), total)
+
+    def _chain(
+        self,
+        adam: optax.GradientTransformation,
+        rate: optax.GradientTransformation,
+        total: int,
     ) -> optax.GradientTransformationExtraArgs:
         decay: Any = self.weight_decay
         if self.final_weight_decay is not None:
             last = self.final_weight_decay
             decay = warmup_cosine(self.weight_decay, 0.0, float(total), last)
         masks = {"matrices": decays, "kernels": kernels, "all": None}
-        steps = [
-            optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
-            optax.add_decayed_weights(decay, mask=masks[self.decay]),
-            optax.scale_by_learning_rate(schedule),
-        ]
+        steps = [adam, optax.add_decayed_weights(decay, mask=masks[self.decay]), rate]
         if self.layer_decay is not None:
             steps.append(_by_layer(self.layer_decay))
         if self.clip is not None:
@@ -173,22 +202,15 @@ class LARS(Optimiser):
         weight_decay: factor of the parameters that are added to gradients of matrices.
     """
 
-    base_lr: float = 0.1
-    warmup_epochs: float = 10.0
-    momentum: float = 0.9
-    trust: float = 0.001
-    weight_decay: float = 0.0
-    final_lr: float = 0.0
+    base_lr: float = within(0.1, above=0, most=1e38)
+    warmup_epochs: float = within(10.0, least=0, most=1e6)
+    momentum: float = within(0.9, least=0, below=1)
+    trust: float = within(0.001, above=0, most=1e9)
+    weight_decay: float = within(0.0, least=0, most=1e3)
+    final_lr: float = within(0.0, least=0, most=1e38)
 
     def __post_init__(self):
-        self.check_rates()
-        if not 0 <= self.momentum < 1 or not self.trust > 0:
-            raise ValueError(
-                f"momentum={self.momentum}, trust={self.trust}: want 0 <= momentum < 1 "
-                "and trust > 0"
-            )
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}: want a number >= 0")
+        check_ranges(self)
 
     def steps(
         self, schedule: Callable[[Any], Any], total: int
@@ -200,6 +222,18 @@ class LARS(Optimiser):
             optax.trace(self.momentum),
             optax.scale_by_learning_rate(schedule),
         )
+
+    def late_steps(
+        self, schedule: Callable[[Any], Any], total: int, late: Mapping[str, int]
+    ) -> optax.GradientTransformationExtraArgs:
+        if self.weight_decay > 0:
+            raise ValueError(
+                f"optim.weight_decay={self.weight_decay}: LARS would let "
+                f"{', '.join(late)} decay, which begin to learn after some steps; want "
+                "0, or optim=adamw"
+            )
+        # Without decay a gradient of zero moves nothing and leaves no momentum.
+        return self.steps(schedule, total)
 
 
 OPTIMISERS: dict[str, type[Optimiser]] = {"adamw": AdamW, "lars": LARS}
@@ -247,10 +281,36 @@ def accumulated(grad_fn: Callable, micro_batches: int) -> Callable:
     return whole
 
 
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """True if no number of a tree is NaN or infinite."""
-    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(leaves).all()
+def norms(grad: Array, update: Array, params: Any, teacher: Any) -> dict[str, Array]:
+    """What a step logs of the sizes of its trees: L2 norms over all their leaves.
+
+    Frozen parameters count with the others.
+
+    Args:
+        grad: norm of the gradients, before the optimiser clips them.
+        update: norm of what the step added to the parameters.
+        params: parameters after the step.
+        teacher: the teacher after the step, a tree like (part of) params, or None.
+    Returns:
+        Scalars: `grad_norm`, `param_norm`, `update_ratio` (of the update's norm to that
+        of the parameters) and, with a teacher, `teacher_distance`.
+    """
+    length = optax.tree.norm(params)
+    found = {"grad_norm": grad, "param_norm": length, "update_ratio": update / length}
+    return found if teacher is None else found | _distance(params, teacher)
+
+
+def _distance(params: Any, teacher: Any) -> dict[str, Array]:
+    """Norm of the difference between the teacher and the parameters that it follows,
+    divided by the norm of the teacher."""
+
+    def gap(ours, theirs):
+        if not isinstance(theirs, dict):
+            return ours - theirs
+        return {name: gap(ours[name], node) for name, node in theirs.items()}
+
+    apart = optax.tree.norm(gap(params, teacher))
+    return {"teacher_distance": apart / optax.tree.norm(teacher)}
 
 
 def warmup_cosine(
@@ -282,8 +342,8 @@ def layer_scales(params: Any, decay: float) -> Any:
     """Factor of the learning rate of each leaf, decay ** (last layer - its layer).
 
     Embedding, positions, class and mask token are layer 0; block i of the encoder is
-    layer i + 1; everything else is the last layer and has factor 1. A stacked leaf gets
-    an array with one factor per block.
+    layer i + 1; everything else is the last layer and has factor 1. A stacked leaf, and
+    that of all blocks' relative positions, gets an array with one factor per block.
     """
     encoder = params.get("encoder", {})  # absent where it is frozen
     stacked = jax.tree.leaves(encoder.get("blocks", {}))
@@ -294,7 +354,7 @@ def layer_scales(params: Any, decay: float) -> Any:
         top, name, *_ = path_name(path).split("/")
         if top != "encoder" or name == "norm":
             return 1.0
-        if name == "blocks":
+        if name in ("blocks", "relative_positions"):
             shares = decay ** np.arange(depth, 0, -1, dtype=np.float64)
             return shares.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
         block = _BLOCK.fullmatch(name)
@@ -326,6 +386,53 @@ def _trusted(coefficient: float) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(rule, updates, params)
 
     return optax.stateless(scaled)
+
+
+def _late_adam(
+    b1: float, b2: float, eps: float, late: Mapping[str, int]
+) -> optax.GradientTransformation:
+    """Adam that counts the steps of late parameters from their own first step.
+
+    Its state is that of `optax.scale_by_adam`, whose moments of a late parameter are
+    zero until then, since its gradient is.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(updates, state, params=None):
+        found: tuple[Any, Any] = adam.update(updates, state, params)
+        updates, state = found
+
+        def rule(path, update, mean, square):
+            first = late.get(path_name(path))
+            if first is None:
+                return update
+            count = jnp.maximum(state.count - first, 1).astype(update.dtype)
+            mean, square = mean / (1 - b1**count), square / (1 - b2**count)
+            return mean / (jnp.sqrt(square) + eps)
+
+        moments = (state.mu, state.nu)
+        return jax.tree_util.tree_map_with_path(rule, updates, *moments), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _late_rate(
+    schedule: Callable[[Any], Any], late: Mapping[str, int]
+) -> optax.GradientTransformation:
+    """Updates scaled by the learning rate, which is 0 for a parameter that is late."""
+    rate = optax.scale_by_learning_rate(schedule)
+
+    def update(updates, state, params=None):
+        def rule(path, update):
+            first = late.get(path_name(path))
+            if first is None:
+                return update
+            return jnp.where(state.count < first, jnp.zeros_like(update), update)
+
+        updates = jax.tree_util.tree_map_with_path(rule, updates)
+        return rate.update(updates, state, params)
+
+    return optax.GradientTransformation(rate.init, update)
 
 
 def _freezing(

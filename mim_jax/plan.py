@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -15,8 +16,13 @@ from mim_jax import sharding
 from mim_jax import state as states
 from mim_jax.data.input import Input
 from mim_jax.data.passes import EvalPasses
-from mim_jax.kernels.choice import described, with_kernels
+from mim_jax.data.trial import check_first
+from mim_jax.kernels.choice import check_forms, described, with_kernels
+from mim_jax.maskings.base import Masking
 from mim_jax.objectives.base import LabelObjective, Objective
+from mim_jax.ops.masking import Mask
+from mim_jax.ops.patches import Grid
+from mim_jax.schema import raised, returned
 from mim_jax.state import TrainState
 
 
@@ -34,6 +40,7 @@ class Plan:
         schedule: function from step to learning rate.
         total: number of steps of the whole run.
         stop: the step at which this process stops, <= total.
+        config: the config as JSON text.
     """
 
     settings: configs.Train
@@ -43,6 +50,7 @@ class Plan:
     schedule: Any
     total: int
     stop: int
+    config: str
 
     @classmethod
     def of(
@@ -56,23 +64,27 @@ class Plan:
         Args:
             devices: devices to run on; None: all devices of all processes.
             stand_in: True if the source only replaces one that this machine lacks. Its
-                images have the right shape; its labels, and whether the report can use
-                its images, are not checked.
+                images have the right shape; its records, its labels, and whether the
+                report can use its images, are not checked.
         Raises:
-            ConfigError: the parts do not fit each other or this machine.
+            ConfigError: the parts do not fit each other or this machine, or a plug-in
+                does not do what it promises.
         """
         settings = configs.build(config)
         objective, data = settings.objective, settings.data
         try:
             mesh = settings.mesh.build(devices)
-            _check_reads(objective, data)
+            _check_offers(objective, data)
             _check_masking(objective, data)
-            settings.report.check_objective(objective)
+            _check_shapes(objective, data)
+            _check_report(settings)
             if not stand_in:
+                check_first(data, jax.process_index())
                 _check_labels(objective, data)
-                settings.report.check_data(objective, EvalPasses(data))
+                _check_evaluations(settings)
             data.source.chosen()  # raises here if the labels do not allow the choice
             chosen = for_devices(objective, settings.attention, data.image_shape, mesh)
+            check_forms(chosen, _tokens(chosen, data.image_shape), mesh)
         except ValueError as error:
             raise configs.ConfigError(f"config: {error}") from error
         _check_batch(settings, sharding.row_parts(mesh))
@@ -84,8 +96,12 @@ class Plan:
         settings = dataclasses.replace(settings, objective=objective.for_run(total))
         chosen = chosen.for_run(total)
         schedule = settings.optim.schedule(settings.batch_size, settings.epochs, total)
-        tx = settings.optim.build(schedule, total, objective.frozen)
-        return cls(settings, chosen, mesh, tx, schedule, total, stop)
+        try:
+            tx = settings.optim.build(schedule, total, chosen.frozen, chosen.late)
+        except ValueError as error:
+            raise configs.ConfigError(f"config: {error}") from error
+        text = configs.dumps(config)
+        return cls(settings, chosen, mesh, tx, schedule, total, stop, text)
 
     @property
     def epoch_images(self) -> int:
@@ -136,6 +152,14 @@ class Plan:
             for shape, kind in [shapes[name]]
         }
 
+    def abstract_bound(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What a step takes besides: the bound of the loss, if the policy for spikes
+        acts, as a ShapeDtypeStruct with its sharding."""
+        if not self.settings.spikes.acts:
+            return ()
+        rule = sharding.replicated(self.mesh)
+        return (jax.ShapeDtypeStruct((), np.float32, sharding=rule),)
+
 
 def for_devices(
     objective: Objective,
@@ -153,7 +177,7 @@ def for_devices(
         ValueError: the form is unknown or cannot run on these devices.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    tokens = objective.grid(image_shape).size + 1
+    tokens = _tokens(objective, image_shape)
     return with_kernels(objective, attention, tokens, device, mesh)
 
 
@@ -175,15 +199,66 @@ def for_evaluation(
     return found, described(found)
 
 
-def _check_reads(objective: Objective, data: Input) -> None:
-    """ValueError unless the data offer the fields that a step reads, in shapes that
-    fit the objective."""
-    data.check_offers(objective.batch_fields, type(objective).__name__)
+def _tokens(objective: Objective, image_shape: tuple[int, int, int]) -> int:
+    """Length of the longest sequence, the class token included."""
+    return objective.grid(image_shape).size + 1
+
+
+def _check_offers(objective: Objective, data: Input) -> None:
+    """ValueError unless the data offer the fields that a step reads."""
+    name = type(objective).__name__
+    data.check_offers(objective.reads, name)
+    for word, masking in objective.maskings.items():
+        data.check_offers(masking.reads, f"{word} {type(masking).__name__} of {name}")
+    data.check_offers(objective.batch_fields, name)
+
+
+def _check_shapes(objective: Objective, data: Input) -> None:
+    """ValueError unless the images that the objective reads fit it."""
     for name in objective.reads:
         shape, kind = data.shapes[name]
         if len(shape) >= 3 and kind is np.uint8:  # an image, or several
             rows, cols, channels = shape[-3:]
             objective.check_shape((rows, cols, channels))
+
+
+def _check_report(settings: configs.Train) -> None:
+    """ValueError if the closing report cannot measure the objective."""
+    for name, one in settings.closing.items():
+        try:
+            one.check_objective(settings.objective)
+        except ValueError as error:
+            also = name in settings.also
+            raise ValueError(
+                f"config.also: {name} measures the run when it ends: {error}"
+                if also
+                else f"config.report measures every run when it ends: {error}, or "
+                "another report, such as --config=configs/FILE.py:eval=knn"
+            ) from error
+
+
+def _check_evaluations(settings: configs.Train) -> None:
+    """ValueError if data of an evaluation are missing, or one that is to run while
+    training cannot measure the objective."""
+    objective, passes = settings.objective, EvalPasses(settings.data)
+    for one in settings.closing.values():
+        one.check_data(objective, passes)
+    every, found = settings.evaluate_every, settings.evaluations
+    if every and not found:
+        raise ValueError(
+            f"evaluate_every={every}: no evaluation fits {type(objective).__name__} on "
+            "images without labels by itself; want some by name, such as "
+            """--config.evaluate_with='("cka",)'"""
+        )
+    for name, one in found.items():
+        try:
+            one.check_objective(objective)
+            one.check_data(objective, passes)
+        except ValueError as error:
+            raise ValueError(
+                f"config.evaluate_with: {name} measures the run every {every} steps: "
+                f"{error}"
+            ) from error
 
 
 def _check_masking(objective: Objective, data: Input) -> None:
@@ -192,6 +267,16 @@ def _check_masking(objective: Objective, data: Input) -> None:
         return
     masking, shapes = objective.maskings["masking"], data.shapes
     grid, name = objective.grid(data.image_shape), type(masking).__name__
+    wrote = {part: getattr(type(masking), part) for part in ("first_memory", "refresh")}
+    lacks = [part for part, one in wrote.items() if one is getattr(Masking, part)]
+    if masking.refresh_every and lacks:
+        raise ValueError(
+            f"masking {name} has refresh_every={masking.refresh_every}, so a memory, "
+            f"and no method {' and no method '.join(lacks)}: want both methods, or "
+            "refresh_every=0"
+        )
+    _check_visible_count(masking, grid)
+    _check_names(masking)
     batch = {
         field: jax.ShapeDtypeStruct((2, *shape), kind)
         for field in masking.reads
@@ -202,18 +287,49 @@ def _check_masking(objective: Objective, data: Input) -> None:
         given = dict(batch)
         if masking.refresh_every:
             given["memory"] = masking.first_memory(grid)
-        return masking(jax.random.split(jax.random.key(0), 2), grid, **given)
+        mask = masking(jax.random.split(jax.random.key(0), 2), grid, **given)
+        if not isinstance(mask, Mask):
+            raise ValueError(
+                f"masking {name} returned {returned(mask)}: want a Mask, such as "
+                "from_scores(scores, self.visible_count(grid))"
+            )
+        return mask
 
     try:
         mask = jax.eval_shape(drawn, batch)
-    except TypeError as error:
-        raise ValueError(f"masking {name} cannot draw: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"masking {name} cannot draw: {raised(error)}") from error
     visible, want = mask.keep.shape[1], masking.visible_count(grid)
     if visible != want:
         raise ValueError(
             f"masking {name}: its masks leave {visible} of {grid.size} patches "
             f"visible, and its visible_count says {want}: want the same"
         )
+
+
+def _check_visible_count(masking: Masking, grid: Grid) -> None:
+    """ValueError unless a masking's visible count is a number."""
+    count = masking.visible_count(grid)
+    if not isinstance(count, int):
+        raise ValueError(
+            f"masking {type(masking).__name__}: its visible_count is "
+            f"{returned(count)}: want an int, by round()"
+        )
+
+
+def _check_names(masking: Masking) -> None:
+    """ValueError unless a masking can take the arguments that it will be given."""
+    names = [*masking.reads, *(["memory"] if masking.refresh_every else [])]
+    try:
+        inspect.signature(masking).bind(None, None, **dict.fromkeys(names))
+    except TypeError as error:
+        memory = " and memory" if masking.refresh_every else ""
+        raise ValueError(
+            f"masking {type(masking).__name__}: {error}, with reads={masking.reads!r}"
+            f"{memory}: reads=(...) and __call__ must name the same fields"
+        ) from error
 
 
 def _check_labels(objective: Objective, data: Input) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mim_jax.kernels.base import ROWS
+from mim_jax.schema import check_ranges, within
 
 # The first pattern that matches a leaf's path gives its spec; a leaf that matches none
 # is replicated. Specs are written for a single block: a stacked leaf gets a leading
@@ -40,16 +40,15 @@ class Mesh:
             on a device; otherwise `fsdp` communicates less.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = within(-1, least=-1, most=2**20)
+    fsdp: int = within(1, least=1, most=2**20)
+    tensor: int = within(1, least=1, most=2**20)
 
     def __post_init__(self):
-        if min(self.fsdp, self.tensor) < 1 or (self.data < 1 and self.data != -1):
+        check_ranges(self)
+        if self.data == 0:
             raise ValueError(
-                f"mesh.data={self.data}, mesh.fsdp={self.fsdp}, mesh.tensor="
-                f"{self.tensor}: want at least 1 (data=-1: all devices that the others "
-                "leave)"
+                "data=0: want at least 1, or -1 for all devices that the others leave"
             )
 
     def build(self, devices: list | None = None) -> jax.sharding.Mesh:
@@ -130,25 +129,6 @@ def rows_here(mesh: jax.sharding.Mesh, rows: int) -> list[int]:
     return sorted({row for part in parts if part for row in range(rows)[part[0]]})
 
 
-def from_hosts(number: int) -> list[int]:
-    """The number that each host passed; all hosts must call this at the same point."""
-    if jax.process_count() == 1:
-        return [number]
-    with jax.transfer_guard("allow"):
-        return multihost_utils.process_allgather(np.int32(number)).tolist()
-
-
-def from_first_host(numbers: list[int]) -> list[int]:
-    """The numbers that the first host passed; all hosts must call this at the same
-    point."""
-    count = from_hosts(len(numbers))[0]
-    if jax.process_count() == 1 or not count:
-        return numbers[:count]
-    with jax.transfer_guard("allow"):
-        padded = np.resize(np.asarray(numbers, np.int32), count)
-        return multihost_utils.broadcast_one_to_all(padded).tolist()
-
-
 def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """The global batch on the devices, put together from each host's own rows."""
     rows = by_row(mesh)
@@ -158,6 +138,12 @@ def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
         return jax.tree.map(
             lambda array: jax.make_array_from_process_local_data(rows, array), batch
         )
+
+
+def everywhere(number: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """A number that all hosts have, on all devices."""
+    with jax.transfer_guard_host_to_device("allow"):  # as in `to_devices`
+        return jax.make_array_from_process_local_data(replicated(mesh), number)
 
 
 def _spec(name: str, leaf, mesh: jax.sharding.Mesh) -> PartitionSpec:

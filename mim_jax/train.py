@@ -3,44 +3,57 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Key
+from optax.tree import norm
 
 from mim_jax import config as configs
 from mim_jax import optim, sharding
 from mim_jax.data.pipeline import train_batches
 from mim_jax.plan import Plan
-from mim_jax.run import report, rundir, summary, warmstart
+from mim_jax.run import (
+    beginning,
+    files,
+    notes,
+    programs,
+    report,
+    rundir,
+    summary,
+    warmstart,
+)
 from mim_jax.run.checkpoint import Checkpointer
+from mim_jax.run.during import During
 from mim_jax.run.interrupt import Interrupted, Interrupts
 from mim_jax.run.monitor import Monitor
 from mim_jax.run.profiler import Tracer, traced_steps
+from mim_jax.run.spikes import RollBack
+from mim_jax.run.wandb_run import check_wandb
 from mim_jax.state import TrainState
-
-Batch = dict[str, Any]
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, objective, tx, micro_batches=1, branch=False
+    state: TrainState, batch, bound=inf, *, objective, tx, micro_batches=1, branch=False
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step of any objective: a pure function of (state, batch).
+    """One optimiser step of any objective: a pure function of its arguments.
 
     Args:
         batch: fields of the training example by name, each with a row per image.
+        bound: the loss from which on no update is made.
         objective: gives the loss, the teacher and the metrics.
         tx: optax transformation.
         micro_batches: number of parts into which the batch is cut; they are computed
             one after the other.
         branch: as for `choose_state`.
     Returns:
-        The next state, and scalars: `loss`, `ok` and the objective's metrics. Where
-        the loss or a gradient is not finite, `ok` is False and the old state returns.
+        The next state, and scalars: `loss`, `ok`, those of `optim.norms` and the
+        objective's metrics. Where the loss or the norm of the gradients is not finite,
+        or the loss not below the bound, `ok` is False and the old state returns.
     """
     keys = example_keys(state, len(jax.tree.leaves(batch)[0]))
     grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
@@ -55,12 +68,14 @@ def train_step(
         new = dict(params=params, teacher=teacher, stats=aux.stats, opt_state=opt_state)
         if state.memory is not None:
             new |= dict(memory=objective.next_memory(state, params, batch, keys))
-        return dataclasses.replace(state, step=state.step + 1, **new)
+        return dataclasses.replace(state, step=state.step + 1, **new), norm(updates)
 
-    ok = jnp.isfinite(loss) & optim.all_finite(grads)
+    grad_norm = norm(grads)  # not finite if any of their numbers is not
+    ok = jnp.isfinite(loss) & (loss < bound) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimiser"):  # profiles and `aot` show this name
-        new_state = choose_state(ok, updated, state, branch)
-    return new_state, {"loss": loss, "ok": ok, **aux.metrics}
+        new, update = choose_state(ok, updated, (state, grad_norm), branch)
+        norms = optim.norms(grad_norm, update, new.params, new.teacher)
+    return new, {"loss": loss, "ok": ok, **norms, **aux.metrics}
 
 
 def example_keys(state: TrainState, rows: int) -> Key[Array, " {rows}"]:
@@ -69,9 +84,7 @@ def example_keys(state: TrainState, rows: int) -> Key[Array, " {rows}"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def choose_state(
-    ok: Bool[Array, ""], make: Callable[[], Any], old: Any, branch: bool
-) -> Any:
+def choose_state(ok: Bool[Array, ""], make: Callable, old: Any, branch: bool) -> Any:
     """The state that `make` returns if ok, else the old one: a bad update never
     replaces a good state.
 
@@ -111,10 +124,10 @@ def lowered(plan: Plan) -> jax.stages.Lowered:
     state = plan.abstract_state()
     outputs = (sharding.shardings_of(state), sharding.replicated(plan.mesh))
     jitted = jax.jit(step_of(plan), donate_argnums=0, out_shardings=outputs)
-    return jitted.lower(state, plan.abstract_batch())
+    return jitted.lower(state, plan.abstract_batch(), *plan.abstract_bound())
 
 
-def run(config: configs.Tree, workdir: pathlib.Path) -> None:
+def run(config: configs.Tree, workdir: files.Place) -> None:
     """Train to the config's last step, resuming from the newest checkpoint if there is
     one.
 
@@ -123,106 +136,110 @@ def run(config: configs.Tree, workdir: pathlib.Path) -> None:
         MismatchError: the checkpoint belongs to another model; nothing was compiled or
             overwritten.
         CheckpointError: no checkpoint can be read, or the state could not be saved.
-        NonFiniteError: a loss or gradient was not finite.
+        DiskError: another file could not be written, or the directory is gone.
+        DataError: too many records cannot be read; the state is saved.
+        NonFiniteError, SpikeError: a loss or gradient was not finite, or spiked.
         Interrupted: SIGTERM or SIGINT came, and the state is saved.
     """
-    config = warmstart.adopt(config, workdir)
+    config = warmstart.counted(warmstart.adopt(config, workdir))
     plan = Plan.of(config)
     settings = plan.settings
-    with rundir.claim(workdir), Interrupts() as interrupts:
+    check_wandb(settings.log.wandb)
+    with rundir.claim(workdir, "train") as claim, Interrupts() as interrupts:
+        rundir.check_shared(workdir)
         changes = rundir.check_config(workdir, config)
+        settings.data.source.keep()
         if settings.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-            # XLA's own caches put the folder's name into the cache key, so that a run
-            # directory that was moved would compile again.
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-        with Checkpointer(workdir, settings.checkpoint) as checkpointer:
+            programs.keep()
+        with Checkpointer(workdir, settings.checkpoint, claim.check) as checkpointer:
             like = plan.abstract_state()
-            summary.summarise(plan, like, workdir, changes)
-            start, state, extra = interrupts.patiently(
-                lambda: _begin(plan, like, checkpointer)
-            )
-            rundir.write_config(workdir, config)
-            rundir.write_images(workdir, settings.data.source.chosen())
-            monitor = Monitor(plan, workdir, start, extra, checkpointer.newest)
-            tracer = Tracer(workdir / "profile", traced_steps(settings.profile))
-            try:
-                if start < plan.stop:
-                    state = _loop(
-                        plan, state, start, monitor, checkpointer, interrupts, tracer
-                    )
-            finally:
-                tracer.close()
-                monitor.close()
+            about = summary.summarise(plan, like, workdir, changes)
+            memory, back = report.InMemory(plan, workdir), None
+            while True:
+                begin = functools.partial(
+                    beginning.begin, plan, like, checkpointer, back
+                )
+                begun = interrupts.patiently(begin)
+                rundir.write_config(workdir, config)
+                notes.begin(workdir, about)
+                rundir.write_images(workdir, settings.data.source.chosen())
+                try:
+                    state, closing = _train(memory, checkpointer, interrupts, *begun)
+                    break
+                except RollBack as spike:
+                    # Without its traceback, which holds the state that it leaves.
+                    back = spike.with_traceback(None)
+        claim.check()
         # The state is saved by now: an interruption here loses nothing, and the next
         # start writes the report again.
-        interrupts.patiently(lambda: report.measure(plan, state, workdir))
+        interrupts.patiently(lambda: report.measure(memory, state, closing))
 
 
-def _begin(
-    plan: Plan, like: TrainState, checkpointer: Checkpointer
-) -> tuple[int, TrainState, dict[str, Any]]:
-    """(step, state, extra) to start from; `extra` is what `Monitor.saved` returned."""
-    found = checkpointer.restore(like)
-    if found is None:
-        state = jax.jit(plan.create, out_shardings=sharding.shardings_of(like))()
-        if plan.settings.init_from.run:
-            state, account = warmstart.begun(state, like, plan.settings)
-            if jax.process_index() == 0:
-                print(account, flush=True)
-        return 0, state, {}
-    start, state, extra = found
-    _same_data(extra["data"], plan.settings.data.source.fingerprint())
-    if jax.process_index() == 0:
-        print(f"resumed from step {start}", flush=True)
-    return start, state, extra
+def _train(
+    memory: report.InMemory,
+    checkpointer: Checkpointer,
+    interrupts: Interrupts,
+    start: int,
+    state: TrainState,
+    extra: dict[str, Any],
+) -> tuple[TrainState, dict[str, Any]]:
+    """The last state of the run, and what evaluations found about it already."""
+    plan, workdir = memory.plan, memory.workdir
+    monitor = Monitor(plan, workdir, start, extra, checkpointer.newest)
+    tracer = Tracer(workdir / "profile", traced_steps(plan.settings.profile))
+    during = During(memory, monitor, interrupts)
+    try:
+        during.catch_up(start, state)
+        if start < plan.stop:
+            state = _loop(plan, state, monitor, checkpointer, during, tracer)
+    finally:
+        tracer.close()
+        monitor.close()
+    return state, during.closing
 
 
 def _loop(
     plan: Plan,
     state: TrainState,
-    start: int,
     monitor: Monitor,
     checkpointer: Checkpointer,
-    interrupts: Interrupts,
+    during: During,
     tracer: Tracer,
 ) -> TrainState:
-    """Train from step `start` to `plan.stop`; returns the last state."""
-    settings = plan.settings
+    """Train from the state that `monitor` begins with to `plan.stop`; returns the last
+    state."""
+    settings, interrupts, read = plan.settings, during.interrupts, monitor.read
     try:
         step_fn = interrupts.patiently(lambda: lowered(plan).compile())
     except Interrupted:
-        if start == 0:
+        if read == 0:
             checkpointer.save(0, state, monitor.saved())
         raise
     batches = train_batches(
         settings.data,
         seed=settings.seed,
         batch_size=settings.batch_size,
-        start=start,
-        stop=plan.stop,
+        start=read,
         places=sharding.rows_here(plan.mesh, settings.batch_size),
     )
     with batches, jax.transfer_guard("disallow"):
-        for step, batch in enumerate(monitor.timed(batches), start + 1):
+        for number, batch in enumerate(monitor.timed(batches), read + 1):
             needed = {name: batch[name] for name in plan.reads}
-            tracer.before(step)
-            state, values = step_fn(state, sharding.to_devices(needed, plan.mesh))
-            tracer.after(step, values)
-            monitor.dispatched(step, values, batch)
+            tracer.before(number)
+            needed = sharding.to_devices(needed, plan.mesh)
+            state, values = step_fn(state, needed, *monitor.bound(number))
+            tracer.after(number, values)
+            step = monitor.dispatched(number, values, batch)
             checkpointer.poll()
-            leaving = interrupts.asked(step)
+            leaving = interrupts.asked(step) or during.asked_at(step, state)
             if step % settings.checkpoint.every == 0 or step == plan.stop or leaving:
-                monitor.settle()
+                step = monitor.settle()
                 checkpointer.save(step, state, monitor.saved())
-            if leaving and step < plan.stop:
+            if step == plan.stop:
+                break
+            if leaving:
                 raise Interrupted
+        if monitor.failed is not None:
+            checkpointer.save(monitor.settle(), state, monitor.saved())
+            raise monitor.failed
     return state
-
-
-def _same_data(before: dict, now: dict) -> None:
-    if before != now:
-        raise configs.ConfigError(
-            "the data set differs from the one that this run began with: it was "
-            f"{before} and is now {now}; want the same data set, or another --workdir"
-        )

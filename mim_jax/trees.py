@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config trees: made from classes, read, compared, saved, and built into objects.
 
-A plug-in is chosen by its name in a table, never by import path: it is safe to load a
-`config.json` from somebody else.
+A plug-in is chosen by its name in a table, never by import path: to load and build a
+`config.json` from somebody else runs no code of theirs (docs/security.md).
 """
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import re
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from ml_collections import config_dict
 
+from mim_jax.run import shipped
+from mim_jax.run.files import read_json
 from mim_jax.run.plugins import check_imported
 from mim_jax.schema import (
     ConfigError,
     called,
     check_class,
     check_field,
+    check_range,
     closest,
     field_path,
     leaf_fields,
@@ -32,6 +35,18 @@ from mim_jax.schema import (
 
 # A ConfigDict; no type checker knows what its leaves are.
 Tree = Any
+
+
+class VariantError(ConfigError):
+    """A config file has no such variant.
+
+    Attributes:
+        known: the variants that it has.
+    """
+
+    def __init__(self, message: str, known: tuple[str, ...]):
+        super().__init__(message)
+        self.known = known
 
 
 class Trees:
@@ -116,7 +131,7 @@ class Trees:
                     raise ConfigError(unknown("kind of plug-in", word, words))
                 choices[word] = name
             elif part not in presets:
-                raise ConfigError(unknown("variant", part, presets))
+                raise VariantError(unknown("variant", part, presets), presets)
             else:
                 preset = part
         return preset, choices
@@ -127,11 +142,17 @@ class Trees:
         Raises:
             ConfigError: naming the leaf and what would be right.
         """
+        if not isinstance(tree, config_dict.ConfigDict):
+            raise ConfigError(
+                f"build({tree!r}): want the tree of a job, from config.experiment, "
+                "config.load or the get_config of a file"
+            )
         job: Any = tree["job"] if "job" in tree else None
         if job not in self.jobs:
             raise ConfigError(unknown("job", job, self.jobs))
         if "plugins" in tree:
-            check_imported(tree.plugins, "config")
+            plugins: Any = tree["plugins"]
+            check_imported(plugins, "config")
         return self._object(self.jobs[job], tree, "config", tree)
 
     def build_part(self, tree: Tree, name: str) -> Any:
@@ -167,10 +188,10 @@ class Trees:
         """Writes the values of an object into a tree of its class; returns the tree."""
         for field in leaf_fields(type(value)):
             new = getattr(value, field.name)
-            if self._is_kind(field.type):
-                name = self._name_of(field.type, new, field_path(type(value), field))
+            if (kind := self._kind_of(field.type)) is not None and new is not None:
+                name = self._name_of(kind, new, field_path(type(value), field))
                 with node.unlocked():
-                    node[field.name] = self.choose(field.type, name)
+                    node[field.name] = self.choose(kind, name)
             if isinstance(node[field.name], config_dict.ConfigDict):
                 self.write(node[field.name], new)
             else:
@@ -186,8 +207,14 @@ class Trees:
         node, above = tree, "config"
         for name in path.split("."):
             if not isinstance(node, config_dict.ConfigDict):
+                word = above.rpartition(".")[2]
+                known = node is None and word in (
+                    word for word, _ in self.kinds.values()
+                )
                 raise ConfigError(
-                    f"{above} is a single value: it has no field {name!r}"
+                    f"{above} is None: {_choice(word)}"
+                    if known
+                    else f"{above} is a single value: it has no field {name!r}"
                 )
             if name not in node:
                 raise ConfigError(_no_field(above, name, node))
@@ -210,11 +237,19 @@ class Trees:
                 names a plug-in or a field that does not exist, or has a value of
                 another type.
         """
-        try:
-            saved = json.loads(pathlib.Path(path).read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
+        return self.filled(read_json(pathlib.Path(path)), str(path))
+
+    def filled(self, saved: Any, path: str) -> Tree:
+        """As `load`, from the parsed JSON of a `config.json`.
+
+        Args:
+            path: where it was read, for messages.
+        """
         job: Any = saved["job"] if isinstance(saved, dict) and "job" in saved else None
+        if job is None:
+            raise ConfigError(
+                f"{path} names no job: want the config.json of a run of mim_jax"
+            )
         if not isinstance(job, str) or job not in self.jobs:
             raise ConfigError(f"{path}: {unknown('job', job, self.jobs)}")
         tree = self.experiment(job)
@@ -237,6 +272,15 @@ class Trees:
             for name in sorted(before.keys() | after.keys())
             if before.get(name, missing) != after.get(name, missing)
         ]
+
+    def changed(self, tree: Tree) -> dict[str, Any]:
+        """The leaves that are not `free` and differ from the defaults of the classes
+        that the tree names, by path; the name of a plug-in is a leaf, too.
+
+        A leaf that a later version adds is not among them while it has its default.
+        """
+        cls = self.jobs[tree.job]
+        return dict(self._changed(cls, tree, self._tree(cls), "config"))
 
     def register(self, name: str, cls: Any) -> None:
         """Adds a row to the table of the kind that a class derives from.
@@ -302,12 +346,14 @@ class Trees:
         default, where = field.default, field_path(cls, field)
         missing = default is dataclasses.MISSING
         check_field(cls, field)
-        if self._is_kind(kind):
-            name = next(iter(self.kinds[kind][1]))
+        if (plug_in := self._kind_of(kind)) is not None:
+            if default is None and plug_in is not kind:
+                return None
+            name = next(iter(self.kinds[plug_in][1]))
             if missing:
-                return self.choose(kind, name)
-            name = self._name_of(kind, default, where)
-            return self.write(self.choose(kind, name), default)
+                return self.choose(plug_in, name)
+            name = self._name_of(plug_in, default, where)
+            return self.write(self.choose(plug_in, name), default)
         if _is_group(kind):
             if not (missing or isinstance(default, kind)):
                 raise ConfigError(
@@ -322,10 +368,16 @@ class Trees:
                 f"{shown(kind)} = DEFAULT"
             )
         value = typed(default, kind, where)
+        check_range(value, field, where)
         return config_dict.placeholder(inner) if value is None else value
 
-    def _is_kind(self, annotation: Any) -> TypeGuard[type]:
-        return isinstance(annotation, type) and annotation in self.kinds
+    def _kind_of(self, annotation: Any) -> type | None:
+        """The kind of plug-in that a field takes, be it optional; else None."""
+        inner = typing.get_args(annotation)
+        if type(None) in inner and len(inner) == 2:
+            (annotation,) = (one for one in inner if one is not type(None))
+        kind = isinstance(annotation, type) and annotation in self.kinds
+        return annotation if kind else None
 
     def _name_of(self, kind: type, value: Any, where: str) -> str:
         """The name in its table of the class of a plug-in."""
@@ -341,14 +393,14 @@ class Trees:
 
     def _class_of(self, annotation: Any, node: Any) -> Any:
         """The class that a node is built into; None if it is a single value."""
-        if self._is_kind(annotation):
-            return self.kinds[annotation][1][node["name"]]
+        if (kind := self._kind_of(annotation)) is not None:
+            return None if node is None else self.kinds[kind][1][node["name"]]
         return annotation if _is_group(annotation) else None
 
     def _places(self, tree: Tree, cls: Any, kind: type) -> Iterator[tuple[Tree, str]]:
         """(node, field name) of every field for a plug-in of that kind in a tree."""
         for field in leaf_fields(cls):
-            if field.type is kind:
+            if self._kind_of(field.type) is kind:
                 yield tree, field.name
                 continue
             below = self._class_of(field.type, tree[field.name])
@@ -362,12 +414,31 @@ class Trees:
                 continue
             value, below = node[field.name], f"{path}.{field.name}"
             inner = self._class_of(field.type, value)
-            if self._is_kind(field.type):
+            if self._kind_of(field.type) and value is not None:
                 yield f"{below}.name", value["name"]
             if inner is not None:
                 yield from self._decisive(inner, value, below)
             else:
-                yield below, tuple(value) if isinstance(value, list) else value
+                yield below, _plain(value)
+
+    def _changed(
+        self, cls: Any, node: Tree, usual: Tree, path: str
+    ) -> Iterator[tuple[str, Any]]:
+        """(path, value) of every leaf that is not `free` and not as in `usual`."""
+        for field in leaf_fields(cls):
+            if "free" in field.metadata:
+                continue
+            value, base, below = node[field.name], usual[field.name], field.name
+            below = f"{path}.{below}"
+            kind = self._kind_of(field.type)
+            if kind and value is not None and (not base or value.name != base.name):
+                yield f"{below}.name", value["name"]
+                base = self.choose(kind, value["name"])
+            inner = self._class_of(field.type, value)
+            if inner is not None:
+                yield from self._changed(inner, value, base, below)
+            elif _plain(value) != _plain(base):
+                yield below, _plain(value)
 
     def _object(self, cls: Any, node: Any, path: str, job: Tree) -> Any:
         fields = leaf_fields(cls)
@@ -380,7 +451,9 @@ class Trees:
             below = f"{path}.{field.name}"
             if field.name not in node:
                 raise ConfigError(f"{below} is missing: {cls.__name__} has that field")
-            values[field.name] = self._value(field.type, node[field.name], below, job)
+            value = self._value(field.type, node[field.name], below, job)
+            check_range(value, field, below)
+            values[field.name] = value
         for field in dataclasses.fields(cls):
             if "shared" in field.metadata and field.name in job:
                 values[field.name] = job[field.name]
@@ -393,12 +466,14 @@ class Trees:
 
     def _value(self, annotation: Any, node: Any, path: str, job: Tree) -> Any:
         """What a node or leaf is built into, by the annotation of its field."""
-        kind = self._is_kind(annotation)
+        kind = self._kind_of(annotation)
+        if node is None and kind is not annotation:
+            return typed(None, annotation, path)
         if not kind and not _is_group(annotation):
             return typed(node, annotation, path)
         if not isinstance(node, config_dict.ConfigDict):
             raise ConfigError(f"{path}={node!r}: want a group of fields")
-        cls = self.chosen(annotation, node, path) if kind else annotation
+        cls = self.chosen(kind, node, path) if kind else annotation
         return self._object(cls, node, path, job)
 
     def _fill(self, tree: Tree, cls: Any, saved: Any, path: str) -> None:
@@ -409,18 +484,19 @@ class Trees:
             if field.name not in saved:
                 continue
             value, below = saved[field.name], f"{path}.{field.name}"
-            if self._is_kind(field.type):
+            kind = self._kind_of(field.type)
+            if kind and not (value is None and kind is not field.type):
                 value = {"name": value} if isinstance(value, str) else value
                 if not isinstance(value, dict):
                     raise ConfigError(f"{below}={value!r}: want a group of fields")
                 name = value["name"] if "name" in value else None
                 if name is None and "formerly" in field.metadata:
                     name = field.metadata["formerly"]
-                if not isinstance(name, str) or name not in self.kinds[field.type][1]:
-                    message = self._unknown_plug_in(field.type, name)
+                if not isinstance(name, str) or name not in self.kinds[kind][1]:
+                    message = self._unknown_plug_in(kind, name)
                     raise ConfigError(f"{below}: {message}")
                 with tree.unlocked():
-                    tree[field.name] = self.choose(field.type, name)
+                    tree[field.name] = self.choose(kind, name)
                 value = {key: one for key, one in value.items() if key != "name"}
             inner = self._class_of(field.type, tree[field.name])
             if inner is not None:
@@ -438,25 +514,24 @@ class Trees:
 
 def dumps(tree: Tree) -> str:
     """The tree as JSON, every value stated."""
-    return json.dumps(tree.to_dict(), indent=2, sort_keys=True) + "\n"
+    plain = tree.to_dict()
+    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read(argument: str) -> Tree:
-    """The tree of `configs/FILE.py` or `configs/FILE.py:variant`.
+    """The tree of `configs/FILE.py` or `configs/FILE.py:variant`; or of a file that the
+    package ships, by its name: `mae` or `mae:mnist`.
 
     Raises:
         ConfigError: no such file, or no such variant of it.
     """
     name, *argument_of_file = argument.split(":", 1)
-    path = pathlib.Path(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-        known = [str(one) for one in folder.glob("*.py")]
-        raise ConfigError(unknown("config file", str(path), known))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*argument_of_file)
+    return shipped.load(shipped.find(name)).get_config(*argument_of_file)
+
+
+def _plain(value: Any) -> Any:
+    """A leaf's value; a list, as JSON has it, becomes a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_group(annotation: Any) -> TypeGuard[type]:
@@ -487,4 +562,5 @@ def _choice(word: str, name: str = "NAME") -> str:
 def _no_field(path: str, name: str, known: Iterable[str]) -> str:
     known = [field for field in known if field not in ("job", "name")]
     hint = closest(name, known)
-    return f"{path} has no field {name!r}{hint}; it has: {', '.join(sorted(known))}"
+    fields = ", ".join(sorted(known)) or "none"
+    return f"{path} has no field {name!r}{hint}; it has: {fields}"

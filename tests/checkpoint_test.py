@@ -8,6 +8,7 @@ import pathlib
 import re
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +308,26 @@ def test_what_a_killed_process_left_is_ignored_and_cleaned(fill, tmp_path):
     (folder / "3 of mine").mkdir()
     assert restore(tmp_path)[0] == 2
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3 of mine"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_remains_of_a_failed_save_that_appear_late_are_removed(tmp_path, kept):
+    folder = tmp_path / "run" / "checkpoints"
+    if kept:
+        folder.mkdir(parents=True)
+        (folder.parent / "mine.txt").touch()
+
+    def write():  # as TensorStore does: makes what a path lacks
+        (folder / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+
+    late = [threading.Timer(seconds, write) for seconds in (0.07, 0.3)]
+    for timer in late:
+        timer.start()
+    storage.remove_remains(folder)
+    for timer in late:
+        timer.join()
+    left = ["run", "run/mine.txt"] if kept else []
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == left
 
 
 def test_a_failed_save_is_told_soon_and_the_next_one_works(fill, tmp_path, capfd):

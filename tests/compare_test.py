@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 
-import fast
 import jax
 import numpy as np
 import pytest
@@ -24,12 +23,6 @@ from mim_jax.evals.figures import Panel, gallery
 from mim_jax.evals.report import Number, Report, mean_of
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 def trained(name: str, folder: pathlib.Path, **leaves) -> pathlib.Path:
@@ -169,6 +162,8 @@ def test_an_evaluation_says_all_that_the_page_shows_of_it(written):
     section = sections.partition("id='brightness'")[2]
     assert "How bright &lt; dark images are." in section
     assert "<b>mean ..., lux</b>: The mean of all pixels. Lower is better." in section
+    assert "What nobody measured. Higher is better. Not measured here." in section
+    assert "of white pixels. No direction is better.<" in section
     assert "supervised, step 2: too smooth" in section
 
 

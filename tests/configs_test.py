@@ -7,16 +7,25 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mim_jax import config, evaluate, train
+from mim_jax import config, evaluate, presets, train
 from mim_jax.data.sources.tfds import Tfds
 from mim_jax.plan import Plan
+from mim_jax.trees import VariantError
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Studies that do not run on handwritten digits, and their sizes.
+SIZES = {
+    "study_p2_table2": ("cues", "digits"),
+    "study_p2_theorem2": ("hierarchy",),
+}
 # file: the variants to try besides none. A preset that its file knows must be here.
 FILES = {
     "mae.py": (
+        "mnist",
+        "cifar10",
         "photos",
         "masking=grid",
         "masking=block",
@@ -24,26 +33,44 @@ FILES = {
         "photos,source=digits",
         "digits",
         "cues",
+        "hierarchy",
+        *presets.OWN,
     ),
-    "rmae.py": ("photos", "digits"),
-    "cmae.py": ("digits", "masking=none"),
-    "mocov3.py": ("digits",),
-    "dino.py": ("digits",),
-    "supervised.py": ("digits",),
-    "beit.py": ("digits", "masking=random", "digits,masking=random"),
-    "few.py": ("photos", "source=photos", "objective=rmae"),
+    "rmae.py": ("mnist", "photos", "digits", "hierarchy", "cifar10", "tiny"),
+    "cmae.py": ("mnist", "digits", "cifar10", "masking=none", *presets.OWN),
+    "mocov3.py": ("mnist", "digits", "tiny"),
+    "dino.py": ("mnist", "digits", "tiny"),
+    "supervised.py": ("mnist", "digits", "hierarchy", "cifar10", "tiny"),
+    "beit.py": (
+        *("mnist", "digits", "masking=random", "digits,masking=random"),
+        "tiny",
+    ),
+    "few.py": (
+        *("mnist", "photos", "source=photos"),
+        *("objective=rmae", "objective=cmae"),
+    ),
     "reconstruction.py": ("eval=reconstruction",),
-    "finetune.py": ("digits", "cues", "10pct", "1pct", "digits-10pct"),
-    "linear_probe.py": ("digits", "cues"),
+    "finetune.py": (
+        *("mnist", "digits", "cues", "cifar10"),
+        *("10pct", "1pct", "mnist-10pct", "digits-10pct", *presets.OWN),
+    ),
+    "linear_probe.py": ("mnist", "digits", "cues", "cifar10", "tiny"),
     "knn.py": (),
+    "latents.py": (),
     "linear.py": (),
     "ridge.py": (),
     "cka.py": (),
+    "occlusion.py": (),
     "attention.py": (),
     "tsne.py": (),
-    "robustness.py": ("digits",),
+    "robustness.py": ("mnist", "digits"),
     "shape_bias.py": (),
     "compare.py": (),
+    "study.py": ("mnist", "cues", "digits", "hierarchy"),
+    **{
+        path.name: SIZES.get(path.stem, ("mnist", "digits"))
+        for path in (ROOT / "configs").glob("study_*.py")
+    },
 }
 every_config = pytest.mark.parametrize(
     "argument",
@@ -57,12 +84,19 @@ every_config = pytest.mark.parametrize(
 
 @pytest.fixture
 def imagenet(monkeypatch):
-    """Stands for a prepared ImageNet: its length and channels, and no image."""
+    """Stands for a prepared ImageNet or CIFAR-10: length, channels and a black
+    image."""
+
+    def classes(self):
+        return tuple(map(str, range(10 if self.dataset == "cifar10" else 1000)))
+
     monkeypatch.setattr(Tfds, "__post_init__", lambda self: None)
     monkeypatch.setattr(Tfds, "__len__", lambda self: 1281167)
     monkeypatch.setattr(Tfds, "channels", 3)
-    monkeypatch.setattr(Tfds, "classes", tuple(map(str, range(1000))))
-    monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"dataset": self.dataset})
+    monkeypatch.setattr(Tfds, "classes", property(classes))
+    monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"split": self.split})
+    black = {"image": np.zeros((300, 400, 3), np.uint8), "label": 0}
+    monkeypatch.setattr(Tfds, "__getitem__", lambda self, index: black)
 
 
 @pytest.fixture(autouse=True)
@@ -76,15 +110,10 @@ def test_every_file_is_tested():
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_preset_is_tested(name):
-    tree = ast.parse((ROOT / "configs" / name).read_text())
-    (presets,) = (
-        ast.literal_eval(keyword.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        for keyword in node.keywords
-        if keyword.arg == "presets"
-    )
-    assert set(presets) <= set(FILES[name])
+    with pytest.raises(VariantError) as known:
+        config.read(f"configs/{name}:?")
+    # The sizes for own images are the same in every file that has them.
+    assert set(known.value.known) - set(presets.OWN) <= set(FILES[name])
 
 
 @every_config
@@ -98,13 +127,19 @@ def test_a_config_is_locked_and_stated(argument):
 def test_a_config_builds_and_its_step_traces(argument, imagenet):
     tree = config.read(argument)
     if tree.job != "train":
-        tree.update(
-            {"eval": dict(run="runs/any"), "compare": dict(runs=("a",))}[tree.job]
-        )
+        if tree.job == "study":
+            tree.study = tree.study or "any"
+        needed = {"eval": dict(run="runs/any"), "compare": dict(runs=("a",))}
+        tree.update(needed.get(tree.job) or dict(seeds=(3,)))
         config.build(tree)
         return
     if argument.endswith("photos,source=digits"):  # grey, and its colours are not
         tree.objective.update(dict(mean=(0.5,), std=(0.25,), color_jitter="none"))
+    Plan.of(tree, jax.devices()[:1])
+    # Blocks are alike: more than one takes longer to trace, and shows no more.
+    for network in ("encoder", "decoder"):
+        if network in tree.objective:
+            tree.objective[network].depth = 1
     plan = Plan.of(tree, jax.devices()[:1])
     state = plan.abstract_state()
     step = lambda state, batch: train.train_step(  # noqa: E731
@@ -145,6 +180,18 @@ def test_mae_is_the_recipe_of_its_paper(imagenet):
     plan = Plan.of(config.read("configs/mae.py"))
     assert plan.total == 125114  # ceil(100 epochs * 1281167 / 1024)
     assert plan.schedule(plan.total * 0.2) == pytest.approx(6e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective, rate", [("mae", 1.5e-4), ("rmae", 3e-4), ("cmae", 1.5e-4)]
+)
+def test_each_method_has_its_rate_on_few_images_too(objective, rate, imagenet):
+    # arXiv:2208.04164, section 5.
+    for argument in (
+        f"configs/{objective}.py",
+        f"configs/few.py:objective={objective}",
+    ):
+        assert config.read(argument).optim.base_lr == rate
 
 
 def test_without_data_the_error_shows_three_ways_out(tmp_path):

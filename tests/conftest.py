@@ -2,15 +2,26 @@
 """Eight CPU devices, strict types and ranks: set before anything imports JAX."""
 
 import gc
+import importlib.metadata
 import os
 import socket
 import sys
 
 # Test programs run for milliseconds: compiling them well takes longer than it saves.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
+# Later versions have no other emitters, and end at a flag that they do not know.
+if importlib.metadata.version("jaxlib") < "0.11":
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
+# Two workers share two cores: no thread of NumPy or scikit-learn waits for one.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis  # noqa: E402  (only now)
 import jax  # noqa: E402

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import environments
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -58,18 +59,16 @@ class Process:
         self.out = workdir.parent / f"{workdir.name}.out"
         self.err = workdir.parent / f"{workdir.name}.err"
         command = [
-            *(sys.executable, "-m", "mim_jax.main", "--config=configs/mae.py:photos"),
+            *(sys.executable, "-m", "mim_jax.main", "--config=configs/mae.py:digits"),
             f"--workdir={workdir}",
             *(f"--config.{name}={value}" for name, value in leaves.items()),
         ]
         if limit is not None:  # of every file's size, as if the disk were full
             command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "", *command]
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            # So that small programs are compiled once in all of these tests, too.
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        # So that small programs are compiled once in all of these tests, too.
+        cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache["JAX_COMPILATION_CACHE_DIR"] = str(compiled(workdir))
+        environment = environments.small(devices, **cache)
         with self.out.open("w") as out, self.err.open("w") as err:
             self._popen = subprocess.Popen(
                 command,
@@ -112,7 +111,7 @@ class Process:
 
     def compiling(self) -> bool:
         """The program that makes the state is compiled: the step is next."""
-        return any((self.workdir / "compiled").glob("jit_create-*-cache"))
+        return any(compiled(self.workdir).glob("jit_create-*-cache"))
 
     def importing_workers(self) -> bool:
         """A worker process is there, and has hardly begun."""
@@ -153,10 +152,12 @@ def run(workdir, leaves=None, **options) -> Process:
 
 
 def metrics(workdir) -> list[dict]:
+    """The rows of training, without times; those of evaluations have no loss."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
-        {name: v for name, v in json.loads(line).items() if name not in TIMING}
-        for line in lines
+        {name: v for name, v in row.items() if name not in TIMING}
+        for row in map(json.loads, lines)
+        if "loss" in row
     ]
 
 
@@ -189,10 +190,15 @@ def straight(tmp_path_factory):
     return workdir
 
 
+def compiled(workdir) -> pathlib.Path:
+    """Where the processes of a run keep their compiled programs."""
+    return workdir.with_name(f"{workdir.name}.compiled")
+
+
 def fresh(straight, workdir) -> pathlib.Path:
     """A new run directory that need not compile again."""
     workdir.mkdir(parents=True)
-    shutil.copytree(straight / "compiled", workdir / "compiled")
+    shutil.copytree(compiled(straight), compiled(workdir))
     return workdir
 
 
@@ -238,18 +244,6 @@ def test_a_run_says_what_it_does_and_nothing_else(straight):
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["10", "12"]
 
 
-def test_workers_leave_in_silence(straight, tmp_path):
-    workdir = fresh(straight, tmp_path / "run")
-    process = Process(workdir, {"data.workers": 1})
-    process.until("step 1/")
-    below = children(process.pid)
-    assert below
-    assert process.wait() == 0
-    assert process.stderr == ""
-    assert gone(below) == []
-    assert_same_run(workdir, straight)
-
-
 # Kills
 
 
@@ -278,6 +272,7 @@ def kill_and_resume(workdir, rng, lifetime, workers, kills, windows):
     return where
 
 
+@pytest.mark.slow  # each change has a short soak, tests/soak_test.py
 def test_killed_twice_and_resumed_to_the_same_bits(straight, tmp_path):
     workdir = fresh(straight, tmp_path / "run")
     process = Process(workdir, {"data.workers": 1})
@@ -288,7 +283,15 @@ def test_killed_twice_and_resumed_to_the_same_bits(straight, tmp_path):
     process = Process(workdir)
     process.until(process.saving)
     assert process.kill()
-    assert run(workdir).stdout.count("resumed from step") == 1
+    # Workers of a run that comes to its end leave in silence.
+    process = Process(workdir, {"data.workers": 1})
+    process.until("step 12/")
+    below = children(process.pid)
+    assert below
+    assert process.wait() == 0
+    assert process.stderr == ""
+    assert gone(below) == []
+    assert process.stdout.count("resumed from step") == 1
     assert_same_run(workdir, straight)
 
 
@@ -340,7 +343,7 @@ def test_signals_at_every_stage_and_the_same_bits(straight, tmp_path):
     interrupted(workdir, "compiling")
     assert checkpoints(workdir) == [0] and metrics(workdir) == []
     interrupted(workdir, "resumed from step 0")  # compiling again
-    shutil.copytree(straight / "compiled", workdir / "compiled", dirs_exist_ok=True)
+    shutil.copytree(compiled(straight), compiled(workdir), dirs_exist_ok=True)
     leaves = {"data.workers": 1, "checkpoint.every": 100}
     interrupted(workdir, "step 3/", signal.SIGINT, leaves)
     assert metrics(workdir)[-1]["step"] == checkpoints(workdir)[-1] >= 3
@@ -398,6 +401,7 @@ def five_and_seven(workdir, leaves=None, **options) -> Process:
     return process
 
 
+@pytest.mark.slow
 def test_twelve_steps_are_five_and_seven(straight, tmp_path):
     five_and_seven(fresh(straight, tmp_path / "run"))
     assert_same_run(tmp_path / "run", straight)

@@ -6,7 +6,6 @@ import json
 import pathlib
 import shutil
 
-import fast
 import jax
 import numpy as np
 import pytest
@@ -15,12 +14,6 @@ from mim_jax import config, evaluate, train
 from mim_jax.state import unstack_blocks
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +90,14 @@ def test_the_random_baseline_is_the_model_before_training(trained, tmp_path):
     assert found["psnr_model_db"] == found["psnr_untrained_db"]
     runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert runs.keys() == {"tiny, random, step 0"}
+
+
+def test_an_evaluation_does_not_overwrite_its_run(trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    with pytest.raises(config.ConfigError, match="holds a training run, and this job"):
+        evaluate.run(_evaluation(trained), trained)
+    after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_what_only_the_data_can_tell_is_one_line(trained, tmp_path):

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several hosts: real processes of one run, joined by JAX, train as one does."""
 
-import atexit
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 
+import environments
 import jax
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import pytest
 from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax.data.pipeline import train_batches
+from mim_jax.run import hosts
 from mim_jax.run.interrupt import Interrupts
 from mim_jax.run.parts import read_parts
 
@@ -42,31 +43,36 @@ TINY = {
 }
 # Of sums in another order.
 RTOL = 1e-5
-COMPILED = pathlib.Path(tempfile.mkdtemp(prefix="compiled-"))
-atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 
 class Hosts:
     """`count` processes of a tiny run, `devices` CPU devices each."""
 
     def __init__(
-        self, workdir, count, leaves=None, *, devices=1, config=None, within=(), **env
+        self,
+        workdir,
+        count,
+        leaves=None,
+        *,
+        devices=1,
+        config=None,
+        within=(),
+        flags=(),
+        **env,
     ):
         self.workdir = workdir
-        # One machine's programs for all tests: a run compiles what is not there.
-        share(COMPILED, workdir / "compiled")
         self.out = workdir.parent / f"{workdir.name}.out"
         leaves = TINY | (leaves or {}) if config is None else leaves or {}
         command = [*within, sys.executable, "tests/one_host.py", "--distributed"]
         command += [f"--config={config or 'configs/mae.py:digits'}"]
-        command += [f"--workdir={workdir}"]
+        command += [f"--workdir={workdir}", *flags]
         command += [f"--config.{name}={value}" for name, value in leaves.items()]
-        environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHON": sys.executable,
-        }
+        environment = environments.small(
+            devices,
+            PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            PYTHON=sys.executable,
+        )
         with self.out.open("w") as out:
             self._popen = subprocess.Popen(
                 ["launch/local.sh", str(count), "--", *command],
@@ -83,7 +89,6 @@ class Hosts:
             while self._popen.poll() is None:  # the second time, local.sh kills
                 self._popen.terminate()
                 time.sleep(1)
-            share(self.workdir / "compiled", COMPILED)
 
     def until(self, text: str, timeout: float = 120) -> None:
         end = time.monotonic() + timeout
@@ -99,13 +104,6 @@ class Hosts:
         return self.out.read_text()
 
 
-def share(source, target) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.glob("*-cache"):
-        if not (target / path.name).exists():
-            shutil.copy(path, target)
-
-
 def run(workdir, count, leaves=None, *, code=0, **options) -> str:
     hosts = Hosts(workdir, count, leaves, **options)
     assert hosts.wait() == code, hosts.told
@@ -113,11 +111,13 @@ def run(workdir, count, leaves=None, *, code=0, **options) -> str:
 
 
 def metrics(workdir) -> list[dict]:
+    """The rows of training, without times; those of evaluations have no loss."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     timing = ("images_per_second", "input_wait_share")
     return [
-        {name: v for name, v in json.loads(line).items() if name not in timing}
-        for line in lines
+        {name: v for name, v in row.items() if name not in timing}
+        for row in map(json.loads, lines)
+        if "loss" in row
     ]
 
 
@@ -172,7 +172,9 @@ def test_two_hosts_train_as_one_does_and_each_reads_its_part(one, tmp_path):
     ahead = 8  # steps that may be read before they are wanted
     wanted = records(STEPS + ahead)
     for host, part in enumerate(np.split(wanted, 2, axis=1)):
-        read = list(map(int, (reads / str(host)).read_text().split()))
+        # The first record is the one that each host tries before it compiles.
+        tried, *read = map(int, (reads / str(host)).read_text().split())
+        assert tried == host
         assert set(part[:STEPS].flat) <= set(read) <= set(part.flat)
         assert len(read) == len(set(read))
 
@@ -187,8 +189,8 @@ def test_rows_of_all_devices_are_all_rows():
 
 @pytest.mark.parametrize("numbers", [[], [2, 4]])
 def test_alone_there_is_nothing_to_agree_on(numbers):
-    assert sharding.from_first_host(numbers) == numbers
-    assert sharding.from_hosts(3) == [3]
+    assert hosts.from_first_host(numbers) == numbers
+    assert hosts.from_hosts(3) == [3]
 
 
 def test_hosts_count_their_steps_from_this_start(monkeypatch):
@@ -215,6 +217,7 @@ jax.distributed.initialize(
     num_processes=2, process_id=int(__import__("os").environ["JAX_PROCESS_ID"])
 )
 from mim_jax import sharding
+from mim_jax.run import hosts
 # As a TPU may have it: the devices of a host do not lie side by side.
 order = np.array(jax.devices())[[0, 4, 1, 5, 6, 2, 7, 3]].reshape(4, 2, 1)
 names = ("data", "fsdp", "tensor")
@@ -225,20 +228,16 @@ batch = sharding.to_devices({"row": np.array(rows, np.int32)}, mesh)["row"]
 for shard in batch.addressable_shards:
     (part,) = shard.index
     assert shard.data.tolist() == list(range(part.start, part.stop))
-assert sharding.from_hosts(7 + jax.process_index()) == [7, 8]
-assert sharding.from_first_host([2, 4] if jax.process_index() == 0 else [9]) == [2, 4]
-assert sharding.from_first_host([] if jax.process_index() == 0 else [9]) == []
+assert hosts.from_hosts(7 + jax.process_index()) == [7, 8]
+assert hosts.from_first_host([2, 4] if jax.process_index() == 0 else [9]) == [2, 4]
+assert hosts.from_first_host([] if jax.process_index() == 0 else [9]) == []
 print("fine", flush=True)
 """
 
 
 @pytest.mark.slow
 def test_rows_are_found_however_devices_are_ordered():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = environments.small(4, PYTHON=sys.executable, PYTHONPATH=str(ROOT))
     done = subprocess.run(
         [ROOT / "launch/local.sh", "2", "--", sys.executable, "-c", SCRAMBLED],
         env=environment,
@@ -335,7 +334,65 @@ def test_stopped_and_gone_on_two_hosts_give_the_same_bits(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "straight", rtol=0)
 
 
+@pytest.mark.slow
+def test_masks_are_the_same_bits_on_any_number_of_devices_and_hosts(tmp_path):
+    """One process to two, two to one, on 1 to 16 devices."""
+    for count in (1, 2):
+        run(tmp_path / f"of-{count}", count, {"stop_after": 2})
+    script = [sys.executable, "tests/elastic.py"]
+    ways = (1, 16, (1, 2, 4, 8, 16)), (2, 8, (16,)), (2, 1, (2,))
+    for processes, devices, counts in ways:
+        out = tmp_path / f"{processes}-{devices}"
+        out.mkdir()
+        words = [*script, tmp_path / f"of-{3 - processes}", out, *map(str, counts)]
+        environment = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            ["launch/local.sh", str(processes), "--", *words],
+            cwd=ROOT,
+            env=environments.small(devices, **environment),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    first, *others = sorted(tmp_path.glob("?-*/*.npz"), key=lambda path: path.stem)
+    assert [path.stem for path in (first, *others)] == [
+        *("1x1", "1x16", "1x2", "1x4", "1x8", "2x16", "2x2")
+    ]
+    with np.load(first) as wanted:
+        assert len(wanted) == 3 * 3 * 2 and len(np.unique(wanted["random 2 keep"])) > 2
+        assert (wanted["random 2 keep"] != wanted["random 3 keep"]).any()
+        for path in others:
+            with np.load(path) as found:
+                for name in wanted:
+                    assert found[name].tobytes() == wanted[name].tobytes(), (path, name)
+
+
+@pytest.mark.slow
+def test_two_hosts_try_what_a_command_needs(tmp_path):
+    flags = ["--doctor", "--price=2"]
+    told = run(tmp_path / "run", 2, devices=2, flags=flags)
+    assert told.count("nothing stands in the way") == told.count("\nstep  ") == 1
+    assert "4 x cpu, 2 host(s)" in told and "6 steps, " in told
+    assert not (tmp_path / "run").exists()
+    own = ["--doctor"]
+    told = run(tmp_path / "run-HOST", 2, code=2, flags=own, SOON="1", GRACE="60")
+    assert told.count("error: --workdir: host 0 writes to ") == 2
+    assert not list(tmp_path.glob("run-?"))
+
+
 LONG = {"steps": 100_000, "checkpoint.every": 10**6, "log.every": 10}
+
+
+@pytest.mark.slow
+def test_hosts_with_directories_of_their_own_are_refused(tmp_path):
+    told = run(tmp_path / "run-HOST", 2, code=2, SOON="1", GRACE="60")
+    line = f"host 1 does not see that in {socket.gethostname()}:{tmp_path}/run-1: want"
+    assert told.count(line) == 2 and told.count("error: ") == 2, told
+    assert (
+        told.count(f"host 0 writes to {socket.gethostname()}:{tmp_path}/run-0, ") == 2
+    )
+    assert not (tmp_path / "run-1").exists()
 
 
 @pytest.mark.slow
@@ -422,6 +479,17 @@ def test_replaced_images_of_all_hosts_are_counted(tmp_path):
     assert [line["replaced"] for line in metrics(tmp_path / "run")] == [2, 3, 3]
     run(tmp_path / "run", 2, leaves | {"stop_after": 4})
     assert metrics(tmp_path / "run")[-1]["replaced"] == 3
+    # Too many of both together: both give up after the same step, saved.
+    leaves["data.max_replaced"] = 2 / 1442
+    told = run(tmp_path / "strict", 2, leaves, code=5, UNDECODABLE=bad)
+    assert told.count("error: 3 of 1442 images (0.21%) could not be read") == 2
+    (saved,) = checkpoints(tmp_path / "strict")
+    assert saved in (2, 3)
+    for host, names in enumerate((first[:1, 0], (second[0, 1], second[1, 2]))):
+        path = tmp_path / "strict" / f"unreadable-host{host}.txt"
+        written = {int(line.split("\t")[0]) for line in path.read_text().splitlines()}
+        assert written == set(map(int, names))
+    run(tmp_path / "strict", 2, leaves | {"stop_after": 4})
 
 
 @pytest.mark.slow
@@ -459,7 +527,9 @@ def test_refusals_have_their_exit_codes(one, tmp_path):
     told = run(workdir, 2, {"optim.base_lr": 0.5}, code=2)
     assert "config.optim.base_lr: 0.004 -> 0.5" in told
     leaves = {"optim.base_lr": 1e30, "optim.warmup_epochs": 0}
+    leaves |= {"spikes.policy": "rollback", "spikes.most": 1}
     told = run(tmp_path / "wild", 2, leaves, code=3)
+    assert told.count("going back to step 0") == 1  # both did; the first one says so
     assert told.count("is not finite; the update was not made") == 2
     assert len(list((tmp_path / "wild").glob("nonfinite-step*-host[01].json"))) == 2
 
@@ -470,6 +540,20 @@ def test_refusals_have_their_exit_codes(one, tmp_path):
     assert "is in use by" in told
     hosts.send(signal.SIGTERM)
     assert hosts.wait(60) == 75
+
+
+@pytest.mark.slow
+def test_the_first_host_measures_while_the_others_wait(one, tmp_path):
+    workdir = tmp_path / "run"
+    leaves = {"evaluate_every": 3, "evaluate_with": '("knn",)'}
+    told = run(workdir, 2, leaves)
+    assert told.count("evaluated in") == 2 and "rror" not in told
+    assert_same_run(workdir, one)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" not in row]
+    assert [row["step"] for row in rows] == [3, 6]
+    assert 0 < rows[0]["knn/accuracy_model_k10"] < 1
+    assert (workdir / "report" / "step-3" / "knn.png").exists()
 
 
 @pytest.mark.slow

@@ -27,26 +27,39 @@ MAY_IMPORT = {
     "models": ("kernels", "models", "ops"),
     "maskings": ("maskings.base", "ops"),
     "tokenizers": ("tokenizers.base", "ops"),
-    "objectives": ("objectives.base", "maskings", "models", "ops", "tokenizers"),
+    "objectives": (
+        *("objectives.base", "objectives.t2", "maskings", "models", "ops"),
+        "tokenizers",
+    ),
     "evals": (
-        *("evals.base", "evals.report", "evals.figures", "evals.images"),
-        *("evals.features", "evals.logits"),
+        *("evals.base", "evals.report", "evals.figures", "evals.images", "run.files"),
+        *("evals.features", "evals.logits", "evals.occluded"),
         *("maskings.random", "objectives.base", "models", "ops"),
     ),
+    # Theorem 1 as code: importable without the rest.
+    "theory": ("theory",),
+    # ... but for the curves of the masks that training draws.
+    "theory.curves": ("maskings", "ops.patches", "theory"),
     "data.fields": (),
     "data.decoding": (),
     "data.transforms": (),
     "data.randaugment": (),
-    "data.sources": ("data.sources.base", "data.fields"),
+    "data.sources": ("data.sources.base", "data.sources.packaged", "data.fields"),
+    "data.sources.scenes": ("theory.grammar",),
+    "data.sources.hierarchy": (
+        *("data.sources.base", "data.sources.scenes", "data.fields"),
+        *("theory.grammar", "theory.trees"),
+    ),
     "data.geometry": ("data.randaugment", "data.sources.base", "data.transforms"),
     "data.examples": (
         *("data.examples.base", "data.decoding", "data.fields", "data.geometry"),
     ),
     "data.sets": ("data.sets.base", "data.sources"),
+    "data.sets.shifts": ("data.decoding", "data.sets.base", "data.sources"),
     # ObjectNet and the cue conflicts have the classes of ImageNet.
     "data.sets.objectnet": ("data.sets.base", "data.sets.imagenet", "data.sources"),
     "data.sets.conflicts": ("data.sets.base", "data.sets.imagenet", "data.sources"),
-    "data.input": ("data.examples", "data.geometry"),
+    "data.input": ("data.examples", "data.fields", "data.geometry"),
     "data.workers": ("data.fields", "data.input"),
     "data.pipeline": (
         *("data.decoding", "data.fields", "data.input", "data.sources.base"),
@@ -56,6 +69,10 @@ MAY_IMPORT = {
         *("data.decoding", "data.fields", "data.input", "data.pipeline", "data.sets"),
         "data.workers",
     ),
+    "data.trial": (
+        *("data.decoding", "data.fields", "data.input", "data.pipeline"),
+        "data.sources.base",
+    ),
     "data.prepare": ("data.sources",),
     # Beside, used by jobs: pytrees in, pytrees out.
     "state": (),
@@ -63,72 +80,163 @@ MAY_IMPORT = {
     "optim": ("objectives.base", "ops.lars", "sharding"),
     # Keeping a run: these know no config ...
     "run.checkpoint": (
-        "run.digests",
-        "run.interrupt",
-        "run.storage",
-        "sharding",
-        "state",
+        *("run.digests", "run.files", "run.hosts", "run.interrupt", "run.storage"),
+        *("sharding", "state"),
     ),
+    "run.buckets": (),
+    "run.lease": ("run.buckets",),
+    "run.files": ("run.buckets",),
+    "run.notes": ("run.files",),
+    "run.hosts": (),
+    "run.programs": (),
     "run.digests": ("sharding",),
-    "run.storage": ("run.digests",),
-    "run.parts": ("run.checkpoint", "run.digests", "run.storage"),
+    "run.storage": ("run.digests", "run.files", "run.hosts"),
+    "run.parts": ("run.checkpoint", "run.digests", "run.files", "run.storage"),
     "run.interrupt": (),
-    "run.log": (),
+    "run.log": ("run.events", "run.files", "run.wandb_run"),
+    "run.events": ("run.files",),
+    "run.spikes": (),
+    "run.wandb_run": ("run.files",),
+    "run.curves": ("evals.report", "run.files", "run.log"),
     "run.plugins": (),
-    "run.profiler": (),
+    "run.shipped": (),
+    "run.profiler": ("run.files", "run.hosts"),
     # The machinery of config trees, and the only module that knows all tables; below
     # it are built objects only.
     "schema": (),
-    "trees": ("run.plugins",),
+    "trees": ("run.files", "run.plugins", "run.shipped"),
     "config": (
         *("data", "evals", "maskings", "models", "objectives", "optim", "sharding"),
         *("tokenizers", "trees"),
-        *("run.checkpoint", "run.log", "run.plugins", "run.profiler"),
+        *("run.checkpoint", "run.log", "run.plugins", "run.profiler", "run.spikes"),
     ),
     # Leaves of config trees; used by configs/.
     "presets": ("config",),
     "plan": (
-        *("config", "data.input", "data.passes", "kernels.choice", "objectives.base"),
-        *("sharding", "state"),
+        *("config", "data.input", "data.passes", "data.trial", "kernels.choice"),
+        *("maskings.base", "objectives.base", "ops", "sharding", "state"),
     ),
     # ... and these do.
-    "run.commandline": ("config",),
-    "run.rundir": ("config",),
-    "run.warmstart": ("config", "ops", "run.parts", "sharding", "state"),
+    "run.commandline": ("config", "run.shipped", "trees"),
+    "run.rundir": (
+        *("config", "run.digests", "run.files", "run.hosts", "run.lease"),
+        "run.storage",
+    ),
+    "run.warmstart": (
+        *("config", "ops", "run.files", "run.hosts", "run.parts", "run.rundir"),
+        *("sharding", "state"),
+    ),
     "run.loading": (
         *("config", "data.passes", "evals.base", "evals.report", "objectives.base"),
-        *("plan", "run.parts", "run.rundir", "state"),
+        *("plan", "run.files", "run.parts", "run.rundir", "state"),
     ),
-    "run.pretrained": (
-        *("config", "data.transforms", "objectives.base", "plan"),
-        *("run.loading", "run.rundir"),
+    "interop": (
+        *("config", "interop", "ops", "maskings.base", "models.vit", "state"),
+        *("run.checkpoint", "run.digests", "run.files", "run.parts", "run.rundir"),
+        "run.storage",
     ),
-    "run.monitor": ("data.pipeline", "plan", "run.log", "sharding"),
-    "run.summary": ("plan", "sharding", "state"),
-    "run.report": (
-        *("config", "data.passes", "evals.base", "evals.report", "plan", "sharding"),
+    # Reading what others wrote knows nothing of us.
+    "interop.pickles": (),
+    "interop.reading": ("interop.pickles", "run.files"),
+    "interop.families": ("interop.names", "interop.reading"),
+    "interop.pretrained": (
+        *("config", "data.transforms", "interop", "maskings.random", "ops", "plan"),
+        *("objectives.base", "run.files", "run.loading", "run.rundir", "state"),
+    ),
+    "run.replaced": (
+        *("data.fields", "data.input", "data.pipeline"),
+        *("run.files", "run.hosts", "run.log"),
+    ),
+    "run.monitor": (
+        *("plan", "run.files", "run.hosts", "run.log", "run.replaced", "run.spikes"),
+        "sharding",
+    ),
+    "run.beginning": (
+        *("config", "plan", "run.checkpoint", "run.spikes", "run.warmstart"),
+        *("sharding", "state"),
+    ),
+    "run.summary": (
+        "config",
+        "objectives.base",
+        "plan",
+        "run.files",
+        "sharding",
         "state",
+    ),
+    "run.report": (
+        *("config", "data.fields", "data.passes", "evals.base", "evals.report"),
+        *("plan", "run.curves", "run.files", "run.hosts", "run.notes"),
+        *("sharding", "state"),
+    ),
+    "run.during": (
+        *("evals.base", "evals.report", "state"),
+        *("run.files", "run.hosts", "run.interrupt", "run.log", "run.monitor"),
+        *("run.report", "run.storage"),
     ),
     # Jobs, which do not know each other.
     "train": (
         *("config", "data.pipeline", "optim", "plan", "sharding", "state"),
-        *("run.checkpoint", "run.interrupt", "run.monitor", "run.profiler"),
-        *("run.report", "run.rundir", "run.summary", "run.warmstart"),
+        *("run.beginning", "run.checkpoint", "run.during", "run.files"),
+        "run.interrupt",
+        *("run.monitor", "run.profiler", "run.programs", "run.report"),
+        *("run.rundir", "run.spikes"),
+        *("run.notes", "run.summary", "run.wandb_run", "run.warmstart"),
     ),
     "evaluate": (
-        *("config", "evals.report", "sharding", "state"),
-        *("run.loading", "run.rundir"),
+        *("config", "evals.base", "evals.report", "sharding", "state"),
+        *("run.files", "run.loading", "run.notes", "run.rundir"),
     ),
-    "compare": ("config", "evals.base", "evals.report", "run.loading", "run.rundir"),
+    "weights": ("config", "interop", "run.checkpoint", "run.files"),
+    "compare": (
+        *("config", "evals.base", "evals.report"),
+        *("run.files", "run.loading", "run.log", "run.notes", "run.rundir"),
+    ),
+    # Studies: what is declared, then what is made of it. Their job runs others.
+    "studies.facts": (),
+    "studies.packing": (),
+    "studies.grid": ("studies.facts",),
+    "studies.runs": ("studies.grid",),
+    "studies.p1": ("studies.facts", "studies.grid", "studies.runs"),
+    "studies.p2": ("studies.facts", "studies.grid", "studies.runs"),
+    "studies.sizes": ("config", "evals.base", "presets", "studies.grid"),
+    "studies.cells": (
+        *("config", "data.sources.base", "data.sources.of_classes", "evals.base"),
+        *("evals.report", "run.files", "run.parts", "run.rundir"),
+        *("studies.grid", "studies.packing", "studies.sizes"),
+    ),
+    "studies.work": (
+        *("config", "evals.base", "train"),
+        *("run.files", "run.loading", "run.programs", "run.rundir"),
+        *("studies.cells", "studies.grid", "studies.sizes"),
+    ),
+    "studies.results": ("evals.base", "studies.cells", "studies.grid"),
+    "studies.page": (
+        *("evals.base", "evals.report", "run.files"),
+        *("studies.cells", "studies.grid", "studies.results"),
+    ),
+    "studies.claims": (
+        *("run.files", "studies.grid", "studies.page", "studies.results"),
+    ),
+    "studies.job": (
+        *("config", "evals.base", "run.files", "run.interrupt", "run.rundir"),
+        *("schema", "studies"),
+    ),
+    "__main__": ("main",),
     # Programs: `main` runs a job, `aot` compiles what job "train" would run.
     "main": (
-        *("compare", "config", "evaluate", "train", "sharding"),
-        *("run.checkpoint", "run.commandline", "run.interrupt", "run.log"),
-        "run.storage",
+        *("aot.doctor", "data.fields"),
+        *("compare", "config", "evaluate", "studies.job", "train", "sharding"),
+        *("run.checkpoint", "run.commandline", "run.files", "run.hosts"),
+        *("run.interrupt", "run.rundir", "run.storage", "run.warmstart"),
     ),
     "aot": (
         *("aot", "config", "data.sources.base", "plan", "sharding", "train"),
         *("run.commandline", "run.warmstart"),
+    ),
+    "aot.doctor": (
+        *("aot.devices", "aot.lines", "aot.step", "config", "data.pipeline", "plan"),
+        *("run.files", "run.hosts", "run.loading", "run.rundir", "run.storage"),
+        *("run.wandb_run", "run.warmstart", "sharding", "train"),
     ),
 }
 # Marks of fields and ConfigError: every module may import them.
@@ -140,13 +248,17 @@ ROOMS = {
     if kind.__module__.endswith(".base")
 }
 # What several plug-ins of a room share, besides its base.
-USED_BY_PLUG_INS = {"evals": {"features", "figures", "images", "logits", "report"}}
+USED_BY_PLUG_INS = {
+    "evals": {"features", "figures", "images", "logits", "occluded", "report"},
+    "objectives": {"t2"},
+    "data.sources": {"packaged", "scenes"},
+}
 # Another package's module: the only rooms that may import it.
 ONLY_IN = {
     "flax.linen": ("models",),
     "tensorflow": ("data.prepare",),
     "tensorflow_datasets": ("data",),
-    "torch": (),
+    "torch": ("interop.pickles",),
     "orbax": ("run.checkpoint", "run.storage"),
     # A value that travels unseen is in no signature and in no cache key.
     "contextvars": (),
@@ -310,6 +422,45 @@ def test_files_open_with_their_licence_and_check_their_shapes(path):
     assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
     # Annotations that are strings are not checked.
     assert "__future__.annotations" not in imports(path)
+
+
+# What waits for devices, which may wait for other hosts, or for these.
+WAITS = (
+    *("device_get", "block_until_ready", "process_allgather", "broadcast_one_to_all"),
+    *("sync_global_devices", "sync_global_processes", "result", "wait_until_finished"),
+    "check_leaves",
+)
+ALONE = {
+    "evals": "measures on one host",
+    "compare": "runs on one host",
+    "evaluate": "runs on one host",
+    "studies": "runs on one host",
+    "interop": "runs on one host",
+    "weights": "runs on one host",
+    "run.parts": "reads alone",
+    "run.pretrained": "runs on one host",
+    "run.interrupt": "waits for a thread whose own waits end",
+    "run.digests": "check_leaves is what waits; who calls it has the deadline",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_host_waits_without_a_deadline(name):
+    """`with deadline(...)`, also of `mim_jax.run.hosts`, is around each wait."""
+    if inside(name, ALONE):
+        return
+    ends: set[ast.AST] = set()
+    for node in ast.walk(parsed(MODULES[name])):
+        given = [ast.unparse(i.context_expr) for i in getattr(node, "items", ())]
+        if any(re.match(r"(hosts\.)?deadline\(", one) for one in given):
+            ends |= set(ast.walk(node))
+    for node in ast.walk(parsed(MODULES[name])):
+        if isinstance(node, ast.Call) and node not in ends:
+            function = ast.unparse(node.func).split(".")[-1]
+            assert function not in WAITS, (
+                f"mim_jax.{name}:{node.lineno}: {function} may wait for ever: want "
+                "`with deadline(WHAT):` of mim_jax.run.hosts around it"
+            )
 
 
 def test_importing_starts_no_backend_and_needs_no_tensorflow():

@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import pty
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ TAKE_ARGUMENTS = ("run", "watch", "fetch", "slurm", "gke_jobset", "local")
 HARD = [
     "--config=configs/mae.py:digits,masking=grid",
     "--config.data.image_size=(384,384)",
-    '--workdir=runs/it\'s a "run" $HOME $(hostname) `date` \\ $$',
+    '--workdir=bucket/it\'s a "run" $HOME $(hostname) `date` \\ $$',
     "--config.note=#1: {a: b} & | ; > < * ? ! ~ % @IMAGE@ \té✓\n second line",
     "--config.empty=",
     "",
@@ -65,7 +66,8 @@ if answers.exists():
 
 ENV = """
 source {launch}/env.sh
-PROJECT=project ZONE=zone NAME=mim BUCKET=bucket-of-mine POLL=0 CRASHES=3
+PROJECT=project ZONE=zone NAME=mim BUCKET=bucket-of-mine IMAGE=image POLL=0 CRASHES=3
+CHECK=
 """
 
 
@@ -194,6 +196,27 @@ def test_words_arrive_on_a_host_as_they_were_given(fakes):
     assert (fakes.home / "host" / "mim_jax" / "exit-code").read_text() == "75\n"
 
 
+def test_compiled_programs_are_kept_where_the_settings_say(fakes):
+    """A machine that takes the place of another need not compile again."""
+    python_of_a_host(fakes)
+    python = fakes.home / "host" / "mim_jax" / ".venv" / "bin" / "python"
+    told = fakes.home / "told"
+    python.write_text(f'#!/bin/bash\necho "$JAX_COMPILATION_CACHE_DIR" >"{told}"\n')
+    fakes.run("run", "--", "--config=x")
+    until(lambda: told.read_text() == "bucket/compiled\n")
+    fakes.calls()
+    fakes.run("gke_jobset", "--", "--config=x")
+    ((*_, text),) = fakes.calls()
+    (job,) = yaml.safe_load(text)["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    want = {"name": "JAX_COMPILATION_CACHE_DIR", "value": "bucket/compiled"}
+    assert container["env"] == [want]
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("COMPILED=\n")
+    fakes.run("run", "--", "--config=x")
+    until(lambda: told.read_text() == "\n")
+
+
 def test_a_run_that_is_there_is_left_alone(fakes):
     python_of_a_host(fakes)
     fakes.run("run", "--", "--config=configs/mae.py")
@@ -284,7 +307,7 @@ def test_words_arrive_in_a_pod_as_they_were_given(fakes):
     assert command == ["python", "-m", "mim_jax.main", "--distributed", *HARD]
     rule = job["podFailurePolicy"]["rules"][0]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    assert rule["onExitCodes"]["values"] == [1, 2, 3, 4]  # and not 75
+    assert rule["onExitCodes"]["values"] == [1, 2, 3, 4, 5]  # and not 75
 
 
 def test_no_manifest_without_a_directory_in_common(fakes):
@@ -302,6 +325,7 @@ def test_no_manifest_without_a_directory_in_common(fakes):
     "workdir, source",
     [
         ("bucket/runs/a b/", ["gs://bucket-of-mine/runs/a b", "runs/a b"]),
+        ("gs://other/runs/mae/", ["gs://other/runs/mae", "runs/mae"]),
         ("runs/mae", ["mim:mim_jax/runs/mae", "runs/"]),
         ("/data/mae", ["mim:/data/mae", "runs/"]),
     ],
@@ -388,20 +412,20 @@ def test_delete_deletes_what_is_there(fakes, there):
 # Watch
 
 
-def watch(fakes, looks, code, *, queue=("ACTIVE",), node=("READY",)):
+def watch(fakes, looks, code, *, queue=("ACTIVE",), node=("READY",), **env):
     """What was started, and said, while the hosts answered so."""
     hosts = [
         look if look[0] == "!" else ",".join(f"host {word}" for word in look.split())
         for look in looks
     ]
     fakes.answer(look=hosts, queue=queue, node=node)
-    done = fakes.run("watch", "--", "--workdir=runs/a b", code=code)
+    done = fakes.run("watch", "--", "--workdir=bucket/runs/a b", code=code, **env)
     verbs = {"create": "create", "delete": "delete", "scp": "set up"}
     started = []
     for call in fakes.calls():
         started += [verbs[word] for word in call[4:5] if word in verbs]
         if "tmux new-session" in call[-1]:
-            assert "--workdir=runs/a" in call[-1]
+            assert "--workdir=bucket/runs/a" in call[-1]
             started.append("run")
     return started, done.stderr
 
@@ -416,12 +440,16 @@ def test_watch_ends_with_the_run(fakes):
 
 @pytest.mark.parametrize(
     "code, others",
-    [(1, " 134"), (2, ""), (2, " running"), (3, " 0"), (4, " 75"), (4, " 137")],
+    [
+        *[(1, " 134"), (2, ""), (2, " running"), (3, " 0"), (4, " 75"), (4, " 137")],
+        *[(5, " 75"), (5, " 134")],
+    ],
 )
 def test_watch_stops_where_starting_again_would_not_help(fakes, code, others):
     started, error = watch(fakes, [f"{code}{others}"], code)
     assert started == ["set up", "run"]
     assert f"exit code {code}: " in error
+    assert "mim costs until launch/delete_vm.sh gives it back" in error
 
 
 @pytest.mark.parametrize("first", ["75 75", "75 134", "134 137", "lost running,lost 0"])
@@ -469,6 +497,137 @@ def test_watch_outlives_a_line_that_drops(fakes):
     assert started == AGAIN  # both leave alone what is there
 
 
+# What cannot mend itself
+
+
+@pytest.mark.parametrize("look, code", [("2 134", 2), ("0 0", 0), ("134 134", 1)])
+def test_watch_deletes_what_costs_for_nothing_if_it_is_told_to(fakes, look, code):
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("OVER=delete\n")
+    (fakes.home / "remote").write_text("error: config has no field 'lr'")
+    started, error = watch(fakes, [look], code)
+    assert started[-1] == "delete" and "mim is gone" in error
+    assert code == 0 or "error: config has no field 'lr'" in error
+
+
+def test_watch_deletes_no_run_directory(fakes):
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("OVER=delete ACCELERATOR=v5litepod-8\n")
+    fakes.answer(look=["host 0"], queue=["ACTIVE"], node=["READY"])
+    done = fakes.run("watch", "--", "--workdir=runs/a")
+    assert "fetch.sh first" in done.stderr
+    assert not fakes.asked("queued-resources", "delete")
+
+
+@pytest.mark.parametrize("answer, deleted", [("y", 1), ("n", 0), ("", 0), (None, 0)])
+def test_watch_asks_before_it_deletes(fakes, answer, deleted):
+    fakes.answer(look=["host 2"], queue=["ACTIVE"], node=["READY"])
+    words = [str(LAUNCH / "watch.sh"), "--", "--workdir=bucket/runs/a"]
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        words,
+        env=fakes.env | {"PATIENCE": "1"},
+        stdin=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if answer is not None:
+        os.write(terminal, f"{answer}\n".encode())
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 2 and "exit code 2: " in error
+    assert len(fakes.asked("queued-resources", "delete")) == deleted
+    os.close(terminal)
+    os.close(theirs)
+
+
+def test_watch_gives_up_where_no_request_can_be_made(fakes):
+    """A project that does not exist, say: that is no preemption."""
+    (fakes.home / "bin" / "gcloud").write_text("#!/bin/bash\nexit 1\n")
+    done = fakes.run("watch", "--", "--workdir=bucket/runs/a", code=1)
+    assert "failed 3 times in a row: giving up" in done.stderr
+
+
+# Before a TPU is asked for
+
+NOTHING_ASKED = "the command cannot work: nothing was asked for"
+
+
+@pytest.mark.parametrize(
+    "script, settings, name",
+    [
+        ("create_vm", "PROJECT=my-project", "PROJECT=my-project"),
+        ("watch", "PROJECT=my-project", "PROJECT=my-project"),
+        ("watch", "BUCKET=my-bucket", "BUCKET=my-bucket"),
+        (
+            "gke_jobset",
+            "IMAGE=x/my-project/a",
+            "IMAGE=x/my-project/a",
+        ),
+    ],
+)
+def test_placeholders_are_refused(fakes, script, settings, name):
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write(f"{settings}\n")
+    words = ["--", "--workdir=bucket/x"] if script in TAKE_ARGUMENTS else []
+    done = fakes.run(script, *words, code=2)
+    assert f"{name}" in done.stderr and "is a placeholder: edit" in done.stderr
+    assert fakes.calls() == []
+    assert "is a placeholder" in fakes.run(script, "--dry-run", *words).stdout
+
+
+def test_the_settings_as_they_come_are_refused(fakes):
+    done = fakes.run("watch", "--", "--workdir=bucket/x", code=2, LAUNCH_ENV="")
+    assert "PROJECT=my-project is a placeholder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "accelerator, devices", [("v5litepod-32", 32), ("v4-32", 16), ("v5p-8", 4)]
+)
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_watch_checks_the_command_first(fakes, code, accelerator, devices):
+    python = fakes.home / "bin" / "python"
+    shutil.copy(fakes.home / "bin" / "srun", python)
+    fakes.answer(python=[f"!{code}"])
+    fakes.env["PYTHON"] = str(python)
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write(f"CHECK=true ACCELERATOR={accelerator}\n")
+    fakes.answer(look=["host 0"], queue=["ACTIVE"], node=["READY"])
+    words = ["--config=configs/mae.py", "--workdir=bucket/a b"]
+    done = fakes.run("watch", "--", *words, code=2 if code else 0)
+    first, *others = fakes.calls()
+    assert first == ["python", "-m", "mim_jax.main", *words, f"--check={devices}"]
+    assert bool(others) == (code == 0)
+    assert (NOTHING_ASKED in done.stderr) == (code == 2)
+    assert ("could not be checked here" in done.stderr) == (code == 1)
+
+
+def test_a_misspelt_config_asks_for_no_machine(fakes):
+    """With the program itself."""
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("CHECK=true\n")
+    words = ["--config=configs/mae.py", "--workdir=bucket/a", "--config.optim.bas_lr=1"]
+    done = fakes.run("watch", "--", *words, code=2)
+    assert "error: config.optim has no field 'bas_lr'" in done.stderr
+    assert NOTHING_ASKED in done.stderr and fakes.calls() == []
+
+
+@pytest.mark.parametrize(
+    "words, settings, said",
+    [
+        (["--config=x"], "", "no --workdir among the arguments"),
+        (["--workdir=runs/x"], "", "want --workdir=bucket/runs/x"),
+        (["--workdir=bucket/x"], "BUCKET=", "BUCKET is empty"),
+    ],
+)
+def test_a_work_directory_that_hosts_do_not_share_is_refused(
+    fakes, words, settings, said
+):
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write(f"{settings}\n")
+    done = fakes.run("watch", "--", *words, code=2)
+    assert said in done.stderr and fakes.calls() == []
+
+
 # Processes on this machine
 
 
@@ -513,7 +672,7 @@ def test_the_exit_code_is_the_first_that_is_not_0(fakes, codes):
 
 def test_one_that_dies_takes_the_others_along(fakes):
     program = MINE + (
-        "print(os.getpid(), flush=True); time.sleep(0.3);"
+        "os.write(1, b'%d\\n' % os.getpid()); time.sleep(0.3);"
         "me and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
     )
     before = time.monotonic()

@@ -2,9 +2,9 @@
 """Notebooks run from top to bottom in a fresh kernel, and are kept without outputs."""
 
 import ast
-import os
 import pathlib
 
+import environments
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -27,12 +27,12 @@ def test_outputs_are_stripped(path):
         assert cell.outputs == [] and cell.execution_count is None, cell.source
 
 
+@pytest.mark.slow
+@pytest.mark.every_change
 def test_the_quickstart_learns_what_it_says(tmp_path):
     notebook = read(ROOT / "notebooks" / "quickstart.ipynb")
     # The kernel is a newcomer's: one device, no settings of these tests.
-    ours = ("XLA_FLAGS", "JAX_PLATFORMS", "MPLBACKEND")
-    environment = {k: v for k, v in os.environ.items() if k not in ours}
-    environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = environments.newcomer(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path))
     client = NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
     )

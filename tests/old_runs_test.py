@@ -17,6 +17,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from audit import only_reads
 
 import mim_jax
 from mim_jax import compare, evaluate, sharding
@@ -120,7 +121,9 @@ def test_every_leaf_is_restored_bit_for_bit(copy, name):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["mae", pytest.param("mocov3", marks=pytest.mark.slow), NAMES[2]]
+)
 def test_the_next_losses_are_those_of_the_old_program(copy, name):
     run, old = copy(name), read(name, "losses.json")
     config = configs.load(run / "config.json")
@@ -132,10 +135,11 @@ def test_the_next_losses_are_those_of_the_old_program(copy, name):
         command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "resumed from step 10" in done.stdout
+    assert "resumed from step 10" in done.stdout and "WARNING" not in done.stderr
     after = (run / "metrics.jsonl").read_text()
     assert after.startswith(before)
-    new = [json.loads(line) for line in after.removeprefix(before).splitlines()]
+    lines = after.removeprefix(before).splitlines()
+    new = [row for row in map(json.loads, lines) if "loss" in row]
     assert [line["step"] for line in new] == old["steps"]
     losses = [line["loss"] for line in new]
     assert losses == pytest.approx(old["losses"], rel=LOSSES[name], abs=0)
@@ -145,23 +149,23 @@ def test_the_next_losses_are_those_of_the_old_program(copy, name):
 def test_an_evaluation_gives_the_old_numbers(copy, tmp_path, name, evaluation):
     config = configs.read(str(ROOT / "configs" / f"{evaluation}.py"))
     config.run = str(copy(name))
-    evaluate.run(config, tmp_path / "out")
+    with only_reads(tmp_path / name, tmp_path / "out"):
+        evaluate.run(config, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     (run,) = results["runs"].values()
     assert_same_numbers(run["results"], read(name, "evaluations.json")[evaluation])
 
 
-@pytest.mark.parametrize(
-    "skip", [("cka", "tsne"), pytest.param(("tsne",), marks=pytest.mark.slow)], ids=str
-)
-def test_the_comparison_gives_the_old_numbers(copy, tmp_path, skip):
+@pytest.mark.slow
+def test_the_comparison_gives_the_old_numbers(copy, tmp_path):
     config = configs.read(str(ROOT / "configs" / "compare.py"))
     config.runs = (str(copy("mae")), str(copy("mocov3")))
-    config.skip = skip  # t-SNE is chaotic in the last digits of its input
-    compare.run(config, tmp_path / "out")
+    config.skip = ("tsne",)  # which is chaotic in the last digits of its input
+    with only_reads(tmp_path / "mae", tmp_path / "out"):
+        compare.run(config, tmp_path / "out")
     ours = json.loads((tmp_path / "out" / "results.json").read_text())
     theirs = read("compare.json")
-    assert ours.keys() == theirs.keys() - set(skip)
+    assert ours.keys() == theirs.keys() - {"tsne"}
     for evaluation, runs in ours.items():
         assert runs.keys() == theirs[evaluation].keys()
         for title, numbers in runs.items():
@@ -169,8 +173,10 @@ def test_the_comparison_gives_the_old_numbers(copy, tmp_path, skip):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_an_encoder_loads_from_an_old_run(copy, name):
-    encoder = mim_jax.load_encoder(copy(name))
+def test_an_encoder_loads_from_an_old_run(copy, tmp_path, name):
+    run = copy(name)
+    with only_reads(run, tmp_path / "out"):
+        encoder = mim_jax.load_encoder(run)
     assert (encoder.step, encoder.width, encoder.channels) == (10, 8, 1)
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     features = encoder.features(images)

@@ -4,18 +4,20 @@
 What it reads goes to $READS/<process>, a line per record of the training split.
 $UNREADABLE="process:step" makes that host unable to read that step's checkpoint,
 $UNDECODABLE="index,..." makes those records no images, $DRAWING=seconds makes the
-first host's report slow.
+first host's report slow, $SOON=seconds how long a host looks for what the first one
+writes. HOST in the arguments is the number of this host.
 """
 
 import os
 import pathlib
+import sys
 import time
 
 from absl import app
 
 from mim_jax import main, train
 from mim_jax.data.sources.digits import Digits
-from mim_jax.run import digests, storage
+from mim_jax.run import digests, rundir, storage
 from mim_jax.run.commandline import parse
 
 HOST = os.environ.get("JAX_PROCESS_ID", "0")
@@ -39,14 +41,16 @@ def restoring(folder, step, target):
     return restored(folder, step, target)
 
 
-def reporting(plan, state, workdir):
+def reporting(*given):
     if HOST == "0":
         time.sleep(float(os.environ.get("DRAWING", "0")))
-    report(plan, state, workdir)
+    report(*given)
 
 
 if __name__ == "__main__":
     Digits.__getitem__ = reading
     storage.read_tree = restoring
     train.report.measure = reporting
+    rundir._SOON = float(os.environ.get("SOON", "30"))
+    sys.argv = [word.replace("HOST", HOST) for word in sys.argv]
     app.run(main.main, flags_parser=parse)

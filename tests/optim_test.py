@@ -9,7 +9,8 @@ import pytest
 from tiny import leaves
 
 from mim_jax import state as states
-from mim_jax.optim import AdamW
+from mim_jax.optim import LARS, AdamW, Optimiser
+from mim_jax.sharding import path_name
 
 
 def tree() -> dict:
@@ -151,14 +152,114 @@ def test_frozen_parameters_keep_their_values(scan, frozen):
     assert all((after[p] != first[p]).all() for p in first.keys() - want)
 
 
+# What begins late.
+
+
+def released(start, grads, *, first, rates, decays, b1, b2, eps):
+    """AdamW as PyTorch runs it on a parameter whose gradient is None before the step
+    `first`: such a step is skipped whole, and the parameter's own count begins at its
+    first gradient. Float64."""
+    value, mean, square, count = np.asarray(start, np.float64), 0.0, 0.0, 0
+    for step, (grad, rate, decay) in enumerate(zip(grads, rates, decays, strict=True)):
+        if step >= first:
+            count += 1
+            value = value * (1 - rate * decay)
+            mean = b1 * mean + (1 - b1) * grad
+            square = b2 * square + (1 - b2) * grad**2
+            found = np.sqrt(square / (1 - b2**count)) + eps
+            value = value - rate * (mean / (1 - b1**count)) / found
+        yield value
+
+
+@pytest.mark.parametrize("first", [1, 4, 9])
+@pytest.mark.parametrize("final", [None, 0.9], ids=["constant", "cosine"])
+def test_a_late_parameter_begins_as_if_it_had_never_been_seen(first, final):
+    count, late = 9, "head/kernel"
+    rng = np.random.default_rng(3)
+    rates = np.linspace(0.05, 0.2, count)
+    part = 0.5 * (1 + np.cos(np.pi * np.arange(count) / count))
+    decays = np.full(count, 0.1) if final is None else 0.9 - 0.8 * part
+    settings = AdamW(
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.1,
+        final_weight_decay=final,
+        decay="all",
+        eps=1e-3,
+    )
+    tx = settings.build(
+        lambda step: jnp.asarray(rates, jnp.float32)[step], count, (), {late: first}
+    )
+    params = tree()
+    grads = {p: rng.normal(size=(count, *x.shape)) for p, x in leaves(params).items()}
+    grads[late][:first] = 0  # the loss gives no gradient before
+    steps = {
+        path: released(
+            leaf,
+            grads[path],
+            first=first if path == late else 0,
+            rates=rates,
+            decays=decays,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-3,
+        )
+        for path, leaf in leaves(params).items()
+    }
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(count):
+        given = jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.asarray(grads[path_name(path)][step], jnp.float32),  # noqa: B023
+            params,
+        )
+        updates, opt_state = update(given, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        for path, leaf in leaves(params).items():
+            want = next(steps[path])
+            np.testing.assert_allclose(leaf, want, rtol=2e-5, atol=2e-5, err_msg=path)
+
+
+def test_what_begins_late_has_the_state_of_what_does_not():
+    """So checkpoints that were written before parameters could begin late are read."""
+    settings = AdamW(final_weight_decay=0.4, clip=0.3)
+    plain = settings.build(lambda step: 0.1, 4).init(tree())
+    late = settings.build(lambda step: 0.1, 4, (), {"head/kernel": 2}).init(tree())
+    assert jax.tree.structure(plain) == jax.tree.structure(late)
+
+
+def test_lars_begins_late_unless_it_decays():
+    late = {"head/kernel": 2}
+    tx = LARS(trust=0.1).build(lambda step: 0.1, 4, (), late)
+    fresh = LARS(trust=0.1).build(lambda step: 0.1)
+    params, still = tree(), jax.tree.map(jnp.zeros_like, tree())
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, opt_state = tx.update(still, tx.init(params), params)
+    updates, _ = tx.update(grads, opt_state, params)
+    want, _ = fresh.update(grads, fresh.init(params), params)
+    for path, leaf in leaves(updates).items():
+        np.testing.assert_allclose(leaf, leaves(want)[path], rtol=1e-6, err_msg=path)
+    with pytest.raises(ValueError, match="optim.weight_decay=0.1: LARS .* head/kernel"):
+        LARS(weight_decay=0.1).build(lambda step: 0.1, 4, (), late)
+
+
+def test_an_optimiser_that_does_not_know_late_parameters_says_so():
+    class Other(AdamW):
+        late_steps = Optimiser.late_steps
+
+    with pytest.raises(
+        ValueError, match="head/kernel begin to learn .* Other .*=adamw"
+    ):
+        Other().build(lambda step: 0.1, 4, (), {"head/kernel": 2})
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(final_lr=-1.0), "final_lr=-1.0: want a number >= 0"),
-        (dict(final_weight_decay=-0.1), "final_weight_decay=-0.1: want a number >= 0"),
-        (dict(clip=0.0), "clip=0.0: want a number > 0, or none"),
-        (dict(clip=-1.0), "clip=-1.0: want a number > 0, or none"),
-        (dict(clip=float("nan")), "clip=nan: want a number > 0, or none"),
+        (dict(final_lr=-1.0), "final_lr=-1.0: want 0 <= final_lr"),
+        (dict(final_weight_decay=-0.1), "final_weight_decay=-0.1: want 0 <= final_w"),
+        (dict(clip=0.0), "clip=0.0: want 0 < clip"),
+        (dict(clip=-1.0), "clip=-1.0: want 0 < clip"),
+        (dict(clip=float("nan")), "clip=nan: want 0 < clip"),
     ],
 )
 def test_settings_out_of_range(fields, message):

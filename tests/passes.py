@@ -28,14 +28,22 @@ class Given:
     classes: tuple[str, ...] = ()
     sets: dict[str, GivenSet] = dataclasses.field(default_factory=dict)
 
-    def held_out(self):
+    def held_out(self, spread=False):
+        del spread  # batches come as they are given
         return contextlib.nullcontext(self.batches)
 
-    def train(self):
+    def train(self, spread=False):
+        del spread
         return contextlib.nullcontext(self.training)
 
     def evaluation_set(self, entry):
         return self.sets[entry]
+
+    def known(self, hidden):
+        return {}
+
+    def name_of(self, split, index):
+        return f"{split}/{index}"
 
     def train_examples(self, indices):
         whole = {

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import environments
 import pytest
 from absl.testing import flagsaver
 from tables import restored
@@ -52,6 +53,7 @@ class Top(Masking):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise(Source):
     images: int = 32
+    first: int = 0
     told: str = ""  # folder, in which each worker process leaves its number
 
     def __len__(self):
@@ -60,7 +62,7 @@ class Noise(Source):
     def __getitem__(self, index):
         if self.told and multiprocessing.parent_process() is not None:
             pathlib.Path(self.told, f"worker{os.getpid()}").touch()
-        rng = np.random.default_rng(index)
+        rng = np.random.default_rng(self.first + index)
         image = rng.integers(0, 256, (8, 8, 1), dtype=np.uint8)
         return {"image": image, "label": index % 2}
 
@@ -73,10 +75,10 @@ class Noise(Source):
         return 1
 
     def held_out(self):
-        return self
+        return dataclasses.replace(self, first=self.images)
 
     def fingerprint(self):
-        return {"name": "noise", "images": self.images}
+        return {"name": "noise", "images": self.images, "first": self.first}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def run(folder) -> pathlib.Path:
         "steps": 2,
         "batch_size": 8,
         "objective.encoder.depth": 1,
-        "data.workers": 2,
+        "data.workers": 1,
         "data.source.told": folder,
         "report.rows": 1,
         "report.neighbours": 1,
@@ -129,7 +131,7 @@ def run(folder) -> pathlib.Path:
     done = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""},
+        env=environments.small(PYTHONPATH=path),
         capture_output=True,
         text=True,
         timeout=600,
@@ -169,7 +171,7 @@ def test_a_run_trains_and_reports_with_plug_ins_from_outside(folder, run):
     assert "accuracy_model_k3" in json.loads(
         (run / "report" / "neighbours.json").read_text()
     )
-    assert len(list(folder.glob("worker*"))) >= 2  # which unpickled the source
+    assert len(list(folder.glob("worker*"))) >= 1  # which unpickled the source
 
 
 def resume(run, workdir):

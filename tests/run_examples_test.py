@@ -69,9 +69,11 @@ def test_an_example_gives_what_it_says(module, name, text):
     assert result.attempted and not result.failed, "".join(told)
 
 
-def test_readme_loads_an_encoder():
+def test_readme_loads_a_model():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (block,) = [text for text in blocks if "load_encoder" in text]
+    (block,) = [text for text in blocks if "mim_jax.load" in text]
     names = {}
     exec(block, names)
-    assert names["features"].shape == (2, names["encoder"].width)
+    assert names["features"].shape == (2, names["model"].width)
+    assert names["filled"].images.shape == names["images"].shape
+    assert len(names["looks"]) == 2

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process per directory, and one configuration."""
 
+import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
+import threading
+import time
+from concurrent import futures
 
+import jax
+import numpy as np
 import pytest
 
 from mim_jax import config as configs
-from mim_jax.run import rundir
+from mim_jax.run import digests, hosts, rundir, storage
+from mim_jax.run.files import DiskError
 
 
 def hold(workdir, held):
@@ -54,9 +63,109 @@ def test_only_the_first_of_several_processes_claims(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("workdir", ["gs://bucket/run", "gs:/bucket/run"])
-def test_buckets_and_files_are_no_directories(tmp_path, workdir):
-    with pytest.raises(configs.ConfigError, match="gcsfuse"):
+JOBS = {
+    "train": "a training run",
+    "eval": "an evaluation",
+    "compare": "a comparison",
+    "study": "a study",
+}
+
+
+@pytest.mark.parametrize("there", JOBS)
+@pytest.mark.parametrize("job", JOBS)
+def test_no_job_writes_where_another_job_wrote(tmp_path, there, job):
+    rundir.write_config(tmp_path, configs.experiment(there))
+    before = (tmp_path / "config.json").read_bytes()
+    if job == there:
+        with rundir.claim(tmp_path, job):
+            return
+    with pytest.raises(configs.ConfigError) as error:
+        with rundir.claim(tmp_path, job):
+            pass
+    assert f" holds {JOBS[there]}, and this job is {JOBS[job]}: " in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_run_that_lost_its_config_is_still_a_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(configs.ConfigError, match="holds a training run, and this job"):
+        with rundir.claim(tmp_path, "eval"):
+            pass
+    with rundir.claim(tmp_path, "train"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"name": "my web page"}',
+            "config.json is no config of mim_jax: want another",
+        ),
+        ("[]", "config.json is no config of mim_jax: want another"),
+        ('{"job": ["train"]}', " holds ['train'], and this job is "),
+        ("no JSON", "config.json is not JSON: "),
+    ],
+)
+@pytest.mark.parametrize("job", JOBS)
+def test_somebody_elses_config_is_not_overwritten(tmp_path, text, message, job):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(configs.ConfigError, match=re.escape(message)):
+        with rundir.claim(tmp_path, job):
+            pass
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_directory_that_moved_is_no_longer_ours(tmp_path):
+    workdir, away = tmp_path / "run", tmp_path / "away"
+    with rundir.claim(workdir, "train") as claim:
+        claim.check()
+        workdir.rename(away)
+        with pytest.raises(DiskError, match="is no longer there: it was moved or del"):
+            claim.check()
+        assert not workdir.exists()
+        workdir.mkdir()
+        (workdir / "lock").write_text("elsewhere pid 1\n")  # another run took the place
+        with pytest.raises(DiskError, match="belongs to elsewhere pid 1: it was moved"):
+            claim.check()
+        shutil.rmtree(workdir)
+        away.rename(workdir)
+        claim.check()
+
+
+def test_a_lock_that_is_another_file_too_is_not_written(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    (tmp_path / "run").mkdir()
+    os.link(theirs, tmp_path / "run" / "lock")
+    with pytest.raises(configs.ConfigError, match="lock is another file, too"):
+        with rundir.claim(tmp_path / "run", "train"):
+            pass
+    assert theirs.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a*", "a?", "[a]", "a\udcff"])
+def test_names_that_checkpoints_cannot_have_are_refused(tmp_path, name):
+    for workdir in (tmp_path / name, tmp_path / name / "below"):
+        with pytest.raises(
+            configs.ConfigError, match="library that writes checkpoints"
+        ):
+            with rundir.claim(workdir, "train"):
+                pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "　", "a%20b#", "{a}$1$", "'\"", "a\n"])
+def test_other_names_are_fine(tmp_path, name):
+    save(tmp_path / name, 4, config=plain(changed()))
+    with rundir.claim(tmp_path / name, "train"):
+        assert rundir.read_config(tmp_path / name, "run").seed == 0
+
+
+@pytest.mark.parametrize("workdir", ["gs:/bucket/run", "s3:/bucket/run"])
+def test_urls_without_a_slash_and_files_are_no_directories(tmp_path, workdir):
+    with pytest.raises(configs.ConfigError, match="want a directory, or gs://BUCKET/"):
         with rundir.claim(rundir.pathlib.Path(workdir)):
             pass
     (tmp_path / "file").write_text("")
@@ -110,7 +219,128 @@ def test_free_leaves_do_not_count(tmp_path, name):
     assert rundir.check_config(tmp_path, changed(**{name: FREE[name]})) == []
 
 
+def save(workdir, step, **extra):
+    """A checkpoint with nothing but the record beside its arrays."""
+    about = workdir / "checkpoints" / str(step) / "about"
+    about.mkdir(parents=True)
+    record = digests.seal({"step": step, "extra": extra, "leaves": {}})
+    (about / "metadata").write_text(json.dumps(record))
+
+
+def plain(tree):
+    return json.loads(configs.dumps(tree))
+
+
+def test_a_lost_config_comes_back_from_the_newest_whole_checkpoint(tmp_path):
+    save(tmp_path, 2, config=plain(changed(seed=1)))
+    save(tmp_path, 4, config=plain(changed(seed=2)))
+    save(tmp_path, 10, config=plain(changed(seed=3)))
+    (tmp_path / "checkpoints" / "10" / "about" / "metadata").write_text("{}")
+    assert rundir.check_config(tmp_path, changed(seed=2)) == []
+    with pytest.raises(configs.ConfigError, match="config.seed: 2 -> 1"):
+        rundir.check_config(tmp_path, changed(seed=1))
+    assert rundir.read_config(tmp_path, "run='x'").seed == 2
+    # What lies there counts, if something does: a run may have been changed.
+    rundir.write_config(tmp_path, changed(seed=5))
+    assert rundir.check_config(tmp_path, changed(seed=5)) == []
+
+
+def test_a_config_that_is_lost_for_good_is_told(tmp_path):
+    save(tmp_path, 4, data={})  # by an older version
+    for read in (
+        lambda: rundir.check_config(tmp_path, changed()),
+        lambda: rundir.read_config(tmp_path, "run='x'"),
+    ):
+        with pytest.raises(configs.ConfigError) as error:
+            read()
+        assert "config.json is missing, and the checkpoint of step 4" in str(
+            error.value
+        )
+        assert "want that file put back" in str(error.value)
+
+
+@pytest.mark.parametrize("leaves", [7, {"a": 7}, {"a": ["f", 3, 4]}, {"a": []}])
+def test_a_seal_around_something_else_is_damage(tmp_path, leaves):
+    save(tmp_path, 4)
+    path = tmp_path / "checkpoints" / "4" / "about" / "metadata"
+    record = {"step": 4, "extra": {}, "leaves": leaves}
+    path.write_text(json.dumps(digests.seal(record)))
+    with pytest.raises(digests.DamageError):
+        storage.read_record(tmp_path / "checkpoints", 4)
+
+
 def test_an_unreadable_config_is_told(tmp_path):
     (tmp_path / "config.json").write_text("")
     with pytest.raises(configs.ConfigError, match="config.json is not JSON"):
         rundir.check_config(tmp_path, changed())
+
+
+# Several hosts.
+
+
+def on_hosts(monkeypatch, count, work):
+    """What `work(host)` returned or raised on each of so many hosts: threads here."""
+    host, meet = threading.local(), threading.Barrier(count, timeout=20)
+    told: list = [None] * count
+
+    def gathered(row, what):
+        told[host.number] = np.asarray(row)
+        meet.wait()
+        found = np.stack(told)
+        meet.wait()
+        return found
+
+    def one(number):
+        host.number = number
+        try:
+            return work(number)
+        except Exception as error:
+            return error
+
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: host.number)
+    monkeypatch.setattr(hosts, "_gathered", gathered)
+    with futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_hosts_that_share_a_directory_go_on(tmp_path, monkeypatch):
+    (tmp_path / "hosts-7.token").write_text("of a start that was killed")
+    assert (
+        on_hosts(monkeypatch, 3, lambda _: rundir.check_shared(tmp_path)) == [None] * 3
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hosts_with_directories_of_their_own_are_refused_on_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "_SOON", 0.1)
+    places = [tmp_path / name for name in ("shared", "shared", "bär")]
+    places[0].mkdir()
+    places[2].mkdir()
+    work = lambda number: rundir.check_shared(places[number])  # noqa: E731
+    errors = on_hosts(monkeypatch, 3, work)
+    assert [type(error) for error in errors] == [rundir.NotSharedError] * 3
+    name = socket.gethostname()
+    for error in errors:
+        assert str(error).startswith(
+            f"--workdir: host 0 writes to {name}:{places[0]}, and host 2 does not see "
+            f"that in {name}:{places[2]}: want one directory"
+        )
+    assert list(tmp_path.rglob("*.token")) == []
+
+
+def test_no_host_waits_for_ever(monkeypatch, capfd):
+    left = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", left.append)
+    with hosts.deadline("step 7", seconds=60):
+        pass
+    with hosts.deadline("step 8", seconds=0.05):
+        time.sleep(0.5)
+    assert left == [hosts.EXIT_LOST]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: host 0 of 2 waited 0.05 s for step 8: ")
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with hosts.deadline("nobody", seconds=0.01):  # alone there is nobody to wait for
+        time.sleep(0.1)
+    assert left == [hosts.EXIT_LOST]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,9 @@ from tables import restored
 
 from mim_jax import config, schema
 from mim_jax.config import ConfigError
+from mim_jax.data.sources.base import Source
+from mim_jax.evals.base import Eval
+from mim_jax.evals.report import Report
 from mim_jax.maskings.base import Masking
 from mim_jax.maskings.grid import GridMasking
 from mim_jax.maskings.random import Random
@@ -84,6 +88,11 @@ def test_marks_decide_what_a_config_states(tables):
     assert config.difference(tree, other) == ["config.objective.masking.width: 3 -> 4"]
 
 
+def test_constants_that_the_base_declares_need_no_annotation(tables):
+    config.register("constants", Constants)
+    assert config.KINDS[Eval][1]["constants"] is Constants
+
+
 def test_a_shared_field_needs_a_job_that_has_it(tables):
     @frozen
     class Alone(Visible):
@@ -134,6 +143,94 @@ class Half(Masking):
 @frozen
 class Neither(Masking):
     every: int = 2
+
+
+@frozen
+class Bare(Visible):
+    every = 2
+
+
+class Whites(Source):
+    """The methods of a source, for a class below."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"image": np.full((4, 4, 1), 255, np.uint8), "label": -1}
+
+    @property
+    def classes(self):
+        return ()
+
+    @property
+    def channels(self):
+        return 1
+
+    def held_out(self):
+        return self
+
+    def fingerprint(self):
+        return {}
+
+
+@frozen
+class BareSource(Whites):
+    sides = [1, 2]
+
+
+class Nothing(Eval):
+    """The methods of an evaluation, for classes below."""
+
+    description = "Nothing."
+    headlines = ()
+
+    def check_objective(self, objective):
+        pass
+
+    def measure(self, run, data):
+        return Report(numbers={})
+
+    def draw(self, found):
+        return {}
+
+
+@frozen
+class BareEval(Nothing):
+    shown = 8
+
+
+@frozen
+class Constants(Eval):
+    """Class attributes that `Eval` declares need no annotation again."""
+
+    description = "Nothing."
+    headlines = ()
+    check_objective, measure, draw = (
+        Nothing.check_objective,
+        Nothing.measure,
+        Nothing.draw,
+    )
+
+
+@frozen
+class BareNetwork(Visible):
+    encoder = Encoder(width=8)
+
+
+@frozen
+class Overrides(Visible):
+    ratio: float = 0.5
+
+
+@frozen
+class Overriding(Overrides):
+    ratio = 0.75
+
+
+@frozen
+class Text(Visible):
+    reads = "image"  # pyright: ignore
 
 
 @frozen
@@ -211,6 +308,20 @@ REFUSED = [
         "mim_jax.maskings.base.Masking describes it",
     ),
     (Neither, " lacks __call__, visible_count: want a method"),
+    (
+        Bare,
+        ".every = 2 has no annotation, so it is no field: want every: int = 2, or "
+        "ClassVar[int] for a constant",
+    ),
+    (BareSource, ".sides = [1, 2] has no annotation, so it is no field: want sides: "),
+    (BareEval, ".shown = 8 has no annotation, so it is no field: want shown: int = 8"),
+    (BareNetwork, ".encoder = Encoder("),
+    (
+        Overriding,
+        ".ratio has no annotation, so the field keeps the default of its base class: "
+        "want ratio: TYPE = DEFAULT",
+    ),
+    (Text, ".reads = 'image': want ('image',), a tuple"),
     (Factory, ".sides has a default_factory, whose result no config can state: want"),
     (NoDefault, ".every has no default: want one, every: int = DEFAULT"),
     (Quoted, ".every is annotated by the string 'int': want the type itself"),
@@ -263,7 +374,7 @@ def test_the_class_of_a_group_is_checked_too(tables):
         (Literal["a", 1], "typing.Literal['a', 1]"),
         (Literal[None], "typing.Literal[None]"),
         (complex, "complex"),
-        (Objective | None, "Objective"),
+        (Objective | int, str(Objective | int)),
         (abs, "<built-in function abs>"),
     ],
 )

@@ -5,7 +5,6 @@ import json
 import pathlib
 import shutil
 
-import fast
 import jax
 import numpy as np
 import pytest
@@ -17,12 +16,6 @@ from mim_jax.evals.base import Eval
 from mim_jax.plan import Plan
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 def trained(argument, folder, steps=3, **leaves):
@@ -97,6 +90,7 @@ def test_robustness_of_a_run_again(digits, tmp_path):
 
 def test_a_run_may_end_with_its_shape_bias(cues):
     assert {path.name for path in (cues / "report").iterdir()} == {
+        "curves.png",
         "shape_bias.json",
         "shape_bias.npz",
         "shape_bias.png",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from passes import Given, GivenSet
 from small_run import CLASSES, batches
-from tiny import FAST, tree_of
+from tiny import tree_of
 
 from mim_jax import config
 from mim_jax.evals import EVALS
@@ -24,10 +24,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "linear": dict(rates=(1.0, 10.0), epochs=5, batch_size=16),
     "ridge": dict(shots=(1, 3), draws=2),
     "cka": dict(ratios=(0.5,), images=20, occlusion="model"),
+    "occlusion": dict(ratios=(0.5,), images=20, draws=1, training_images=20),
     "attention": dict(rows=2, images=20),
     "tsne": dict(classes=3, images=8, perplexity=5.0),
     "robustness": dict(mistakes=2),
     "shape_bias": dict(examples=2),
+    "latents": dict(fields=("label",), images=20, held_out=20, masks=8),
 }
 
 
@@ -46,7 +48,7 @@ def run_of(name: str) -> Run:
     """A tiny run of an objective; its parameters are drawn, not trained."""
     objective = objective_of(name)
     batch = {"image": jnp.asarray(batches(1, 1, side=SIDE)[0]["image"])}
-    init = jax.jit(lambda key: objective.init(key, batch), compiler_options=FAST)
+    init = jax.jit(lambda key: objective.init(key, batch))
     (params, stats), (initial, _) = (init(jax.random.key(seed)) for seed in (0, 1))
     return Run(
         objective=objective,

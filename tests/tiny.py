@@ -19,8 +19,6 @@ from mim_jax.sharding import path_name
 ROWS = 16
 STEPS = 40
 SPREAD = dict(mesh__data=4, mesh__fsdp=2, scan=True, remat="full")
-# These programs run for milliseconds: compiling them well does not pay.
-FAST = {"xla_backend_optimization_level": 0}
 _ENCODER = dict(patch=2, width=16, depth=2, heads=2)
 _DECODER = dict(width=16, depth=1, heads=2)
 _HEAD = dict(hidden=32, out=16)
@@ -150,7 +148,7 @@ def spread_plan(name: str) -> Plan:
 @functools.cache
 def step_of(plan: Plan):
     """The plan's training step, compiled; it donates the state."""
-    return train.lowered(plan).compile(compiler_options=FAST)
+    return train.lowered(plan).compile()
 
 
 @functools.cache
@@ -174,7 +172,7 @@ def place(name: str, plan: Plan, state=None):
     key = states.run_key(plan.settings.seed)
     state = dataclasses.replace(state or first_state(name), key=key)
     if plan.settings.scan:
-        state = jax.jit(states.stack_blocks, compiler_options=FAST)(state)
+        state = jax.jit(states.stack_blocks)(state)
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
     return jax.tree.map(
         lambda leaf, where: jax.device_put(leaf, where, may_alias=False), state, placed

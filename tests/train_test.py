@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from mim_jax import config, optim, sharding, train
+from mim_jax import config, sharding, train
 from mim_jax import state as states
 from mim_jax.aot import hlo
 from mim_jax.evals.base import Eval
@@ -463,7 +463,7 @@ def test_an_epoch_can_have_more_images_than_the_source():
     plan = plan_of(steps=None, epochs=2.5, epoch_images=3000)
     assert plan.total == 469  # ceil(2.5 * 3000 / 16)
     assert plan.epoch_images == 3000 and plan_of().epoch_images == 1442
-    with pytest.raises(config.ConfigError, match="epoch_images=0: want at least 1"):
+    with pytest.raises(config.ConfigError, match="epoch_images=0: want 1 <= epo"):
         plan_of(steps=None, epoch_images=0)
 
 
@@ -578,12 +578,12 @@ def test_adamw_is_its_paper():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(base_lr=float("inf")), "base_lr=inf: want a number > 0"),
-        (dict(b1=1.0), "b1=1.0, b2=0.95, eps=1e-08: want 0 <= b1, b2 < 1 and eps > 0"),
-        (dict(eps=0.0), "b1=0.9, b2=0.95, eps=0.0: want 0 <= b1, b2 < 1 and eps > 0"),
+        (dict(base_lr=float("inf")), "base_lr=inf: want 0 < base_lr <= 1e+38"),
+        (dict(b1=1.0), "b1=1.0: want 0 <= b1 < 1"),
+        (dict(eps=0.0), "eps=0.0: want 1e-30 <= eps <= 1"),
         (
             dict(warmup_epochs=-1.0),
-            "warmup_epochs=-1.0: want a number >= 0",
+            "warmup_epochs=-1.0: want 0 <= warmup_epochs <= 1000000",
         ),
     ],
 )
@@ -627,12 +627,6 @@ def test_stacking_is_undone_by_unstacking():
     again = states.unstack_blocks(states.stack_blocks(state))
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert bits(again) == bits(state)
-
-
-def test_all_finite_sees_every_leaf():
-    for bad in (np.nan, np.inf, -np.inf):
-        assert not optim.all_finite({"a": jnp.ones(3), "b": jnp.asarray([0.0, bad])})
-    assert optim.all_finite({"a": jnp.ones(3), "b": [jnp.zeros(())]})
 
 
 # Learning.

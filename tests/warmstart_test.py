@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAST, TINY, leaves, tree_of
+from tiny import TINY, leaves, tree_of
 
 from mim_jax import config, evaluate
 from mim_jax import state as states
@@ -27,7 +27,7 @@ def first_state(plan: Plan):
     like = plan.abstract_state()
     placed = jax.tree.map(lambda leaf: leaf.sharding, like)
     create = jax.jit(plan.create, out_shardings=placed)
-    return create.lower().compile(compiler_options=FAST)(), like
+    return create.lower().compile()(), like
 
 
 def save(name: str, workdir, **changes) -> None:

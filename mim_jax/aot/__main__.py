@@ -25,7 +25,6 @@ if __name__ == "__main__":
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened: none is locked
 
-import json
 import pathlib
 from typing import Any
 
@@ -36,7 +35,9 @@ from mim_jax.aot.devices import CHIPS
 from mim_jax.aot.lines import after_compiling, before_compiling, cost_lines, tried_line
 from mim_jax.aot.search import search
 from mim_jax.aot.step import compile_step, estimate, facts, plan_for, verdict
-from mim_jax.run.commandline import CONFIG, EXIT_CONFIG, leave, parse
+from mim_jax.run.commandline import CONFIG, EXIT_CONFIG, given, leave, parse
+from mim_jax.run.warmstart import check_given
+from mim_jax.schema import to_json
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     del argv  # `parse` left nothing in it
     config, topology = CONFIG.value, _TOPOLOGY.value
     try:
+        check_given(config, given())
         plan, source = plan_for(config, topology)
     except configs.ConfigError as error:
         leave(f"error: {error}", EXIT_CONFIG)
@@ -84,7 +86,7 @@ def _write(found: dict[str, Any]) -> None:
     if not _OUT.value:
         return
     try:
-        pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=2) + "\n")
+        pathlib.Path(_OUT.value).write_text(to_json(found, indent=2) + "\n")
     except OSError as error:
         leave(f"error: out={_OUT.value}: {error.strerror}", EXIT_CONFIG)
 

@@ -21,7 +21,7 @@ from mim_jax.aot.devices import (
 )
 from mim_jax.data.sources.base import Source
 from mim_jax.plan import Plan, for_devices
-from mim_jax.run.warmstart import adopt
+from mim_jax.run.warmstart import adopt, counted
 from mim_jax.train import lowered
 
 
@@ -50,7 +50,7 @@ def plan_on(config: configs.Tree, devices: list) -> tuple[Plan, str]:
     config = adopt(config)
     wanted = config.data.source.name
     try:
-        return Plan.of(config, devices), wanted
+        return Plan.of(counted(config), devices), wanted
     except configs.ConfigError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -97,22 +97,27 @@ def compile_step(plan: Plan) -> tuple[dict[str, Any], str]:
     started, text = time.monotonic(), ""
     try:
         compiled = traced.compile(compiler_options(plan.mesh))
-        memory: Any = compiled.memory_analysis()
+        found = sizes(compiled)
     except jax.errors.JaxRuntimeError as error:
         peak, _ = over_memory(error)
         found = {"compiles": False, "peak_bytes": peak}
     else:
         text = compiled.as_text() or ""
-        found = {
-            "compiles": True,
-            "peak_bytes": memory.peak_memory_in_bytes,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "output_bytes": memory.output_size_in_bytes,
-            "alias_bytes": memory.alias_size_in_bytes,
-            "temp_bytes": memory.temp_size_in_bytes,
-        }
     seconds = time.monotonic() - started
     return found | {"compile_seconds": seconds, "note": note}, text
+
+
+def sizes(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """What a compiled step says of its memory: values of `compile_step`."""
+    memory: Any = compiled.memory_analysis()
+    return {
+        "compiles": True,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+    }
 
 
 def _lowered_without_devices(plan: Plan) -> tuple[jax.stages.Lowered, str]:

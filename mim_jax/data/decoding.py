@@ -7,12 +7,13 @@ a JPEG, but Pillow stores four bytes for a pixel of three and copies them twice.
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # EXIF orientation: what turns the stored pixels upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -26,12 +27,14 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 _MARKS = b"Exif\0", b"http://ns.adobe.com/xap"  # of segments that give an orientation
+# Pillow warns of images that `decode` refuses, once in every process.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Colour spaces of a JPEG that simplejpeg converts to so many channels.
 _DIRECT = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}
 
 
 class Undecodable(ValueError):
-    """The bytes of a record are not a sound image."""
+    """A record cannot be read, or its bytes are not a sound image."""
 
 
 def decode(
@@ -44,7 +47,9 @@ def decode(
     EXIF orientation is applied. Grey is replicated to colour, colour becomes luma
     (ITU-R 601) when one channel is asked for, CMYK becomes RGB, and transparent pixels
     are laid over white. 16-bit grey is divided by 257; Pillow keeps the high byte of
-    16-bit colour. An animation gives its first frame.
+    16-bit colour. An animation gives its first frame. A file whose header announces
+    more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million) is not decoded: a few
+    kilobytes can unpack to gigabytes.
 
     Args:
         image: the bytes of a file, or uint8 pixels: rows, columns, channels.
@@ -54,7 +59,7 @@ def decode(
             size, rounded up, which is faster: its blocks of 8 x 8 pixels become
             smaller ones.
     Raises:
-        Undecodable: the bytes are not a sound image.
+        Undecodable: the bytes are not a sound image, or one of too many pixels.
         ValueError: the pixels cannot be brought to that many channels.
 
     Example:
@@ -70,10 +75,23 @@ def decode(
         return pixels
     try:
         picture = Image.open(io.BytesIO(image))
+        if math.prod(picture.size) > _most_pixels():
+            raise Undecodable(
+                f"{picture.size[0]} x {picture.size[1]} pixels: want at most "
+                f"{_most_pixels()} in all"
+            )
         picture.load()
+        return _UPRIGHT[_orientation(picture)](_pixels(picture, channels))
+    except Undecodable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Undecodable("no image of a known format") from error
     except Exception as error:  # of any type: Pillow's parsers let all through
         raise Undecodable(f"{type(error).__name__}: {error}") from error
-    return _UPRIGHT[_orientation(picture)](_pixels(picture, channels))
+
+
+def _most_pixels() -> int | float:
+    return Image.MAX_IMAGE_PIXELS or math.inf
 
 
 def _decode_jpeg(
@@ -85,8 +103,7 @@ def _decode_jpeg(
     except ValueError:
         return None
     shape = int(height), int(width)
-    most = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow warns of larger images
-    if colours not in _DIRECT[channels] or math.prod(shape) > most:
+    if colours not in _DIRECT[channels] or math.prod(shape) > _most_pixels():
         return None
     orientation, head = 1, _head(image)
     if any(mark in head for mark in _MARKS):
@@ -132,6 +149,8 @@ def _pixels(picture: Image.Image, channels: int) -> np.ndarray:
         grey = np.asarray(picture).astype(np.float64) / 257
         picture = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
     elif picture.has_transparency_data:
+        if picture.mode == "La":  # Pillow converts it to nothing else
+            picture = picture.convert("LA")
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)

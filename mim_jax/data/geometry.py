@@ -2,6 +2,7 @@
 """Sizes and crops: what turns a stored image into the images of an example."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from mim_jax.data import transforms
 from mim_jax.data.randaugment import RandAugment
 from mim_jax.data.sources.base import Source
 from mim_jax.data.transforms import View
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,38 +22,28 @@ class Geometry:
     """
 
     source: Source
-    image_size: tuple[int, int] = (224, 224)  # rows, columns
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    # Rows and columns.
+    image_size: tuple[int, int] = within((224, 224), least=1, most=2**14)
+    # Shares of the image's area, and widths divided by heights.
+    crop_scale: tuple[float, float] = within((0.2, 1.0), above=0, most=1)
+    crop_ratio: tuple[float, float] = within((0.75, 4 / 3), least=1e-3, most=1e3)
     crop_retry: bool = True  # False: one draw, cut to the image, as in BYOL
-    crops: int = 1  # of an image: 1, or 2 for methods that compare two
-    local_crops: int = 0  # further, smaller crops of an image
-    local_size: tuple[int, int] = (96, 96)
-    local_scale: tuple[float, float] = (0.05, 0.25)
+    crops: Literal[1, 2] = 1  # of an image: 1, or 2 for methods that compare two
+    # Further, smaller crops of an image.
+    local_crops: int = within(0, least=0, most=1000)
+    local_size: tuple[int, int] = within((96, 96), least=1, most=2**14)
+    local_scale: tuple[float, float] = within((0.05, 0.25), above=0, most=1)
     flip: bool = True  # mirror one image of two left to right
     randaugment: RandAugment = RandAugment()  # of every crop, after the flip
-    eval_crop_fraction: float = 0.875  # 224 of 256
+    eval_crop_fraction: float = within(0.875, least=0.01, most=1)  # 224 of 256
 
     def __post_init__(self):
-        for name in ("image_size", "local_size"):
-            size = getattr(self, name)
-            if len(size) != 2 or min(size) < 1:
-                raise ValueError(f"{name}={size}: want (rows, columns) >= 1")
-        if self.crops not in (1, 2) or self.local_crops < 0:
-            raise ValueError(
-                f"crops={self.crops}, local_crops={self.local_crops}: want 1 or 2 "
-                "crops and at least 0 local ones"
-            )
+        check_ranges(self)
         self.randaugment.check_channels(self.source.channels)
-        tops = {"crop_scale": 1.0, "local_scale": 1.0, "crop_ratio": float("inf")}
-        for name, top in tops.items():
-            pair = getattr(self, name)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
-                raise ValueError(f"{name}={pair}: want 0 < least <= greatest <= {top}")
-        if not 0 < self.eval_crop_fraction <= 1:
-            raise ValueError(
-                f"eval_crop_fraction={self.eval_crop_fraction}: want 0 < it <= 1"
-            )
+        for name in ("crop_scale", "crop_ratio", "local_scale"):
+            least, greatest = getattr(self, name)
+            if least > greatest:
+                raise ValueError(f"{name}={(least, greatest)}: want least <= greatest")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

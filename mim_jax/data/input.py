@@ -2,14 +2,16 @@
 """Everything that config.data sets: a source, its examples and how they are read."""
 
 import dataclasses
+import os
 from collections.abc import Iterable
 
 import numpy as np
 
 from mim_jax.data.examples import Crops, Examples
 from mim_jax.data.examples.base import RESERVED, common_fields
+from mim_jax.data.fields import check_declared
 from mim_jax.data.geometry import Geometry
-from mim_jax.schema import free
+from mim_jax.schema import check_ranges, free, returned, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,20 +29,25 @@ class Input(Geometry):
     """
 
     examples: Examples = Crops()  # turns a record into a training example
-    workers: int = free(8)  # processes that read; 0: threads of this process
-    threads: int = free(4)  # that read one batch together, in each process
-    prefetch: int = free(2)  # batches held ready, per process
-    max_replaced: float = 0.01  # largest share of undecodable images; above, stop
+    # Processes that read, at most one for each core; 0: threads of this process. None:
+    # one for each core but two, at most 8.
+    workers: int | None = free(within(None, least=0, most=1024))
+    # That read one batch together, in each process.
+    threads: int = free(within(4, least=1, most=1024))
+    # Batches held ready, per process.
+    prefetch: int = free(within(2, least=1, most=1024))
+    # Largest share of unreadable images; above it, stop.
+    max_replaced: float = free(within(0.01, least=0, most=1))
 
     def __post_init__(self):
+        check_ranges(self)
+        channels = self.source.channels
+        if not isinstance(channels, int | np.integer) or channels < 1:
+            raise ValueError(
+                f"{type(self.source).__name__}.channels is {returned(channels)}: want "
+                "an int of at least 1"
+            )
         super().__post_init__()
-        for name, least in (("workers", 0), ("threads", 1), ("prefetch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: want {name} >= {least}"
-                )
-        if not 0 <= self.max_replaced <= 1:
-            raise ValueError(f"max_replaced={self.max_replaced}: want 0 <= it <= 1")
         self._check_fields()
 
     def _check_fields(self) -> None:
@@ -48,6 +55,7 @@ class Input(Geometry):
         author = type(self.examples).__name__
         for method in ("fields", "eval_fields"):
             fields = getattr(self.examples, method)(self)
+            check_declared(fields, f"{author}.{method}")
             if taken := fields.keys() & set(RESERVED):
                 raise ValueError(
                     f"{author}.{method} declares {sorted(taken)}, names that every "
@@ -61,6 +69,17 @@ class Input(Geometry):
                         f"{author}.{method} declares {got} as {name!r}; want {want} "
                         f"(fill {want.fill}), which the trainer and evaluations read"
                     )
+
+    @property
+    def processes(self) -> int:
+        """How many processes read on this machine; 0: threads of this process."""
+        if hasattr(os, "sched_getaffinity"):  # those that this process may use
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
+        if self.workers is None:
+            return max(0, min(cores - 2, 8))
+        return min(self.workers, cores)
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:

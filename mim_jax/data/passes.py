@@ -4,14 +4,17 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Bool
 
 from mim_jax.data.decoding import Undecodable, decode
 from mim_jax.data.fields import Example, Fields, FieldSpec
 from mim_jax.data.input import Input
 from mim_jax.data.pipeline import (
     EVAL_ROW,
+    candidates,
     eval_batches,
     eval_example,
     filled_row,
@@ -43,14 +46,15 @@ class EvalPasses:
     data: Input
     batch_size: int = 64
 
-    def train(self) -> Batches:
-        """One pass over the training images, without augmentation."""
-        source = self.data.source
-        return eval_batches(self.data, batch_size=self.batch_size, source=source)
+    def train(self, spread: bool = False) -> Batches:
+        """One pass over the training images, without augmentation; `spread` is as for
+        `eval_batches`."""
+        rows, source = self.batch_size, self.data.source
+        return eval_batches(self.data, batch_size=rows, source=source, spread=spread)
 
-    def held_out(self) -> Batches:
-        """One pass over the held-out images."""
-        return eval_batches(self.data, batch_size=self.batch_size)
+    def held_out(self, spread: bool = False) -> Batches:
+        """One pass over the held-out images; `spread` is as for `eval_batches`."""
+        return eval_batches(self.data, batch_size=self.batch_size, spread=spread)
 
     def train_examples(self, indices: Sequence[int]) -> Batch:
         """Those training records as one batch."""
@@ -62,14 +66,27 @@ class EvalPasses:
         """Images other than those of the source, by "NAME" or "NAME=FOLDER".
 
         Raises:
-            ValueError: the name is unknown, or the set is absent or incomplete.
+            ValueError: the name is unknown, or the set is absent, incomplete or
+                unreadable.
         """
         name, _, folder = entry.partition("=")
         if name not in SETS:
             known = ", ".join(sorted(SETS))
             raise ValueError(f"set {name!r} is unknown; known: {known}")
         images = SETS[name](name, folder, self.data.source)
-        return SetPasses(self.data, images, self.batch_size)
+        found = SetPasses(self.data, images, self.batch_size)
+        found.check(entry)
+        return found
+
+    def known(self, hidden: Bool[np.ndarray, "b n"]) -> dict[str, float]:
+        """What the source knows of predicting hidden patches of the first b held-out
+        images, as `Source.known` says."""
+        return self.data.source.held_out().known(hidden)
+
+    def name_of(self, split: Literal["train", "held_out"], index: int) -> str:
+        """What messages call a record of a split, such as the path of its file."""
+        source = self.data.source
+        return (source if split == "train" else source.held_out()).name_of(index)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -96,12 +113,25 @@ class SetPasses:
         `labels` int32 (b, l), filled with -1 where an image has fewer than l."""
         positions = positions_of_host(self.batch_size, 0, 1)
         steps = range(-(-len(self.images) // self.batch_size))
-        fields = EVAL_ROW | {
+        read = functools.partial(_set_example, self.data, self.images, self._fields)
+        return read_ahead(read, self._fields, positions, steps, self.data)
+
+    def check(self, entry: str) -> None:
+        """ValueError, naming the set as `entry`, if none of some images can be read."""
+        tried = list(candidates(0, len(self.images)))
+        rows = (_set_example(self.data, self.images, self._fields, i) for i in tried)
+        if not any(row["valid"] for row in rows):
+            raise ValueError(
+                f"set {entry!r}: none of {len(tried)} images that were tried can be "
+                "read: want sound images there"
+            )
+
+    @property
+    def _fields(self) -> Fields:
+        return EVAL_ROW | {
             "image": FieldSpec(self.data.image_shape, np.uint8),
             "labels": FieldSpec((self.images.labels,), np.int32, fill=-1),
         }
-        read = functools.partial(_set_example, self.data, self.images, fields)
-        return read_ahead(read, fields, positions, steps, self.data)
 
 
 def _set_example(
@@ -110,19 +140,22 @@ def _set_example(
     row = filled_row(fields)
     if position >= len(images):
         return row
-    record = images[position]
-    given = record["labels"]
-    if len(given) > images.labels:
-        raise ValueError(
-            f"image {position} has {len(given)} labels: want at most {images.labels}"
-        )
-    row["labels"][: len(given)] = given
     row["index"] = np.int32(position)
     try:
+        record = images[position]
+        given = record["labels"]
+        if len(given) > images.labels:
+            raise ValueError(
+                f"image {position} has {len(given)} labels: want at most "
+                f"{images.labels}"
+            )
+        row["labels"][: len(given)] = given
         pixels = decode(record["image"], data.source.channels)
-    except Undecodable:
+        if border := images.border:
+            pixels = pixels[border:-border, border:-border]
+        if not pixels.size:
+            raise Undecodable(f"nothing but a border of {border} pixels")
+    except (Undecodable, OSError):
         return row | {"replaced": np.bool_(True)}
-    if border := images.border:
-        pixels = pixels[border:-border, border:-border]
     image = data.centre_view(pixels.shape[:2]).image(pixels)
     return row | {"image": image, "valid": np.bool_(True)}

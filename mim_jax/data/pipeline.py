@@ -14,14 +14,24 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from mim_jax.data.decoding import Undecodable
-from mim_jax.data.fields import Example, Fields, FieldSpec, check_example
+from mim_jax.data.fields import (
+    DataError,
+    Example,
+    ExampleError,
+    Fields,
+    FieldSpec,
+    check_example,
+)
 from mim_jax.data.input import Input
 from mim_jax.data.sources.base import Source
 from mim_jax.data.workers import ENDLESS, Batches, read_ahead
+from mim_jax.schema import raised
 
 _SUBSTITUTES = 20  # tried before a run gives up on a record
+_NAMED = 5  # of the records that cannot be read, in the message of a run that gives up
 # What every batch has besides the fields of its examples.
 _TRAIN_ROW = {
     "index": FieldSpec((), np.int32, fill=-1),
@@ -57,9 +67,10 @@ def train_batches(
         (seed, step, row). A batch has the fields of `data.examples`, such as `image`
         uint8 (b, h, w, c) and `label` int32 (b,), -1 if unknown. It also has `index`
         int32 (b,), the record asked for, and `replaced` bool (b,), True where that
-        record could not be decoded and a substitute is shown.
+        record could not be read and a substitute is shown.
     Raises:
         ValueError: a number out of range.
+        DataError, from the iterator: a record and its substitutes cannot be read.
 
     Example:
         >>> from mim_jax.data.sources.digits import Digits
@@ -96,6 +107,7 @@ def eval_batches(
     host: int = 0,
     hosts: int = 1,
     source: Source | None = None,
+    spread: bool = False,
 ) -> Batches:
     """This host's rows of one pass over a source, in order, each record once.
 
@@ -104,12 +116,16 @@ def eval_batches(
         host, hosts: which part of each batch, of how many; all hosts get the same
             number of batches.
         source: what to read; None: the held-out split of the training source.
+        spread: whether records that are sorted by class come in the order of
+            `interleaved`, so that who reads a few of them sees all classes alike. Other
+            records come in their own order, and so do those whose labels take a read
+            of every record to know.
     Returns:
         Iterator of batches as in training, without randomness: the evaluation fields
         of `data.examples`, `index`, `replaced`, and `valid` bool (b,). `valid` is False
         on the rows that fill the last batch (fill values, label and index -1) and on
-        records that cannot be decoded (fill values, their index and label, `replaced`
-        True).
+        records that cannot be read (fill values, their index, their label if that can
+        be read, `replaced` True).
     Raises:
         ValueError: a number out of range.
 
@@ -122,11 +138,38 @@ def eval_batches(
     """
     positions = positions_of_host(batch_size, host, hosts)
     source = data.source.held_out() if source is None else source
+    if spread and type(source).labels is not Source.labels:
+        labels = source.labels()
+        if (np.diff(labels) >= 0).all():
+            positions = functools.partial(_reordered, positions, interleaved(labels))
     data = dataclasses.replace(data, source=source)
     fields = data.examples.eval_fields(data)
     steps = range(-(-len(source) // batch_size))
     read = functools.partial(eval_example, data, fields)
     return read_ahead(read, fields | EVAL_ROW, positions, steps, data)
+
+
+def interleaved(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Positions of records in an order whose every beginning has the classes alike: one
+    record of each class, then a second of each, and so on.
+
+    Classes that lie far apart come first, so that a beginning shorter than a round is
+    spread too.
+
+    Args:
+        labels: one per record, in any order.
+
+    Example:
+        >>> interleaved(np.array([0, 0, 0, 1, 1, 2, 3])).tolist()
+        [0, 5, 3, 6, 1, 4, 2]
+    """
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    by_class = np.argsort(classes, kind="stable")
+    rounds = np.empty_like(by_class)
+    rounds[by_class] = np.concatenate([np.arange(count) for count in counts])
+    bits = max(1, (len(counts) - 1).bit_length())
+    turns = np.array([int(f"{i:0{bits}b}"[::-1], 2) for i in range(len(counts))])
+    return np.lexsort((turns[classes], rounds))
 
 
 def eval_example(data: Input, fields: Fields, position: int) -> Example:
@@ -136,38 +179,87 @@ def eval_example(data: Input, fields: Fields, position: int) -> Example:
     Args:
         fields: the evaluation fields of `data.examples`.
     """
+    row, record = filled_row(fields | EVAL_ROW), {}
     if position >= len(data.source):
-        return filled_row(fields | EVAL_ROW)
-    record = data.source[position]
+        return row
+    row["index"] = np.int32(position)
     try:
-        example = data.examples.evaluate(record, data)
-        check_example(example, fields, _author(data, "evaluate"))
-        valid = True
+        record = record_of(data.source, position)
+        example = made(data, fields, "evaluate", record)
     except Undecodable:
         # No substitute: that record would count twice.
-        example = filled_row(fields) | {"label": np.int32(record["label"])}
-        valid = False
-    row = {"replaced": np.bool_(not valid), "valid": np.bool_(valid)}
-    return {**example, "index": np.int32(position), **row}
+        label = {"label": np.int32(record["label"])} if record else {}
+        return row | label | {"replaced": np.bool_(True)}
+    return row | example | {"valid": np.bool_(True)}
+
+
+def record_of(source: Source, index: int) -> Any:
+    """Record `index` of a source.
+
+    Raises:
+        Undecodable: the system cannot read it: a file is gone, a disk is broken.
+        ExampleError: the source's own code fails; the message names class and record.
+    """
+    try:
+        return asked(f"{type(source).__name__}[{index}]", source.__getitem__, index)
+    except OSError as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Undecodable(why) from error
+
+
+def why_unreadable(data: Input, index: int) -> str:
+    """Why no training example can be made of record `index`; "" if one can."""
+    try:
+        record = record_of(data.source, index)
+        # Any crop will do: what cannot be read fails before it is cropped.
+        rng = np.random.default_rng(0)
+        made(data, data.examples.fields(data), "train", record, rng)
+    except Undecodable as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def made(data: Input, fields: Fields, method: str, record: Any, *more: Any) -> Example:
+    """The example that `data.examples` make of a record, checked.
+
+    Args:
+        fields: those that it declares.
+        method: "train" or "evaluate".
+        more: further arguments of the method.
+    Raises:
+        Undecodable: the record is broken.
+        ExampleError: the example is not as declared, or the plug-in's own code fails.
+    """
+    examples = data.examples
+    author = (
+        f"{type(examples).__name__}.{method} for a record of "
+        f"{type(data.source).__name__}"
+    )
+    example = asked(author, getattr(examples, method), record, data, *more)
+    check_example(example, fields, author)
+    return example
+
+
+def asked(author: str, function: Callable[..., Any], *given: Any) -> Any:
+    """What a method of a plug-in returns.
+
+    Args:
+        author: class and method, for the message.
+    Raises:
+        ExampleError: its own code fails. Undecodable and errors of the system, such as
+            a disk that cannot be read, pass as they are.
+    """
+    try:
+        return function(*given)
+    except (Undecodable, ExampleError, OSError):
+        raise
+    except Exception as error:
+        raise ExampleError(f"{author} raised {raised(error)}") from error
 
 
 def filled_row(fields: Fields) -> Example:
     """A row that shows no record."""
     return {name: field.filled() for name, field in fields.items()}
-
-
-def check_replaced(replaced: int, seen: int, limit: float) -> None:
-    """Stops a run that replaced too many of the images it has read.
-
-    Raises:
-        RuntimeError: replaced / seen > limit.
-    """
-    if replaced > limit * seen:
-        raise RuntimeError(
-            f"{replaced} of {seen} images ({replaced / seen:.2%}) could not be decoded,"
-            f" more than data.max_replaced={limit:.2%}: check the data set, or raise"
-            " config.data.max_replaced"
-        )
 
 
 def positions_of_host(
@@ -192,6 +284,13 @@ def _share(batch_size: int, share: int, host: int, step: int) -> range:
     return range(first, first + share)
 
 
+def _reordered(
+    positions: Callable[[int], Sequence[int]], order: Int[np.ndarray, " n"], step: int
+) -> list[int]:
+    places = positions(step)
+    return [int(order[place]) if place < len(order) else place for place in places]
+
+
 def _chosen(batch_size: int, places: tuple[int, ...], step: int) -> list[int]:
     return [step * batch_size + place for place in places]
 
@@ -201,29 +300,25 @@ def _train_example(
 ) -> Example:
     """The example of record `index`, or of its first substitute that is sound."""
     tried = []
-    for candidate in _candidates(index, len(data.source)):
-        record = data.source[candidate]
+    for candidate in candidates(index, len(data.source)):
         try:
-            example = data.examples.train(record, data, rng)
+            record = record_of(data.source, candidate)
+            example = made(data, fields, "train", record, rng)
         except Undecodable as error:
-            tried.append(f"{candidate} ({error})")
+            tried.append(f"{data.source.name_of(candidate)} ({error})")
             continue
-        check_example(example, fields, _author(data, "train"))
         replaced = np.bool_(bool(tried))
         return {**example, "index": np.int32(index), "replaced": replaced}
-    raise RuntimeError(
-        f"record {index} and its {_SUBSTITUTES} substitutes cannot be decoded; check"
-        f" the data set: {'; '.join(tried)}"
+    more = f"; and {len(tried) - _NAMED} more" if len(tried) > _NAMED else ""
+    raise DataError(
+        f"{tried[0]} cannot be read, and none of {_SUBSTITUTES} records in its place: "
+        f"{'; '.join(tried[1:_NAMED])}{more}. Check that the data are there"
     )
 
 
-def _candidates(index: int, count: int) -> Iterator[int]:
+def candidates(index: int, count: int) -> Iterator[int]:
+    """Record `index` of so many, then those that are tried in its place: the same in
+    every epoch and every run."""
     yield index
-    # Drawn from the index alone: the same substitutes in every epoch and every run.
-    rng = np.random.default_rng(index)
+    rng = np.random.default_rng(index)  # drawn from the index alone
     yield from rng.integers(count, size=_SUBSTITUTES).tolist()
-
-
-def _author(data: Input, method: str) -> str:
-    examples, source = type(data.examples).__name__, type(data.source).__name__
-    return f"{examples}.{method} for a record of {source}"

@@ -21,6 +21,8 @@ from typing import Any
 
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.folder import Folder
+from mim_jax.data.sources.tfds import builder_of
+from mim_jax.schema import to_json
 
 _FORMAT = "array_record"
 
@@ -49,15 +51,13 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
         FileNotFoundError: version_dir holds no data set.
         ValueError: the folder to write exists already, or the old one is damaged.
     """
-    import tensorflow_datasets as tfds
-
     source = pathlib.Path(version_dir).expanduser()
     if not (source / "dataset_info.json").is_file():
         raise FileNotFoundError(
             f"no dataset_info.json in {version_dir!r}: name the folder of one version,"
             " e.g. ~/tensorflow_datasets/imagenet2012/5.1.0"
         )
-    info = tfds.builder_from_directory(source).info
+    info = builder_of(source).info
     out = pathlib.Path(data_dir).expanduser() / info.full_name
     if out.exists():
         raise ValueError(f"{out} exists already: name another --to, or remove it first")
@@ -83,7 +83,7 @@ def convert(version_dir: str, data_dir: str) -> pathlib.Path:
     metadata["fileFormat"] = _FORMAT
     for split in metadata["splits"]:
         split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    (partial / "dataset_info.json").write_text(json.dumps(metadata, indent=2))
+    (partial / "dataset_info.json").write_text(to_json(metadata, indent=2))
     partial.rename(out)  # at once, so that `out` is complete if it exists
     return out
 

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from mim_jax.schema import check_ranges, within
+
 _TOP = 10.0  # the greatest magnitude
 _BICUBIC = Image.Resampling.BICUBIC
 
@@ -34,24 +36,14 @@ class RandAugment:
         (8, 8, 3)
     """
 
-    ops: int = 0
-    magnitude: float = 9.0
-    deviation: float = 0.5
-    p: float = 0.5
-    fill: tuple[int, ...] = (124, 116, 104)
+    ops: int = within(0, least=0, most=100)
+    magnitude: float = within(9.0, least=0, most=_TOP)
+    deviation: float = within(0.5, least=0, most=_TOP)
+    p: float = within(0.5, least=0, most=1)
+    fill: tuple[int, ...] = within((124, 116, 104), least=0, most=255)
 
     def __post_init__(self):
-        if self.ops < 0 or self.deviation < 0:
-            raise ValueError(
-                f"ops={self.ops}, deviation={self.deviation}: want at least 0"
-            )
-        if not 0 <= self.magnitude <= _TOP or not 0 <= self.p <= 1:
-            raise ValueError(
-                f"magnitude={self.magnitude}, p={self.p}: want 0 <= magnitude <= 10 "
-                "and 0 <= p <= 1"
-            )
-        if not self.fill or not 0 <= min(self.fill) <= max(self.fill) <= 255:
-            raise ValueError(f"fill={self.fill}: want numbers from 0 to 255")
+        check_ranges(self)
 
     def check_channels(self, channels: int) -> None:
         """ValueError if images of so many channels cannot be augmented."""

@@ -11,6 +11,7 @@ import math
 import cykooz_resizer
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
+from PIL import Image
 
 # Pillow's BICUBIC has the same kernel, with coefficient -1/2.
 _BICUBIC = cykooz_resizer.ResizeOptions(
@@ -23,6 +24,12 @@ _PIXELS = {
     3: cykooz_resizer.PixelType.U8x3,
     4: cykooz_resizer.PixelType.U8x4,
 }
+
+
+# A resized box that is so many times larger than what is shown of it is not made in
+# whole: that of a panorama of 20000 x 1 pixels would take gigabytes. For other images
+# the pixels stay those of a resize and a cut, to the bit.
+_LARGEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +70,13 @@ class View:
         Pixels outside the box have no influence: it is cut out before it is resized.
         """
         top, left, rows, cols = self.box
-        whole = resize(pixels[top : top + rows, left : left + cols], self.resized)
-        top, left = self.corner
-        shown = whole[top : top + self.size[0], left : left + self.size[1]]
+        cut = pixels[top : top + rows, left : left + cols]
+        if math.prod(self.resized) > _LARGEST * math.prod(self.size):
+            shown = resize_part(cut, self.size, self._window)
+        else:
+            top, left = self.corner
+            whole = resize(cut, self.resized)
+            shown = whole[top : top + self.size[0], left : left + self.size[1]]
         return mirror(shown) if self.mirrored else shown
 
     def boxes(self, boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
@@ -79,7 +90,15 @@ class View:
         Returns:
             The same as shares of the example. A box that lies outside has no area: its
             bottom equals its top, or its right its left.
+        Raises:
+            ValueError: a number is far from 0..1, as those of pixels are, or NaN.
         """
+        if not ((boxes > -0.01) & (boxes < 1.01)).all():
+            raise ValueError(
+                f"boxes from {boxes.min()} to {boxes.max()}: want top, left, bottom, "
+                "right as shares 0..1 of the image's rows and columns, which pixels "
+                "become when they are divided by these"
+            )
         edges = np.reshape(boxes, (-1, 2, 2)).astype(np.float64)  # n, corner, axis
         edges = (edges * self.shape - self.box[:2]) * self._zoom - self.corner
         edges = np.clip(edges / self.size, 0, 1)
@@ -106,6 +125,16 @@ class View:
             places.append(np.clip(place, 0, count - 1))
         rows, cols = places
         return masks[:, rows[:, None], cols[::-1] if self.mirrored else cols]
+
+    @property
+    def _window(self) -> tuple[float, float, float, float]:
+        """Top, left, rows and columns of what is shown, in pixels of the box."""
+        starts, sides = [], []
+        for axis in range(2):
+            zoom, side = self._zoom[axis], self.box[2 + axis]
+            starts.append(min(self.corner[axis] / zoom, side))
+            sides.append(min(self.size[axis] / zoom, side - starts[-1]))
+        return (*starts, *sides)
 
     @property
     def _zoom(self) -> tuple[float, float]:
@@ -143,11 +172,13 @@ def sample_view(
 
 
 def centre_view(shape: tuple[int, int], size: tuple[int, int], fraction: float) -> View:
-    """The centre of an image, for evaluation.
+    """The centre of an image, for evaluation, placed as by torchvision's `Resize` and
+    `CenterCrop`.
 
     The image is resized in proportion until it just covers `size / fraction`
-    (224 / 0.875 = 256: the short side becomes 256 for a square of 224). The view is the
-    centre of that.
+    (224 / 0.875 = 256: the short side becomes 256 for a square of 224); the longer side
+    is rounded down to whole pixels. The view is the centre of that. Where half a pixel
+    is left over, the view begins at the even one of the two nearest pixels.
 
     Args:
         shape: rows and columns of the image.
@@ -155,9 +186,13 @@ def centre_view(shape: tuple[int, int], size: tuple[int, int], fraction: float) 
         fraction: within (0, 1]; the share that the view has of the tighter side.
     """
     rows, cols = shape
-    zoom = max(size[0] / rows, size[1] / cols) / fraction
-    resized = (max(size[0], round(rows * zoom)), max(size[1], round(cols * zoom)))
-    corner = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    if size[0] * cols >= size[1] * rows:  # rows fit exactly, columns are left over
+        fitted = round(size[0] / fraction)
+        resized = fitted, fitted * cols // rows
+    else:
+        fitted = round(size[1] / fraction)
+        resized = fitted * rows // cols, fitted
+    corner = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
     return View(shape, (0, 0, rows, cols), resized, corner, size, mirrored=False)
 
 
@@ -241,6 +276,28 @@ def resize(
     # A new resizer for each call: two threads cannot share one.
     cykooz_resizer.Resizer().resize(source, resized, _BICUBIC)
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(*size, channels)
+
+
+def resize_part(
+    image: UInt8[np.ndarray, "h w c"],
+    size: tuple[int, int],
+    part: tuple[float, float, float, float],
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} c"]:
+    """A part of an image as `resize` resizes it, up to rounding.
+
+    Args:
+        part: top, left, rows and columns in pixels, which may be fractions.
+    """
+    top, left, rows, cols = part
+    box = left, top, left + cols, top + rows
+    planes = [
+        # Not the parts of cykooz_resizer, which reads beyond the ends of an image.
+        Image.fromarray(np.ascontiguousarray(image[..., channel])).resize(
+            (size[1], size[0]), Image.Resampling.BICUBIC, box
+        )
+        for channel in range(image.shape[2])
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 
 def mirror(image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:

@@ -92,7 +92,7 @@ def read_ahead(
     # frames that refer to each other and to the last batch; when the garbage collector
     # frees them, shared memory is sometimes closed twice.
     batches = grain.MapDataset.range(steps.start, ENDLESS).map(load)
-    if not data.workers:
+    if not data.processes:
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch)
         return Batches(batches.to_iter_dataset(ahead), len(steps))
     if not flags.FLAGS.is_parsed():
@@ -101,7 +101,7 @@ def read_ahead(
     # never waits for more than one.
     now = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     many = grain.MultiprocessingOptions(
-        num_workers=data.workers, per_worker_buffer_size=data.prefetch
+        num_workers=data.processes, per_worker_buffer_size=data.prefetch
     )
     return Batches(
         batches.to_iter_dataset(now).mp_prefetch(many, worker_init_fn=_start_worker),

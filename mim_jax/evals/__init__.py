@@ -5,7 +5,9 @@ from mim_jax.evals.attention import Attention
 from mim_jax.evals.base import Eval
 from mim_jax.evals.cka import CKA
 from mim_jax.evals.knn import KNN
+from mim_jax.evals.latents import Latents
 from mim_jax.evals.linear import Linear
+from mim_jax.evals.occlusion import Occlusion
 from mim_jax.evals.reconstruction import Reconstruction
 from mim_jax.evals.ridge import Ridge
 from mim_jax.evals.robustness import Robustness
@@ -18,8 +20,10 @@ EVALS: dict[str, type[Eval]] = {
     "linear": Linear,
     "ridge": Ridge,
     "cka": CKA,
+    "occlusion": Occlusion,
     "attention": Attention,
     "tsne": TSNE,
     "robustness": Robustness,
     "shape_bias": ShapeBias,
+    "latents": Latents,
 }

@@ -17,6 +17,7 @@ from mim_jax.evals.images import valid_images
 from mim_jax.evals.report import Number, Report, mean_of
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.patches import Grid, to_float
+from mim_jax.schema import check_ranges, within
 
 _TOKENS = ("class_token", "chosen_token")
 
@@ -33,7 +34,8 @@ class Attention(Eval):
     Attributes:
         rows: images in the picture, spread over the held-out split.
         token: row and column of the chosen patch, as shares 0..1 of the image.
-        images: number of images at most; all are held in memory.
+        images: number of images at most, of all classes alike if records are sorted by
+            class; all are held in memory.
     """
 
     description: ClassVar[str] = (
@@ -51,17 +53,12 @@ class Attention(Eval):
         ),
     )
 
-    rows: int = 6
-    token: tuple[float, float] = (0.5, 0.5)
-    images: int = 1000
+    rows: int = within(6, least=1, most=1000)
+    token: tuple[float, float] = within((0.5, 0.5), least=0, most=1)
+    images: int = within(1000, least=1)
 
     def __post_init__(self):
-        if self.rows < 1 or self.images < 1:
-            raise ValueError(f"rows={self.rows}, images={self.images}: want at least 1")
-        if len(self.token) != 2 or not 0 <= min(self.token) <= max(self.token) <= 1:
-            raise ValueError(
-                f"token={self.token}: want row and column as shares 0..1 of the image"
-            )
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         pass  # every objective has an encoder with attention
@@ -78,13 +75,16 @@ class Attention(Eval):
             row, col = self._place(grid)
             return maps[:, [0, 1 + row * grid.cols + col], 1:]
 
-        images, maps = [], []
-        with data.held_out() as batches:
+        images, maps, indices = [], [], []
+        with data.held_out(spread=True) as batches:
             for batch, rows in valid_images(batches, "attention", self.images):
                 found = np.asarray(last(run.params, batch["image"]), np.float64)
                 maps.append(found[rows])
                 images.append(batch["image"][rows])
-        images, maps = np.concatenate(images), np.concatenate(maps)
+                indices.append(batch["index"][rows])
+        # In the order of the source, which the picture's rows are spread over.
+        order = np.argsort(np.concatenate(indices), kind="stable")
+        images, maps = np.concatenate(images)[order], np.concatenate(maps)[order]
         grid = objective.grid(images.shape[1:])
         numbers = {"images": Number(len(images), "images")}
         arrays = {"place": np.array([*self._place(grid), grid.patch])}

@@ -2,18 +2,33 @@
 """The protocol of evaluations: what one is, and what it is given."""
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    get_args,
+    runtime_checkable,
+)
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 from matplotlib.figure import Figure
 
-from mim_jax.evals.report import Report
+from mim_jax.evals.report import Number, Report, ReportError, plain
 from mim_jax.objectives.base import Objective
+from mim_jax.schema import ConfigError, brief, returned
 
 Batch = dict[str, np.ndarray]
+Better = Literal["higher", "lower", "neither"]
+Split = Literal["train", "held_out"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +78,7 @@ class SetPasses(Protocol):
 
 @runtime_checkable
 class Passes(Protocol):
-    """Passes over images in order, without augmentation, each image once.
+    """Passes over images, without augmentation, each image once.
 
     Use a pass in a `with` statement. Its batches have "image" (uint8 "b h w c"),
     "label" (int32 "b", -1 if unknown), "index" (of the record in its source), "valid"
@@ -71,12 +86,17 @@ class Passes(Protocol):
     examples of the source have.
     """
 
-    def train(self) -> AbstractContextManager[Iterable[Batch]]:
-        """One pass over the training images."""
+    def train(self, spread: bool = False) -> AbstractContextManager[Iterable[Batch]]:
+        """One pass over the training images.
+
+        Args:
+            spread: whether records that are sorted by class come one of each class,
+                then a second of each, and so on: ask for it if you read only some.
+        """
         ...
 
-    def held_out(self) -> AbstractContextManager[Iterable[Batch]]:
-        """One pass over the held-out images."""
+    def held_out(self, spread: bool = False) -> AbstractContextManager[Iterable[Batch]]:
+        """One pass over the held-out images; `spread` is as for `train`."""
         ...
 
     def train_examples(self, indices: Sequence[int]) -> Batch:
@@ -89,6 +109,15 @@ class Passes(Protocol):
         Raises:
             ValueError: the name is unknown, or the set is missing or incomplete.
         """
+        ...
+
+    def known(self, hidden: Bool[np.ndarray, "b n"]) -> dict[str, float]:
+        """What the source knows of predicting hidden patches of the first b held-out
+        images, as `Source.known` says; {} if it knows nothing."""
+        ...
+
+    def name_of(self, split: Split, index: int) -> str:
+        """What a reader finds the record with this value of "index" by."""
         ...
 
     @property
@@ -113,7 +142,7 @@ class Headline(NamedTuple):
     key: str
     title: str
     unit: str
-    better: Literal["higher", "lower", "neither"]
+    better: Better
     meaning: str
 
     def columns(self, keys: Iterable[str]) -> dict[str, str]:
@@ -155,6 +184,25 @@ class Eval(abc.ABC):
                     "the compare page shows: want `description: ClassVar[str]` and "
                     "`headlines: ClassVar[tuple[Headline, ...]]`"
                 )
+        if not isinstance(cls.description, str):
+            raise TypeError(
+                f"{cls.__name__}.description is {brief(cls.description)}: want a str"
+            )
+        if (
+            not isinstance(cls.headlines, tuple)
+            or isinstance(cls.headlines, Headline)  # which is a tuple itself
+            or not all(isinstance(one, Headline) for one in cls.headlines)
+        ):
+            raise TypeError(
+                f"{cls.__name__}.headlines is {brief(cls.headlines)}: want a tuple "
+                "of Headline, such as (Headline(KEY, TITLE, UNIT, BETTER, MEANING),)"
+            )
+        for one in cls.headlines:
+            if one.better not in get_args(Better):
+                raise TypeError(
+                    f"{cls.__name__}.headlines: better={one.better!r} of {one.key!r}: "
+                    f"want one of {', '.join(get_args(Better))}"
+                )
 
     @abc.abstractmethod
     def check_objective(self, objective: Objective) -> None:
@@ -190,3 +238,145 @@ class Eval(abc.ABC):
         Args:
             found: the reports of one or several runs, by their captions.
         """
+
+    def sentence(self, report: Report) -> str:
+        """What a report says in a few words, beside its baselines, for the last line of
+        a training run; "" for nothing."""
+        del report
+        return ""
+
+
+def measured(evaluation: Eval, run: Run, data: Passes) -> Report:
+    """What an evaluation measures of a run, checked.
+
+    Records that cannot be read are left out of a measurement; the report counts them as
+    "unreadable_train" and "unreadable_held_out", and has their names as arrays.
+
+    Raises:
+        ConfigError: `measure` returned no report, or put something else than numbers
+            and arrays into one; the message names class and method.
+        ValueError: the data cannot be measured, or a parameter is not finite.
+    """
+    _check_parameters(run)
+    author, passes = f"{type(evaluation).__name__}.measure", _Noting(data)
+    try:
+        report = evaluation.measure(run, passes)
+    except ReportError as error:
+        raise ConfigError(f"{author}: Report: {error}") from error
+    if not isinstance(report, Report):
+        raise ConfigError(
+            f"{author} returned {returned(report)}: want "
+            "Report(numbers={NAME: Number(VALUE, UNIT)}, arrays={NAME: ARRAY})"
+        )
+    numbers, arrays = dict(report.numbers), dict(report.arrays)
+    for split, indices in passes.unreadable.items():
+        if indices:
+            names = [data.name_of(split, index) for index in sorted(indices)]
+            numbers[f"unreadable_{split}"] = Number(len(names), "images")
+            arrays[f"unreadable_{split}"] = np.array(names)
+    return Report(numbers=numbers, arrays=arrays)
+
+
+def _check_parameters(run: Run) -> None:
+    """ValueError unless all parameters are finite: of others any number could come."""
+    leaves = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(run.params)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    fine = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), one in zip(leaves, fine, strict=True)
+        if not one
+    ]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{caption(run)}: the parameters {bad[0]}{more} are not finite, so nothing "
+            "is measured: want another checkpoint"
+        )
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> list[Any]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+class _Noting:
+    """The same passes, which note the records that cannot be read.
+
+    Attributes:
+        unreadable: values of "index", by split.
+    """
+
+    def __init__(self, passes: Passes):
+        self._passes = passes
+        self.unreadable: dict[Split, set[int]] = {"train": set(), "held_out": set()}
+        self.train_examples = passes.train_examples
+        self.evaluation_set = passes.evaluation_set
+        self.known = passes.known
+        self.name_of = passes.name_of
+        self.classes = passes.classes
+
+    def train(self, spread: bool = False) -> AbstractContextManager[Iterable[Batch]]:
+        return self._noted("train", self._passes.train(spread))
+
+    def held_out(self, spread: bool = False) -> AbstractContextManager[Iterable[Batch]]:
+        return self._noted("held_out", self._passes.held_out(spread))
+
+    @contextlib.contextmanager
+    def _noted(
+        self, split: Split, given: AbstractContextManager[Iterable[Batch]]
+    ) -> Iterator[Iterable[Batch]]:
+        with given as batches:
+            yield _Noted(batches, self.unreadable[split])
+
+
+class _Noted(Iterator[Batch]):
+    """The batches of a pass, and their number if that is known."""
+
+    def __init__(self, batches: Iterable[Batch], unreadable: set[int]):
+        self._batches, self._unreadable = batches, unreadable
+        self._rest = iter(batches)
+
+    def __next__(self) -> Batch:
+        batch = next(self._rest)
+        # Padding has no index.
+        index = np.asarray(batch["index"])
+        lost = index[~np.asarray(batch["valid"]) & (index >= 0)]
+        self._unreadable.update(lost.tolist())
+        return batch
+
+    def __len__(self) -> int:
+        return len(self._batches) if isinstance(self._batches, Sized) else 0
+
+
+def drawn(evaluation: Eval, found: dict[str, Report]) -> dict[str, Figure]:
+    """The figures that an evaluation draws of reports, checked.
+
+    Args:
+        found: the reports by the captions of their runs.
+    Raises:
+        ConfigError: `draw` returned no dict of figures.
+    """
+    figures = evaluation.draw({plain(run): _plain(one) for run, one in found.items()})
+    if not isinstance(figures, dict) or not all(
+        isinstance(name, str) and isinstance(figure, Figure)
+        for name, figure in figures.items()
+    ):
+        raise ConfigError(
+            f"{type(evaluation).__name__}.draw returned {returned(figures)}: want a "
+            "dict of matplotlib Figures by name, {} for none"
+        )
+    return figures
+
+
+def _plain(report: Report) -> Report:
+    """The report with every text of its arrays as figures have to be given it."""
+    texts = {
+        key: np.array([plain(text) for text in one.ravel()]).reshape(one.shape)
+        for key, one in report.arrays.items()
+        if one.dtype.kind == "U" and one.size
+    }
+    return dataclasses.replace(report, arrays=report.arrays | texts)

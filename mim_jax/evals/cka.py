@@ -10,20 +10,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mim_jax.evals.base import Eval, Headline, Passes, Run
-from mim_jax.evals.images import hidden_pixels, keys_of, valid_images
+from mim_jax.evals.images import keys_of, valid_images
+from mim_jax.evals.occluded import IN_WORDS, Choice, encode_occluded, resolved
 from mim_jax.evals.report import Number, Report
 from mim_jax.maskings.random import Random
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.cka import Moments
 from mim_jax.ops.masking import Mask, take
 from mim_jax.ops.patches import to_float
-
-# How hidden patches are called in figures.
-_HOW = {
-    "drop": "dropped",
-    "mask_token": "replaced by mask tokens",
-    "zero": "painted with the mean",
-}
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +39,9 @@ class CKA(Eval):
             "model" does what the encoder saw in training (`Objective.occlusion`), as a
             model may fail on inputs of a kind that it never saw.
         estimator: "plain", or "debiased", which does not grow when images are few.
-        images: number of images at most. The paper does not state its number; the plain
-            estimate needs many more images than the encoder is wide.
+        images: number of images at most, of all classes alike if records are sorted by
+            class. The paper does not state its number; the plain estimate needs many
+            more images than the encoder is wide.
         seed: of the masks.
     """
 
@@ -66,30 +62,24 @@ class CKA(Eval):
         ),
     )
 
-    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    ratios: tuple[float, ...] = within(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), above=0, below=1
+    )
     feature: Literal["mean", "cls", "visible_tokens"] = "mean"
-    occlusion: Literal["model", "drop", "mask_token", "zero"] = "drop"
+    occlusion: Choice = "drop"
     estimator: Literal["plain", "debiased"] = "plain"
-    images: int = 5000
-    seed: int = 0
+    images: int = within(5000, least=4)
+    seed: int = within(0, least=0, most=2**31 - 1)
 
     def __post_init__(self):
-        if not self.ratios or not 0 < min(self.ratios) <= max(self.ratios) < 1:
-            raise ValueError(f"ratios={self.ratios}: want numbers 0 < ratio < 1")
-        if self.images < 4:
-            raise ValueError(f"images={self.images}: want at least 4")
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         pass  # every objective has an encoder; only its parameters show a mask token
 
     def measure(self, run: Run, data: Passes) -> Report:
         objective = run.objective
-        occlusion = self._occlusion(objective)
-        if occlusion == "mask_token" and "mask_token" not in run.params["encoder"]:
-            raise ValueError(
-                f"occlusion={self.occlusion!r}: the encoder of {run.name} has no mask "
-                "token; want 'drop' or 'zero'"
-            )
+        occlusion = resolved(self.occlusion, run)
         maskings = [Random(ratio=ratio) for ratio in self.ratios]
         depth, width = objective.encoder.depth, objective.encoder.width
         found = [Moments(depth, width) for _ in maskings]
@@ -103,14 +93,14 @@ class CKA(Eval):
             for number, masking in enumerate(maskings):
                 own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
                 mask = masking(own, grid)
-                _, part = _encode_masked(objective, occlusion, params, pixels, mask)
+                _, part = encode_occluded(objective, occlusion, params, pixels, mask)
                 pairs.append(
                     self._pair(full["blocks"], part["blocks"], mask, occlusion)
                 )
             return pairs
 
         seen = 0
-        with data.held_out() as batches:
+        with data.held_out(spread=True) as batches:
             for batch, rows in valid_images(batches, "cka", self.images):
                 images = jnp.asarray(batch["image"])
                 pairs = features(run.params, images, keys_of(batch, self.seed))
@@ -133,9 +123,6 @@ class CKA(Eval):
             "occlusion": np.array(occlusion),
         }
         return Report(numbers=numbers, arrays=arrays)
-
-    def _occlusion(self, objective: Objective) -> str:
-        return objective.occlusion if self.occlusion == "model" else self.occlusion
 
     def _pair(
         self, full: jax.Array, part: jax.Array, mask: Mask, occlusion: str
@@ -167,7 +154,7 @@ class CKA(Eval):
                     label=f"{ratio:g}",
                     color=(0.9 * shade, 0.25, 0.9 * (1 - shade)),
                 )
-            how = _HOW[report.arrays["occlusion"].item()]
+            how = IN_WORDS[report.arrays["occlusion"].item()]
             axis.set_title(f"{name}\npatches {how}", fontsize=9)
             axis.set_xlabel("block")
             axis.set_xticks(blocks)
@@ -182,18 +169,3 @@ class CKA(Eval):
         )
         figure.tight_layout()
         return {"cka": figure}
-
-
-def _encode_masked(
-    objective: Objective, occlusion: str, params, pixels: jax.Array, mask: Mask
-):
-    """Tokens and blocks of the encoder, as of `Objective.encode`, on masked images."""
-    taps = ("blocks",)
-    if occlusion == "drop":
-        return objective.encode(params, pixels, keep=mask.keep, taps=taps)
-    if occlusion == "mask_token":
-        return objective.encode(params, pixels, hidden=mask.hidden, taps=taps)
-    hidden = hidden_pixels(mask, objective.grid(pixels.shape[1:]))
-    mean = jnp.asarray(objective.mean, pixels.dtype)[None, None, None]
-    painted = jnp.where(hidden[..., None], mean, pixels)
-    return objective.encode(params, painted, taps=taps)

@@ -31,17 +31,21 @@ class Features(NamedTuple):
 
 
 def extract(
-    encode: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Batch]
+    encode: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Iterable[Batch],
+    most: int | None = None,
 ) -> Features:
-    """Features of all valid images of a pass.
+    """Features of the valid images of a pass.
 
     Args:
         encode: from (parameters, uint8 images "b h w c") to features "b d". It is
             jitted here; a method of one objective compiles once for all passes and
             evaluations.
         params: the first argument of `encode`.
+        most: number of images at most; None: all of them.
     Raises:
-        ValueError: there is no valid image.
+        ValueError: there is no valid image, or a feature is not finite.
 
     Example:
         >>> def brightness(params, images):
@@ -57,11 +61,25 @@ def extract(
     """
     jitted = _jitted(encode)
     parts = []
-    for batch, rows in valid_images(batches, "features"):
+    for batch, rows in valid_images(batches, "features", most):
         vectors = np.asarray(jitted(params, batch["image"]), np.float32)
         columns = (vectors, batch["label"], batch["index"])
         parts.append([np.asarray(column)[rows] for column in columns])
-    return Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    found = Features(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    check_finite(found.vectors, "features")
+    return found
+
+
+def check_finite(vectors: Float[np.ndarray, "n ..."], what: str) -> None:
+    """ValueError if one of the rows that a network computed is not finite: comparisons
+    with it would come out as ordinary numbers."""
+    fine = np.isfinite(vectors).reshape(len(vectors), -1).all(axis=1)
+    bad = len(vectors) - int(np.count_nonzero(fine))
+    if bad:
+        raise ValueError(
+            f"the {what} of {bad} of {len(vectors)} images are not finite: the network "
+            "overflows; want another checkpoint, or dtype=float32"
+        )
 
 
 def extract_splits(run: Run, params: Any, data: Passes) -> tuple[Features, Features]:

@@ -18,6 +18,7 @@ class Panel(NamedTuple):
         image: "h w c", in 0..1 or uint8.
         title: text above the image.
         below: text below it.
+        left: text at its left side, turned.
         colour: of the title.
         overlay: draws more on the image's axis, after the image.
     """
@@ -27,6 +28,7 @@ class Panel(NamedTuple):
     below: str = ""
     colour: str = "black"
     overlay: Callable[[Any], None] | None = None
+    left: str = ""
 
 
 def gallery(
@@ -52,7 +54,8 @@ def gallery(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width = max(cell[0] * columns, 4.8 if title else 0)  # the title's own width
-    figure = Figure(figsize=(width, cell[1] * rows + 0.6), dpi=110)
+    size = (width, cell[1] * rows + 0.6)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, panel in itertools.zip_longest(axes, panels):
         if panel is None:
@@ -60,11 +63,11 @@ def gallery(
             continue
         show(axis, panel.image, panel.title, panel.colour)
         axis.set_xlabel(panel.below, fontsize=8)
+        axis.set_ylabel(panel.left, fontsize=8)
         if panel.overlay is not None:
             panel.overlay(axis)
     if title:
         figure.suptitle(title, fontsize=8)
-    figure.tight_layout()
     return figure
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a pass: which rows to read, by which keys, which pixels are hidden."""
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 
 import jax
@@ -13,6 +15,7 @@ from mim_jax.evals.base import Batch
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid, unpatchify
 
+_SILENCE = 30  # seconds, at most, between lines of progress
 # Fields of a batch that say where a row comes from, not what the example is.
 _ORIGIN = ("index", "valid", "replaced")
 
@@ -58,23 +61,31 @@ def watched(
 ) -> Iterator[Batch]:
     """The batches of a pass, unchanged, with a progress bar that counts their images.
 
-    The bar is written to stderr if that is a terminal, and removed after the pass.
+    The bar is written to stderr if that is a terminal, and removed after the pass. Else
+    a pass that takes long prints a line every 30 seconds.
 
     Args:
         what: the caption of the bar.
         most: the caller leaves the pass after that many images.
     """
     # Ask before taking the first batch: the length of `Batches` is what is left.
-    count = len(batches) if isinstance(batches, Sized) else None
+    count = len(batches) or None if isinstance(batches, Sized) else None
+    told, done, total = time.monotonic(), 0, most
     with tqdm.tqdm(
         desc=what, unit=" images", leave=False, disable=None, dynamic_ncols=True
     ) as bar:
         for batch in batches:
             rows = len(batch["valid"])
             if count is not None and bar.total is None:
-                bar.reset(count * rows if most is None else min(count * rows, most))
+                total = count * rows if most is None else min(count * rows, most)
+                bar.reset(total)
             yield batch
             bar.update(rows)
+            done += rows
+            if bar.disable and time.monotonic() - told > _SILENCE:
+                told = time.monotonic()
+                of = "" if total is None else f" of {total}"
+                print(f"{what}: {done}{of} images", file=sys.stderr, flush=True)
 
 
 def example_fields(batch: Batch) -> Batch:

@@ -16,6 +16,7 @@ from mim_jax.evals.features import Features, extract_splits, l2_normalised
 from mim_jax.evals.figures import Panel, gallery, one_per_run
 from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,21 +52,13 @@ class KNN(Eval):
         ),
     )
 
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
-    rows: int = 8
-    neighbours: int = 7
+    k: tuple[int, ...] = within((10, 20, 100, 200), least=1)
+    temperature: float = within(0.07, least=1e-6, most=1e6)
+    rows: int = within(10, least=1, most=1000)
+    neighbours: int = within(7, least=1, most=1000)
 
     def __post_init__(self):
-        if not self.k or min(self.k) < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"k={self.k}, temperature={self.temperature}: want numbers >= 1 and a "
-                "temperature > 0"
-            )
-        if min(self.rows, self.neighbours) < 1:
-            raise ValueError(
-                f"rows={self.rows}, neighbours={self.neighbours}: want at least 1"
-            )
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
@@ -112,6 +105,19 @@ class KNN(Eval):
             "query_class": names[held_out.labels[chosen]],
             "neighbour_class": names[near["label"].reshape(rows, columns)],
         }
+
+    def sentence(self, report: Report) -> str:
+        values = report.scalars
+        counts = [k for k in self.k if f"accuracy_model_k{k}" in values]
+        if not counts:
+            return ""
+        model, untrained = (
+            values[f"accuracy_{name}_k{counts[0]}"] for name in ("model", "untrained")
+        )
+        return (
+            f"{counts[0]} nearest neighbours find {model:.1%} of the classes "
+            f"(untrained {untrained:.1%})"
+        )
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
         return one_per_run("knn", found, _picture)

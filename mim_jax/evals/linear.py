@@ -18,6 +18,7 @@ from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
 from mim_jax.ops.lars import trusted
 from mim_jax.ops.losses import cross_entropy
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,38 +56,34 @@ class Linear(Eval):
         ),
     )
 
-    rates: tuple[float, ...] = tuple(0.1 * 2.0**i for i in range(11))  # to 102.4
-    epochs: int = 90
-    batch_size: int = 256
-    held_back: float = 0.1
-    momentum: float = 0.9
-    trust: float = 0.001
-    seed: int = 0
+    rates: tuple[float, ...] = within(
+        # To 102.4.
+        tuple(0.1 * 2.0**i for i in range(11)),
+        above=0,
+        most=1e6,
+    )
+    epochs: int = within(90, least=1, most=10**5)
+    batch_size: int = within(256, least=1, most=2**20)
+    held_back: float = within(0.1, above=0, below=1)
+    momentum: float = within(0.9, least=0, below=1)
+    trust: float = within(0.001, above=0, most=1e9)
+    seed: int = within(0, least=0, most=2**31 - 1)
 
     def __post_init__(self):
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"rates={self.rates}: want numbers > 0")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"epochs={self.epochs}, batch_size={self.batch_size}: want at least 1"
-            )
-        if not 0 < self.held_back < 1 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"held_back={self.held_back}, momentum={self.momentum}: want "
-                "0 < held_back < 1 and 0 <= momentum < 1"
-            )
-        if not self.trust > 0:
-            raise ValueError(f"trust={self.trust}: want a number > 0")
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
 
-    def measure(self, run: Run, data: Passes) -> Report:
+    def check_data(self, objective: Objective, data: Passes) -> None:
         if not data.classes:
             raise ValueError(
                 "a linear probe learns labels, and the source has none: want a source "
                 "with classes, such as digits"
             )
+
+    def measure(self, run: Run, data: Passes) -> Report:
+        self.check_data(run.objective, data)
         train, held_out = map(_labelled, extract_splits(run, run.params, data))
         mean, deviation = train.vectors.mean(axis=0), train.vectors.std(axis=0)
         scale = 1 / np.sqrt(deviation**2 + 1e-6)

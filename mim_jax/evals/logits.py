@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mim_jax.evals.base import Batch, Passes, Run, SetPasses
+from mim_jax.evals.features import check_finite
 from mim_jax.evals.images import watched
 from mim_jax.objectives.base import LabelObjective, Objective
 
@@ -47,6 +48,7 @@ def predict(
         # A copy, as the next batch may be written to the same memory.
         rows = {name: np.array(value)[valid] for name, value in batch.items()}
         logits = np.asarray(classify(batch["image"]), np.float32)[valid]
+        check_finite(logits, "logits")
         # Padding has no index.
         yield Answers(rows, logits, int((~valid & (index >= 0)).sum()))
 

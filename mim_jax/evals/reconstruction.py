@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 from matplotlib.figure import Figure
-from skimage.restoration import inpaint_biharmonic
 
 from mim_jax.evals.base import Batch, Eval, Headline, Passes, Run
 from mim_jax.evals.figures import Panel, gallery
@@ -19,6 +18,7 @@ from mim_jax.objectives.base import Objective, PixelObjective
 from mim_jax.ops import similarity
 from mim_jax.ops.masking import Mask, no_mask
 from mim_jax.ops.patches import Grid, patchify, unpatchify
+from mim_jax.schema import check_ranges, within
 
 Pixels = Float[Array, "b h w c"]
 _MODEL = "psnr_model_db"
@@ -32,8 +32,8 @@ class Reconstruction(Eval):
     stand beside the model: the model before training ("untrained"), every hidden pixel
     set to the image's visible mean ("visible_mean"), and biharmonic inpainting by
     scikit-image ("biharmonic"). Where targets are normalised per patch, predictions are
-    scaled by the true statistics of each patch; the fair baseline is then the zero
-    prediction, each hidden patch set to its true mean ("patch_mean").
+    scaled by the true statistics of each patch; a fair baseline knows them too: each
+    hidden patch set to its true mean, channel by channel ("patch_mean").
 
     MSE, PSNR, SSIM, FSIM and (colour) FSIMc of whole images follow, with every patch
     predicted: "full_" from the unmasked image, as in figure 5 of arXiv:2306.04898,
@@ -44,7 +44,8 @@ class Reconstruction(Eval):
     `reconstruct` and `normalise_target`. The first two get every field of the examples.
 
     Attributes:
-        images: number of held-out images at most.
+        images: number of held-out images at most, of all classes alike if records are
+            sorted by class.
         draws: masks per image.
         inpainted: images (one mask each) that get biharmonic inpainting, which is slow.
         rows: images in the picture.
@@ -75,18 +76,14 @@ class Reconstruction(Eval):
         ),
     )
 
-    images: int = 64
-    draws: int = 4
-    inpainted: int = 8
-    rows: int = 6
-    seed: int = 0
+    images: int = within(64, least=1)
+    draws: int = within(4, least=1, most=1000)
+    inpainted: int = within(8, least=0)
+    rows: int = within(6, least=1, most=1000)
+    seed: int = within(0, least=0, most=2**31 - 1)
 
     def __post_init__(self):
-        for name in ("images", "draws", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want at least 1")
-        if self.inpainted < 0:
-            raise ValueError(f"inpainted={self.inpainted}: want at least 0")
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         if not isinstance(objective, PixelObjective):
@@ -106,7 +103,7 @@ class Reconstruction(Eval):
                 found = np.asarray(values)[rows].tolist()
                 samples.setdefault(name, []).extend(found)
 
-        with data.held_out() as batches:
+        with data.held_out(spread=True) as batches:
             for batch, rows in valid_images(batches, "reconstruction", self.images):
                 note(scorer.unmasked(batch), rows)
                 first = scorer.masked(batch, keys_of(batch, self.seed))
@@ -120,7 +117,10 @@ class Reconstruction(Eval):
                     note(score, [i])
                 shown = rows[: max(0, self.rows - seen)]
                 score = np.asarray(first.scores[_MODEL])
-                columns = (first.original, first.hidden, first.model, score)
+                columns = (
+                    *(batch["index"], first.original, first.hidden, first.model),
+                    score,
+                )
                 panels.append([column[shown] for column in columns])
                 seen += len(rows)
         numbers = {
@@ -135,38 +135,50 @@ class Reconstruction(Eval):
             float(-10 * np.log10(pooled)), "dB", seen
         )
         arrays = {name: np.asarray(sample) for name, sample in samples.items()}
-        shown = ("original", "hidden", "model", "psnr")
-        for name, parts in zip(shown, zip(*panels, strict=True), strict=True):
-            arrays[f"panel_{name}"] = np.concatenate(parts)
+        index, *shown = map(np.concatenate, zip(*panels, strict=True))
+        names = ("original", "hidden", "model", "psnr")
+        for name, column in zip(names, shown, strict=True):
+            arrays[f"panel_{name}"] = column[np.argsort(index, kind="stable")]
         return Report(numbers=numbers, arrays=arrays)
 
+    def sentence(self, report: Report) -> str:
+        values = report.scalars
+        others = {"untrained": "untrained", "visible_mean": "visible mean"}
+        model = _MODEL
+        if "psnr_biharmonic_db" in values:  # the model's score on the same images
+            others = {"biharmonic": "biharmonic inpainting"} | others
+            model = "psnr_model_where_inpainted_db"
+        beside = ", ".join(
+            f"{word} {values[f'psnr_{name}_db']:.1f}" for name, word in others.items()
+        )
+        return f"hidden pixels at {values[model]:.1f} dB ({beside})"
+
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
+        """A column for each image: what the model sees, what it fills in, the truth."""
         one = len(found) == 1
         first = next(iter(found.values())).arrays
-        hidden = first["panel_hidden"][..., None]
-        columns = {
-            "original": first["panel_original"],
-            "masked": np.where(hidden, np.float32(0.5), first["panel_original"]),
-        }
-        if one:
-            columns["reconstruction"] = first["panel_model"]
+        original, hidden = first["panel_original"], first["panel_hidden"][..., None]
+        rows = {"seen": np.where(hidden, np.float32(0.5), original)}
         scores = {}
         for name, report in found.items():
-            title, arrays = "with visible patches" if one else name, report.arrays
-            columns[title] = np.where(
-                arrays["panel_hidden"][..., None],
-                arrays["panel_model"],
-                arrays["panel_original"],
+            title, arrays = "filled in" if one else name, report.arrays
+            gaps = arrays["panel_hidden"][..., None]
+            rows[title] = np.where(
+                gaps, arrays["panel_model"], arrays["panel_original"]
             )
             scores[title] = arrays["panel_psnr"]
-        panels = []
-        for row in range(len(hidden)):
-            for title, images in columns.items():
-                below = (
-                    f"hidden: {scores[title][row]:.2f} dB" if title in scores else ""
-                )
-                top = title if row == 0 else ""
-                panels.append(Panel(images[row], title=top, below=below))
+        rows["original"] = original
+        if one:
+            rows["model alone"] = first["panel_model"]
+        panels = [
+            Panel(
+                image,
+                below=f"{scores[title][column]:.1f} dB" if title in scores else "",
+                left=title if column == 0 else "",
+            )
+            for title, images in rows.items()
+            for column, image in enumerate(images)
+        ]
         title = ""
         if one:
             ((name, report),) = found.items()
@@ -174,7 +186,7 @@ class Reconstruction(Eval):
                 f"{name}: held-out images\nPSNR of hidden pixels in dB: "
                 f"{_summary(report)}"
             )
-        return {"reconstruction": gallery(panels, len(columns), (1.95, 2.15), title)}
+        return {"reconstruction": gallery(panels, len(hidden), (1.3, 1.55), title)}
 
 
 class _Filled(NamedTuple):
@@ -270,14 +282,17 @@ def visible_mean(images: Pixels, mask: Mask, grid: Grid) -> Pixels:
 
 
 def patch_means(images: Pixels, grid: Grid) -> Pixels:
-    """Images whose patches are each filled with their mean over all channels."""
+    """Images whose patches are each of one colour, their mean, channel by channel."""
     patches = patchify(images, grid.patch)
-    mean = patches.mean(axis=-1, keepdims=True)
-    return unpatchify(jnp.broadcast_to(mean, patches.shape), grid)
+    colours = patches.reshape(*patches.shape[:2], grid.patch**2, images.shape[-1])
+    mean = jnp.broadcast_to(colours.mean(axis=2, keepdims=True), colours.shape)
+    return unpatchify(mean.reshape(patches.shape), grid)
 
 
 def inpaint(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     """Biharmonic inpainting of the hidden pixels, by scikit-image."""
+    from skimage.restoration import inpaint_biharmonic  # slow to import
+
     known = np.where(hidden[..., None], 0, image)
     filled = inpaint_biharmonic(known, np.array(hidden), channel_axis=-1)
     return np.clip(filled, 0, 1).astype(image.dtype)

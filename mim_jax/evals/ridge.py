@@ -2,17 +2,18 @@
 """Few-shot accuracy of frozen features by ridge regression, in closed form."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from mim_jax.evals.base import Eval, Headline, Passes, Run
 from mim_jax.evals.features import extract_splits, l2_normalised
 from mim_jax.evals.report import Number, Report, mean_of
 from mim_jax.objectives.base import Objective
+from mim_jax.ops.ridge import fit
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,31 +49,36 @@ class Ridge(Eval):
         ),
     )
 
-    shots: tuple[int, ...] = (1, 5, 10, 25)
-    draws: int = 3
-    penalties: tuple[float, ...] = tuple(10.0**i for i in range(-4, 4))
-    seed: int = 0
+    shots: tuple[int, ...] = within((1, 5, 10, 25), least=1)
+    draws: int = within(3, least=1, most=1000)
+    penalties: tuple[float, ...] = within(
+        tuple(10.0**i for i in range(-4, 4)), least=1e-12, most=1e12
+    )
+    seed: int = within(0, least=0, most=2**31 - 1)
 
     def __post_init__(self):
-        if not self.shots or min(self.shots) < 1 or self.draws < 1:
-            raise ValueError(
-                f"shots={self.shots}, draws={self.draws}: want numbers >= 1"
-            )
-        if not self.penalties or min(self.penalties) <= 0:
-            raise ValueError(f"penalties={self.penalties}: want numbers > 0")
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
 
+    def check_data(self, objective: Objective, data: Passes) -> None:
+        if not data.classes:
+            raise ValueError(
+                "ridge regression learns labels, and the source has none: want a "
+                "source with classes, such as digits"
+            )
+
     def measure(self, run: Run, data: Passes) -> Report:
+        self.check_data(run.objective, data)
         train, held_out = extract_splits(run, run.params, data)
         classes = len(data.classes)
-        sizes = np.bincount(train.labels[train.labels >= 0], minlength=max(classes, 1))
+        sizes = np.bincount(train.labels[train.labels >= 0], minlength=classes)
         shots = [number for number in self.shots if number <= sizes.min()]
-        if not classes or not shots:
+        if not shots:
             raise ValueError(
                 f"shots={self.shots}: the rarest class has {sizes.min()} training "
-                "images; want at most that many, and a source with labels"
+                "images; want at most that many"
             )
         bank, queries = (
             l2_normalised(features.vectors.astype(np.float64))
@@ -127,47 +133,3 @@ class Ridge(Eval):
         axis.legend(fontsize=7)
         figure.tight_layout()
         return {"ridge": figure}
-
-
-def fit(
-    features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    classes: int,
-    penalties: Sequence[float],
-) -> tuple[tuple[np.ndarray, np.ndarray], float]:
-    """Ridge regression to class indicators, by the penalty that generalises best.
-
-    Weights W and biases b minimise |X W + b - Y|^2 + penalty s |W|^2, where Y are the
-    class indicators and s is the sum of squared lengths of centred features over n.
-    Biases are not penalised. When row i is left out, its error is its residual over
-    1 - h_i, where h_i is the leverage of the row.
-
-    Args:
-        penalties: to choose from.
-    Returns:
-        ((weights "d c", biases "c"), penalty) with the least leave-one-out error.
-
-    Example:
-        >>> features = np.array([[0.0], [0.1], [0.9], [1.0]])
-        >>> (weights, biases), _ = fit(features, np.array([0, 0, 1, 1]), 2, (0.1,))
-        >>> (features @ weights + biases).argmax(axis=1).tolist()
-        [0, 0, 1, 1]
-    """
-    x, y = features.astype(np.float64), np.eye(classes)[labels]
-    centre, level = x.mean(axis=0), y.mean(axis=0)
-    x, centred = x - centre, y - level
-    left, scale, right = np.linalg.svd(x, full_matrices=False)
-    size = (scale**2).sum() / len(x) or 1.0
-    best = None
-    for penalty in penalties:
-        shrunk = scale**2 / (scale**2 + penalty * size)
-        residual = centred - left @ (shrunk[:, None] * (left.T @ centred))
-        leverage = (left**2 * shrunk).sum(axis=1) + 1 / len(x)
-        error = ((residual / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2).mean()
-        if best is None or error < best[0]:
-            best = error, penalty
-    assert best is not None
-    weights = right.T @ (
-        (scale / (scale**2 + best[1] * size))[:, None] * (left.T @ centred)
-    )
-    return (weights, level - centre @ weights), best[1]

@@ -15,6 +15,7 @@ from mim_jax.evals.figures import Panel, gallery, one_per_run
 from mim_jax.evals.logits import classifier, find_set, labelled, membership, predict
 from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
+from mim_jax.schema import check_ranges, within
 
 _PREFIX = "accuracy_"
 _HELD_OUT = "held_out"
@@ -52,26 +53,26 @@ class Robustness(Eval):
     )
 
     sets: tuple[str, ...] = ()
-    mistakes: int = 12
+    mistakes: int = within(12, least=0, most=1000)
 
     def __post_init__(self):
+        check_ranges(self)
         names = [_name(entry) for entry in self.sets]
         if len(set(names)) < len(names):
             raise ValueError(f"sets={self.sets}: want each name once")
-        if self.mistakes < 0:
-            raise ValueError(f"mistakes={self.mistakes}: want at least 0")
 
     def check_objective(self, objective: Objective) -> None:
         labelled(objective)
 
     def check_data(self, objective: Objective, data: Passes) -> None:
+        if not data.classes:
+            raise ValueError("robustness: the run's source has no labels to compare to")
         for entry in self.sets:
             _find(objective, data, entry)
 
     def measure(self, run: Run, data: Passes) -> Report:
         count, classify = labelled(run.objective).classes, classifier(run)
-        if not data.classes:
-            raise ValueError("robustness: the run's source has no labels to compare to")
+        self.check_data(run.objective, data)
         with data.held_out() as batches:
             own = (
                 {**one, "labels": np.array(one["label"])[:, None]} for one in batches

@@ -13,6 +13,7 @@ from mim_jax.evals.figures import Panel, gallery, one_per_run
 from mim_jax.evals.logits import classifier, find_set, labelled, membership, predict
 from mim_jax.evals.report import Number, Report, share_of
 from mim_jax.objectives.base import Objective
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,10 @@ class ShapeBias(Eval):
     )
 
     set: str = "cues"
-    examples: int = 12
+    examples: int = within(12, least=0, most=1000)
 
     def __post_init__(self):
-        if self.examples < 0:
-            raise ValueError(f"examples={self.examples}: want at least 0")
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         labelled(objective)

@@ -11,6 +11,7 @@ from mim_jax.evals.base import Eval, Headline, Passes, Run
 from mim_jax.evals.features import extract
 from mim_jax.evals.report import Number, Report
 from mim_jax.objectives.base import Objective
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,21 +54,23 @@ class TSNE(Eval):
         ),
     )
 
-    classes: int = 10
-    images: int = 50
-    perplexity: float = 30.0
-    seed: int = 0
+    classes: int = within(10, least=2, most=1000)
+    images: int = within(50, least=5, most=10**5)
+    perplexity: float = within(30.0, least=0.01, most=1e6)
+    seed: int = within(0, least=0, most=2**31 - 1)
 
     def __post_init__(self):
-        if self.classes < 2 or self.images < 5 or not self.perplexity > 0:
-            raise ValueError(
-                f"classes={self.classes}, images={self.images}, perplexity="
-                f"{self.perplexity}: want at least 2 classes, 5 images of each and a "
-                "perplexity > 0"
-            )
+        check_ranges(self)
 
     def check_objective(self, objective: Objective) -> None:
         pass  # every objective has features
+
+    def check_data(self, objective: Objective, data: Passes) -> None:
+        if len(data.classes) < self.classes:
+            raise ValueError(
+                f"classes={self.classes}: the source has {len(data.classes)}; want at "
+                "most that many, or a source with labels"
+            )
 
     def measure(self, run: Run, data: Passes) -> Report:
         # Slow to import: only when they are used.
@@ -78,11 +81,7 @@ class TSNE(Eval):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        if len(data.classes) < self.classes:
-            raise ValueError(
-                f"classes={self.classes}: the source has {len(data.classes)}; want at "
-                "most that many, or a source with labels"
-            )
+        self.check_data(run.objective, data)
         with data.held_out() as batches:
             found = extract(run.objective.features, run.params, batches)
         rng = np.random.default_rng(self.seed)
@@ -97,6 +96,11 @@ class TSNE(Eval):
                 f"{len(rows)} held-out images, {least} of the rarest class, with "
                 f"perplexity={self.perplexity}: want 5 of each class and more than 3 "
                 "times the perplexity"
+            )
+        if not np.ptp(vectors, axis=0).any():
+            raise ValueError(
+                "the features of all images are the same, so they have no plane: the "
+                "model has collapsed, or the images are all alike"
             )
         plane = SklearnTSNE(
             perplexity=self.perplexity, init="pca", random_state=self.seed

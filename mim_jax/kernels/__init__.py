@@ -10,14 +10,14 @@ has an example.
 from jaxtyping import Array, Float
 
 from mim_jax.kernels import cpu, gpu, tpu
-from mim_jax.kernels.base import Form, Kernels
+from mim_jax.kernels.base import Form, Kernels, always
 from mim_jax.kernels.spread import spread
 
 # "auto" takes the first row that is of the platform, fits and is preferred.
 FORMS: dict[str, Form] = {
     "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, cpu.preferred),
-    "pallas": Form(tpu.short_attention, "tpu", tpu.misfit),
-    "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit),
+    "pallas": Form(tpu.short_attention, "tpu", tpu.misfit, always),
+    "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit, always),
 }
 
 

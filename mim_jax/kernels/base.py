@@ -60,6 +60,18 @@ class Site(NamedTuple):
     capability: str = ""
 
 
+def always(site: Site) -> bool:
+    """For `Form.preferred`: "auto" takes the form wherever it can run."""
+    del site
+    return True
+
+
+def never(site: Site) -> bool:
+    """For `Form.preferred`: "auto" never takes the form; its name does."""
+    del site
+    return False
+
+
 class Form(NamedTuple):
     """A form of attention: a row of `mim_jax.kernels.FORMS`.
 
@@ -85,10 +97,11 @@ class Form(NamedTuple):
             first result of `mim_jax.ops.attention.attention`; JAX differentiates it.
         platform: the only one that can run it: "cpu", "gpu" or "tpu".
         misfit: says of a site why this form cannot run there; "" if it can.
-        preferred: says whether "auto" takes it at a site where it can run.
+        preferred: says whether "auto" takes it at a site where it can run. The default
+            never does: state it once the form has been timed against "plain".
     """
 
     run: Attend
     platform: str
     misfit: Callable[[Site], str]
-    preferred: Callable[[Site], bool] = lambda site: True
+    preferred: Callable[[Site], bool] = never

@@ -7,9 +7,12 @@ from typing import Any, TypeVar
 import jax
 
 from mim_jax.kernels import FORMS
-from mim_jax.kernels.base import Kernels, Site
+from mim_jax.kernels.base import Form, Kernels, Site
+from mim_jax.ops.attention import attention
+from mim_jax.schema import brief, raised, returned
 
 _Objective = TypeVar("_Objective")
+_PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def choose_attention(wanted: str, site: Site) -> str:
@@ -26,12 +29,14 @@ def choose_attention(wanted: str, site: Site) -> str:
         wanted: "auto" takes the fastest known form that fits; "plain" or the name of a
             form takes that one.
     Raises:
-        ValueError: the wanted form is unknown or cannot run there; the message says
-            why.
+        ValueError: the wanted form is unknown or cannot run there, or a row of FORMS
+            is none; the message says why.
     """
+    for name, form in FORMS.items():
+        _check_row(name, form)
     if wanted == "auto":
         for name, form in FORMS.items():
-            here = form.platform == site.platform and not form.misfit(site)
+            here = form.platform == site.platform and not _misfit(name, site)
             if here and form.preferred(site):
                 return name
         return "plain"
@@ -43,12 +48,100 @@ def choose_attention(wanted: str, site: Site) -> str:
             f"attention={wanted!r} is unknown; known: auto, plain, {known}"
         )
     form = FORMS[wanted]
-    why = form.misfit(site)
     if form.platform != site.platform:
-        why = f"it runs on {form.platform}: want a form of {site.platform}"
+        here = [one for one, row in FORMS.items() if row.platform == site.platform]
+        why = f"it runs on {form.platform}: want {' or '.join(['plain', *here])}"
+    else:
+        why = _misfit(wanted, site)
     if why:
         raise ValueError(f"attention={wanted!r}: {why}, or attention='auto'")
     return wanted
+
+
+def _check_row(name: str, form: Any) -> None:
+    """ValueError unless a row of FORMS is a form that can be chosen."""
+    where = f"kernels.FORMS[{name!r}]"
+    if name in ("auto", "plain"):
+        raise ValueError(f"{where}: attention={name!r} has a meaning; want another")
+    if not isinstance(form, Form):
+        raise ValueError(f"{where} is {brief(form)}: want Form(run, platform, misfit)")
+    if form.platform not in _PLATFORMS:
+        raise ValueError(
+            f"{where}: platform={form.platform!r}: want one of {', '.join(_PLATFORMS)}"
+        )
+    for part in ("run", "misfit", "preferred"):
+        if not callable(getattr(form, part)):
+            raise ValueError(
+                f"{where}: {part}={brief(getattr(form, part))}: want a function"
+            )
+
+
+def _misfit(name: str, site: Site) -> str:
+    """Why a form cannot run at a site of its platform; "" if it can."""
+    why = FORMS[name].misfit(site)
+    if not isinstance(why, str):
+        raise ValueError(
+            f"kernels.FORMS[{name!r}]: misfit returned {returned(why)}: want a str, "
+            "the reason why the form cannot run at the site, or '' if it can"
+        )
+    return why
+
+
+def check_forms(
+    objective: Any, tokens: int, mesh: jax.sharding.Mesh, device: Any = None
+) -> None:
+    """Checks the results of the forms that the networks of an objective were told.
+
+    Nothing is computed: shapes and dtypes alone are followed.
+
+    Args:
+        objective: as `with_kernels` returned it.
+        tokens, mesh: as for `with_kernels`.
+        device: one of those of the mesh; None: its first.
+    Raises:
+        ValueError: a form fails, or its result has not the shape and dtype of that of
+            the plain form; the message names form and network.
+    """
+    device = mesh.devices.flat[0] if device is None else device
+    for field in dataclasses.fields(objective):
+        network = getattr(objective, field.name)
+        kernels = getattr(network, "kernels", None)
+        if not isinstance(kernels, Kernels) or kernels.attention == "plain":
+            continue
+        try:
+            _check_form(kernels.attention, _site(network, tokens, device, mesh))
+        except ValueError as error:
+            raise ValueError(f"{field.name}: {error}") from error
+
+
+def _check_form(name: str, site: Site) -> None:
+    """ValueError unless a form's result is like that of the plain form."""
+    qkv = jax.ShapeDtypeStruct((2, site.tokens, 3 * site.width), site.dtype)
+    bias = jax.ShapeDtypeStruct(qkv.shape[2:], site.dtype)
+
+    def shape_of(run):
+        return jax.eval_shape(lambda qkv, bias: run(qkv, bias, site.heads), qkv, bias)
+
+    want, _ = shape_of(attention)
+    where = f"attention={name!r} with qkv {_shown(qkv)} and heads={site.heads}"
+    try:
+        found = shape_of(FORMS[name].run)
+    except Exception as error:
+        raise ValueError(
+            f"{where} fails: {raised(error)}; want a function of (qkv, bias, heads), "
+            "or attention='plain'"
+        ) from error
+    if getattr(found, "shape", None) != want.shape or found.dtype != want.dtype:
+        raise ValueError(
+            f"{where} returns {_shown(found)}: want {_shown(want)}, the mixed values "
+            "alone"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return f"{value.dtype}{list(value.shape)}"
+    return returned(value)
 
 
 def site_of(device: Any, dtype: str, tokens: int, width: int, heads: int) -> Site:
@@ -110,7 +203,14 @@ def with_kernels(
 
 
 def _attention_of(network, wanted: str, tokens: int, device, mesh) -> str:
-    parts = 1 if mesh is None else mesh.shape["tensor"]
+    parts = _parts(mesh)
+    if getattr(network, "relative_positions", False):
+        if wanted not in ("auto", "plain"):
+            raise ValueError(
+                f"attention={wanted!r}: it cannot add the biases of "
+                "relative_positions=true: want attention='plain' or 'auto'"
+            )
+        return "plain"
     if network.heads % parts:
         if wanted not in ("auto", "plain"):
             raise ValueError(
@@ -118,10 +218,17 @@ def _attention_of(network, wanted: str, tokens: int, device, mesh) -> str:
                 "want a multiple, or attention='auto'"
             )
         return "plain"  # the compiler splits it as it can
-    width, heads = network.width // parts, network.heads // parts
-    return choose_attention(
-        wanted, site_of(device, network.dtype, tokens, width, heads)
-    )
+    return choose_attention(wanted, _site(network, tokens, device, mesh))
+
+
+def _site(network, tokens: int, device, mesh) -> Site:
+    """The site of a network on one of the devices that share its heads."""
+    width, heads = network.width // _parts(mesh), network.heads // _parts(mesh)
+    return site_of(device, network.dtype, tokens, width, heads)
+
+
+def _parts(mesh) -> int:
+    return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def described(objective: Any) -> str:

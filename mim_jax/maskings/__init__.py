@@ -5,5 +5,12 @@ from mim_jax.maskings.block import Block
 from mim_jax.maskings.grid import GridMasking
 from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
+from mim_jax.maskings.subtrees import Subtrees
 
-MASKINGS = {"random": Random, "block": Block, "grid": GridMasking, "none": Nothing}
+MASKINGS = {
+    "random": Random,
+    "block": Block,
+    "grid": GridMasking,
+    "subtrees": Subtrees,
+    "none": Nothing,
+}

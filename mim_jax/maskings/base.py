@@ -59,6 +59,12 @@ class Masking(abc.ABC):
         """Number of different masks that an image can get; None: too many to count."""
         return None
 
+    def whole_side(self, grid: Grid) -> int | None:
+        """Side, in pixels, of squares of which each is hidden as a whole or not at all;
+        None if there is no such rule."""
+        del grid
+        return None
+
     @abc.abstractmethod
     def visible_count(self, grid: Grid) -> int:
         """Number of visible patches, the same for every image since shapes are static.
@@ -101,3 +107,19 @@ class Masking(abc.ABC):
         """
         del objective, params, batch, keys
         return memory
+
+
+def visible_patches(ratio: float, grid: Grid) -> int:
+    """How many patches a masking leaves visible that hides this share of them, rounded
+    down.
+
+    Raises:
+        ValueError: it is none or all.
+    """
+    visible = int(grid.size * (1 - ratio) + 1e-6)
+    if not 0 < visible < grid.size:
+        raise ValueError(
+            f"ratio={ratio} leaves {visible} of {grid.size} patches visible: want at "
+            "least one visible and one hidden"
+        )
+    return visible

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from mim_jax.maskings.base import Masking
+from mim_jax.maskings.base import Masking, visible_patches
 from mim_jax.ops.masking import Mask, cut
 from mim_jax.ops.patches import Grid
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,46 +29,35 @@ class Block(Masking):
             the ratio, further patches are hidden at random.
     """
 
-    ratio: float = 0.4
-    least: int = 16
-    aspect: float = 0.3
-    rectangles: int = 32
+    ratio: float = within(0.4, above=0, below=1)
+    least: int = within(16, least=1, most=2**28)
+    aspect: float = within(0.3, least=1e-3, most=1)
+    rectangles: int = within(32, least=1, most=10**4)
 
     def __post_init__(self):
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio={self.ratio}: want 0 < ratio < 1")
-        if self.least < 1 or self.rectangles < 1 or not 0 < self.aspect <= 1:
-            raise ValueError(
-                f"least={self.least}, rectangles={self.rectangles}, "
-                f"aspect={self.aspect}: want at least 1, at least 1, and in (0, 1]"
-            )
+        check_ranges(self)
 
     def visible_count(self, grid: Grid) -> int:
-        kept = int(grid.size * (1 - self.ratio) + 1e-6)
-        if not 0 < kept < grid.size:
+        visible = visible_patches(self.ratio, grid)
+        if self.least > grid.size - visible:
             raise ValueError(
-                f"ratio={self.ratio} leaves {kept} of {grid.size} patches visible: "
-                "want at least one visible and one hidden"
+                f"least={self.least}: want at most the {grid.size - visible} patches "
+                f"that ratio={self.ratio} hides"
             )
-        if self.least > grid.size - kept:
-            raise ValueError(
-                f"least={self.least}: want at most the {grid.size - kept} patches that "
-                f"ratio={self.ratio} hides"
-            )
-        return kept
+        return visible
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
-        kept = self.visible_count(grid)
-        return cut(jax.vmap(lambda key: self._order(key, grid, kept))(keys), kept)
+        visible = self.visible_count(grid)
+        return cut(jax.vmap(lambda key: self._order(key, grid, visible))(keys), visible)
 
-    def _order(self, key: Key[Array, ""], grid: Grid, kept: int) -> Int[Array, " n"]:
+    def _order(self, key: Key[Array, ""], grid: Grid, visible: int) -> Int[Array, " n"]:
         def uniform(key, least, most):  # a column: one number per rectangle
             # float32 whatever jax_enable_x64 says, so that masks have the same bits.
             shape = (self.rectangles, 1)
             return jax.random.uniform(key, shape, jnp.float32, least, most)
 
         area_key, aspect_key, row_key, col_key, tie_key = jax.random.split(key, 5)
-        area = uniform(area_key, self.least, grid.size - kept)
+        area = uniform(area_key, self.least, grid.size - visible)
         bound = -math.log(self.aspect)
         ratio = jnp.exp(uniform(aspect_key, -bound, bound))
         height = jnp.clip(jnp.round(jnp.sqrt(area * ratio)), 1, grid.rows)

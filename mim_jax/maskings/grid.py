@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from mim_jax.maskings.base import Masking
 from mim_jax.ops.masking import Mask, from_scores
 from mim_jax.ops.patches import Grid
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,10 @@ class GridMasking(Masking):
         cell: patches along the side of a cell, >= 2; divides both grid sides.
     """
 
-    cell: int = 2
+    cell: int = within(2, least=2, most=2**14)
 
     def __post_init__(self):
-        if self.cell < 2:
-            raise ValueError(f"cell={self.cell}: want at least 2 patches")
+        check_ranges(self)
 
     def visible_count(self, grid: Grid) -> int:
         if grid.rows % self.cell or grid.cols % self.cell:
@@ -33,6 +33,9 @@ class GridMasking(Masking):
                 "patches: choose a divisor of both"
             )
         return grid.size // self.cell**2
+
+    def whole_side(self, grid: Grid) -> int:
+        return grid.patch
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
         rows, cols, side = grid.rows // self.cell, grid.cols // self.cell, self.cell

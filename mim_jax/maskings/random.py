@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from mim_jax.maskings.base import Masking
 from mim_jax.ops.masking import Mask, cut, order_units
 from mim_jax.ops.patches import Grid
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,12 @@ class Random(Masking):
             (arXiv:2210.07224).
     """
 
-    ratio: float = 0.75
-    unit: int | None = None
+    ratio: float = within(0.75, above=0, below=1)
+    unit: int | None = within(None, least=1, most=2**14)
     partial_units: Literal["round", "allow"] = "round"
 
     def __post_init__(self):
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio={self.ratio}: want 0 < ratio < 1")
-        if self.unit is not None and self.unit < 1:
-            raise ValueError(f"unit={self.unit}: want a side in pixels, at least 1")
+        check_ranges(self)
 
     def visible_count(self, grid: Grid) -> int:
         side, total = self._side(grid), grid.size
@@ -63,6 +61,13 @@ class Random(Masking):
                 f"1 <= {total} * (1 - ratio) < {total}"
             )
         return visible * per_unit
+
+    def whole_side(self, grid: Grid) -> int:
+        return (
+            self._side(grid) * grid.patch
+            if self.partial_units == "round"
+            else grid.patch
+        )
 
     def __call__(self, keys: Key[Array, " b"], grid: Grid) -> Mask:
         side = self._side(grid)

@@ -8,10 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mim_jax.kernels.base import PLAIN, Kernels
-from mim_jax.models.vit import Dense, LayerNorm, check_width, layer_flops, run_blocks
+from mim_jax.models.vit import (
+    Dense,
+    LayerNorm,
+    check_width,
+    layer_flops,
+    positions,
+    run_blocks,
+)
 from mim_jax.ops.masking import Mask
-from mim_jax.ops.patches import Grid, sincos_2d
-from mim_jax.schema import internal, shared
+from mim_jax.ops.patches import Grid
+from mim_jax.schema import check_ranges, internal, shared, within
 
 
 class Decoder(nn.Module):
@@ -23,13 +30,19 @@ class Decoder(nn.Module):
     Attributes:
         width, depth, heads: token width, number of blocks, attention heads.
         mlp_ratio: hidden width of the MLP divided by the token width.
+        positions: "fixed": sines and cosines, and 0 for the class token. "learned":
+            parameters that start from these.
+        epsilon: what layer norms add to the variance.
         dtype, remat, kernels: as in Encoder.
     """
 
-    width: int = 512
-    depth: int = 8
-    heads: int = 16
-    mlp_ratio: float = 4.0
+    width: int = within(512, least=4, most=2**17)
+    depth: int = within(8, least=1, most=1000)
+    heads: int = within(16, least=1, most=2**15)
+    mlp_ratio: float = within(4.0, least=0.01, most=1000)
+    positions: Literal["fixed", "learned"] = "fixed"
+    epsilon: float = within(1e-6, above=0, most=0.1)
+    layer_scale: None = internal(None)
     dtype: str = shared("float32")
     remat: str = shared("none")
     kernels: Kernels = internal(PLAIN)
@@ -56,22 +69,23 @@ class Decoder(nn.Module):
                 (`mim_jax.ops.masking.unshuffle` restores grid order).
         """
         x = Dense(self.width, self.dtype, self.kernels, name="embed")(tokens)
-        table = jnp.asarray(sincos_2d(grid, self.width), jnp.float32).astype(x.dtype)
+        first, table = (one.astype(x.dtype) for one in positions(self, grid))
         init = nn.initializers.normal(0.02)
         mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(x.dtype)
-        # The class token has position 0. Visible tokens get positions here too: those
-        # that the encoder added have another width.
-        parts = [x[:, :1], x[:, 1:] + table[mask.keep], mask_token + table[mask.drop]]
-        x, _ = run_blocks(self, jnp.concatenate(parts, axis=1))
+        # Visible tokens get positions here too: those that the encoder added have
+        # another width.
+        seen, hidden = x[:, 1:] + table[mask.keep], mask_token + table[mask.drop]
+        x, _ = run_blocks(self, jnp.concatenate([x[:, :1] + first, seen, hidden], 1))
         middle = 1 + mask.keep.shape[1]
         ends = {"hidden": (middle, None), "visible": (1, middle), "all": (1, None)}
-        first, last = ends[predict]
-        x = LayerNorm(self.dtype, name="norm")(x[:, first:last])
+        begin, end = ends[predict]
+        x = LayerNorm(self.dtype, self.epsilon, name="norm")(x[:, begin:end])
         return Dense(outputs, self.dtype, self.kernels, name="predict")(x)
 
     def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""
-        check_width("decoder", self.width, self.heads)
+        check_ranges(self, "decoder.")
+        check_width("decoder", self.width, self.heads, self.mlp_ratio)
 
     def flops(
         self,

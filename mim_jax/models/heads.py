@@ -12,7 +12,7 @@ from mim_jax.kernels.base import PLAIN, Kernels
 from mim_jax.models.vit import Dense, LayerNorm, gelu
 from mim_jax.ops.attention import accurate
 from mim_jax.ops.contrastive import l2_normalise
-from mim_jax.schema import internal, shared
+from mim_jax.schema import check_ranges, internal, shared, within
 
 
 class BatchNorm(nn.Module):
@@ -58,9 +58,9 @@ class Head(nn.Module):
         kernels: the form of each operation; the plan sets it.
     """
 
-    layers: int = 2
-    hidden: int = 2048
-    out: int = 768
+    layers: int = within(2, least=1, most=100)
+    hidden: int = within(2048, least=1, most=2**20)
+    out: int = within(768, least=1, most=2**20)
     norm: Literal["batch", "layer", "none"] = "batch"
     activation: Literal["gelu", "relu"] = "gelu"
     last_norm: bool = False
@@ -91,11 +91,7 @@ class Head(nn.Module):
 
     def check_sizes(self, name: str) -> None:
         """ValueError if a size is out of range."""
-        if min(self.layers, self.hidden, self.out) < 1:
-            raise ValueError(
-                f"{name}.layers={self.layers}, {name}.hidden={self.hidden}, "
-                f"{name}.out={self.out}: want at least 1"
-            )
+        check_ranges(self, f"{name}.")
 
     def flops(self, width: int) -> float:
         """FLOPs of one forward pass of one token of `width` numbers."""
@@ -116,10 +112,10 @@ class Prototypes(nn.Module):
         kernels: the form of each operation; the plan sets it.
     """
 
-    layers: int = 3
-    hidden: int = 2048
-    bottleneck: int = 256
-    out: int = 65536
+    layers: int = within(3, least=1, most=100)
+    hidden: int = within(2048, least=1, most=2**20)
+    bottleneck: int = within(256, least=1, most=2**20)
+    out: int = within(65536, least=1, most=2**24)
     dtype: str = shared("float32")
     kernels: Kernels = internal(PLAIN)
 
@@ -144,10 +140,7 @@ class Prototypes(nn.Module):
 
     def check_sizes(self, name: str) -> None:
         """ValueError if a size is out of range."""
-        for field in ("layers", "hidden", "bottleneck", "out"):
-            if getattr(self, field) < 1:
-                value = getattr(self, field)
-                raise ValueError(f"{name}.{field}={value}: want at least 1")
+        check_ranges(self, f"{name}.")
 
     def flops(self, width: int) -> float:
         """FLOPs of one forward pass of one view."""

@@ -21,7 +21,8 @@ from mim_jax.kernels.spread import gathered
 from mim_jax.ops.attention import accurate, attention
 from mim_jax.ops.masking import take
 from mim_jax.ops.patches import Grid, sincos_2d
-from mim_jax.schema import internal, shared
+from mim_jax.ops.posembed import relative_pairs
+from mim_jax.schema import check_ranges, internal, shared, within
 
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": dict(width=192, depth=12, heads=3),
@@ -40,12 +41,16 @@ REMAT = {
 
 TAPS = ("blocks", "attention")
 
+# Of one block: factors of its two branches, and what is added to attention's logits.
+Scales = Float[Array, "2 b"] | None
+Offsets = Float[Array, "#b a n n"] | None
+
 
 def run_blocks(
     network: Any,
     x: Float[Array, "b n d"],
     taps: Sequence[str] = (),
-    scales: Float[Array, "l 2 b"] | None = None,
+    each: Sequence[Float[Array, "l ..."] | None] = (),
 ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
     """The blocks of an Encoder or Decoder, one after the other.
 
@@ -53,7 +58,8 @@ def run_blocks(
         network: the calling module; the blocks become its sub-modules.
         taps: names from TAPS: further values to return, with a leading axis over the
             blocks.
-        scales: factor of each branch of each block, from `drop_path`; None: 1.
+        each: the further arguments of a block, each with a leading axis over the
+            blocks, or None.
     """
     fields = {name: getattr(network, name) for name in _OF_A_BLOCK}
     fields["taps"] = tuple(taps)
@@ -61,16 +67,16 @@ def run_blocks(
     if network.remat != "none":
         cls = _rematerialised(network.remat, stacked)
     if stacked:
-        return _scanned(cls, network.depth, fields, x, scales)
+        return _scanned(cls, network.depth, fields, x, each)
     seen = []
     for i in range(network.depth):
-        own = None if scales is None else scales[i]
-        x, tap = cls(name=f"block{i:02d}", **fields)(x, own)
+        own = [None if one is None else one[i] for one in each]
+        x, tap = cls(name=f"block{i:02d}", **fields)(x, *own)
         seen.append(tap)
     return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
 
 
-_OF_A_BLOCK = ("heads", "mlp_ratio", "dtype", "kernels")
+_OF_A_BLOCK = ("heads", "mlp_ratio", "epsilon", "layer_scale", "dtype", "kernels")
 
 
 def _rematerialised(remat: str, stacked: bool):
@@ -80,13 +86,13 @@ def _rematerialised(remat: str, stacked: bool):
     return nn.remat(Block, policy=REMAT[remat], prevent_cse=not stacked)
 
 
-def _scanned(cls, depth: int, fields: dict[str, Any], x, scales):
+def _scanned(cls, depth: int, fields: dict[str, Any], x, each):
     """The blocks as one loop over stacked parameters."""
     axes: dict[str, Any] = dict(
         variable_axes={"params": 0}, split_rngs={"params": False}
     )
     blocks = nn.scan(cls, length=depth, **axes)(name="blocks", **fields)
-    return blocks(x) if scales is None else blocks(x, scales)
+    return blocks(x, *each)
 
 
 def drop_path(
@@ -108,13 +114,18 @@ def layer_flops(tokens: int, width: int, mlp_ratio: float) -> float:
     return matmuls + 4 * tokens**2 * width
 
 
-def check_width(name: str, width: int, heads: int) -> None:
+def check_width(name: str, width: int, heads: int, mlp_ratio: float) -> None:
     """ValueError unless the width is a multiple of the heads, and of 4 for the position
-    tables."""
-    if heads < 1 or width < 4 or width % heads or width % 4:
+    tables, and the MLP has a width, too."""
+    if width % heads or width % 4:
         raise ValueError(
             f"{name}.width={width}, {name}.heads={heads}: want a width that is a "
             "multiple of the number of heads and of 4"
+        )
+    if int(width * mlp_ratio) < 1:
+        raise ValueError(
+            f"{name}.mlp_ratio={mlp_ratio} of {name}.width={width}: want an MLP of at "
+            "least 1 number"
         )
 
 
@@ -128,12 +139,13 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with MAE's epsilon, in float32 at least.
+    """Layer norm, by default with MAE's epsilon, in float32 at least.
 
     Flax's layer norm mixes dtypes by implicit promotion, which our tests forbid.
     """
 
     dtype: str
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -146,7 +158,7 @@ class LayerNorm(nn.Module):
             variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
         else:
             variance = _variance_in_one_pass(wide, mean)
-        wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-6)
+        wide = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
         wide = wide * scale.astype(kind)[None, None] + bias.astype(kind)[None, None]
         return wide.astype(self.dtype)
 
@@ -216,7 +228,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"]
+        self, x: Float[Array, "b n d"], offsets: Offsets = None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b a n n"] | None]:
         width = x.shape[-1]
         # Xavier on the fused [d, 3d] matrix has the bound sqrt(6 / 4d), sqrt(1/2) times
@@ -224,7 +236,7 @@ class Attention(nn.Module):
         fused = Dense(3 * width, self.dtype, self.kernels, split=1, name="qkv")
         qkv, bias = fused.product_and_bias(x)
         if self.weights or self.kernels.attention == "plain":
-            mixed, weights = attention(qkv, bias, self.heads)
+            mixed, weights = attention(qkv, bias, self.heads, offsets)
         else:
             mixed, weights = attend(qkv, bias, self.heads, self.kernels), None
         mixed = Dense(width, self.dtype, self.kernels, split=0, name="out")(mixed)
@@ -236,29 +248,60 @@ class Block(nn.Module):
 
     heads: int
     mlp_ratio: float
+    epsilon: float
+    layer_scale: float | None
     dtype: str
     kernels: Kernels = PLAIN
     taps: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], scales: Float[Array, "2 b"] | None = None
+        self, x: Float[Array, "b n d"], scales: Scales = None, offsets: Offsets = None
     ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "..."]]]:
         width, hidden = x.shape[-1], int(x.shape[-1] * self.mlp_ratio)
         look = "attention" in self.taps
         attn = Attention(self.heads, self.dtype, self.kernels, look, name="attn")
-        y, weights = attn(LayerNorm(self.dtype, name="ln1")(x))
-        x = x + (y if scales is None else _scaled(y, scales[0]))
-        y = LayerNorm(self.dtype, name="ln2")(x)
+        y, weights = attn(LayerNorm(self.dtype, self.epsilon, name="ln1")(x), offsets)
+        plain = scales is None and self.layer_scale is None
+        x = x + (y if plain else self._scaled(y, scales, 0))
+        y = LayerNorm(self.dtype, self.epsilon, name="ln2")(x)
         y = gelu(Dense(hidden, self.dtype, self.kernels, split=1, name="fc1")(y))
         y = Dense(width, self.dtype, self.kernels, split=0, name="fc2")(y)
-        x = x + (y if scales is None else _scaled(y, scales[1]))
+        x = x + (y if plain else self._scaled(y, scales, 1))
         seen = {"blocks": x, "attention": weights}
         return x, {name: seen[name] for name in self.taps}
 
+    def _scaled(self, y, scales, branch: int):
+        """A branch times its layer scale and its factor from `drop_path`."""
+        if self.layer_scale is not None:
+            start = nn.initializers.constant(self.layer_scale)
+            gains = self.param(f"scale{branch + 1}", start, y.shape[-1:])
+            y = y * gains.astype(y.dtype)[None, None]
+        return (
+            y if scales is None else y * scales[branch][:, None, None].astype(y.dtype)
+        )
 
-def _scaled(y, scale):
-    return y * scale[:, None, None].astype(y.dtype)
+
+def positions(
+    network: Any, grid: Grid
+) -> tuple[Float[Array, "1 1 d"], Float[Array, "n d"]]:
+    """Position of the class token, and those of the grid's patch tokens, of an Encoder
+    or Decoder."""
+    table = sincos_2d(grid, network.width)
+    if network.positions != "fixed":
+        return _own_positions(network, table)
+    return jnp.zeros((1, 1, network.width)), jnp.asarray(table, jnp.float32)
+
+
+def _own_positions(network: Any, table: np.ndarray):
+    """The positions of a network that has none, or learns them."""
+    whole = np.concatenate([np.zeros((1, network.width)), table])
+    if network.positions == "none":
+        whole = jnp.zeros(whole.shape)
+    else:
+        start = jnp.asarray(whole, jnp.float32)
+        whole = jnp.asarray(network.param("pos_embed", lambda _: start))
+    return whole[None, :1], whole[1:]
 
 
 class Encoder(nn.Module):
@@ -269,7 +312,13 @@ class Encoder(nn.Module):
         width, depth, heads: token width, number of blocks, attention heads; see SIZES.
         mlp_ratio: hidden width of the MLP divided by the token width.
         positions: "fixed": sines and cosines. "learned": parameters that start from
-            these, with a first row of zeros for the class token.
+            these, with a first row of zeros for the class token. "none": no positions.
+        relative_positions: each block adds a learned bias to its attention, by how far
+            two patches lie apart, as BEiT does, arXiv:2106.08254; it starts from 0.
+            Such attention has the plain form only.
+        layer_scale: each branch of a block is multiplied by learned factors that start
+            from this number, arXiv:2103.17239; None: it is not.
+        epsilon: what layer norms add to the variance.
         norm: "tokens": the final norm is applied to each token. "pooled": it is applied
             to the mean of the patch tokens, and tokens are returned without it.
         drop_path: share of images for which training skips a branch of the last block;
@@ -279,14 +328,17 @@ class Encoder(nn.Module):
         kernels: the form of each operation; the plan sets it.
     """
 
-    patch: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    positions: Literal["fixed", "learned"] = "fixed"
+    patch: int = within(16, least=1, most=4096)
+    width: int = within(768, least=4, most=2**17)
+    depth: int = within(12, least=1, most=1000)
+    heads: int = within(12, least=1, most=2**15)
+    mlp_ratio: float = within(4.0, least=0.01, most=1000)
+    positions: Literal["fixed", "learned", "none"] = "fixed"
+    relative_positions: bool = False
+    layer_scale: float | None = within(None, above=0, most=10)
+    epsilon: float = within(1e-6, above=0, most=0.1)
     norm: Literal["tokens", "pooled"] = "tokens"
-    drop_path: float = 0.0
+    drop_path: float = within(0.0, least=0, below=1)
     dtype: str = shared("float32")
     remat: str = shared("none")
     kernels: Kernels = internal(PLAIN)
@@ -319,48 +371,38 @@ class Encoder(nn.Module):
         Raises:
             ValueError: both keep and hidden are given.
         """
-        first, table = self._positions(grid)
-        positions = table[None]
-        if keep is not None:
-            # Patches are selected before they are embedded: hidden ones cost nothing.
-            patches, positions = take(patches, keep), table[keep]
+        first, table = positions(self, grid)
+        patches = patches if keep is None else take(patches, keep)
         # The reference embeds with a convolution, whose bias does not start at zero.
         bias = _uniform(patches.shape[-1] ** -0.5)
-        x = Dense(self.width, self.dtype, self.kernels, None, bias, name="embed")(
-            patches
-        )
+        embed = Dense(self.width, self.dtype, self.kernels, None, bias, name="embed")
+        x = embed(patches)  # hidden patches, left out already, cost nothing
         if hidden is not None:
             x = self._with_mask_tokens(x, hidden, keep)
-        x = x + positions.astype(x.dtype)
+        x = x + (table[None] if keep is None else table[keep]).astype(x.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         cls = jnp.broadcast_to((cls + first).astype(x.dtype), (len(x), 1, self.width))
-        scales = None
-        if keys is not None and self.drop_path > 0:
-            scales = drop_path(keys, self.depth, self.drop_path)
-        x, seen = run_blocks(self, jnp.concatenate([cls, x], axis=1), taps, scales)
-        norm = LayerNorm(self.dtype, name="norm")
+        keys = keys if self.drop_path else None
+        scales = None if keys is None else drop_path(keys, self.depth, self.drop_path)
+        offsets = self._offsets(grid, keep) if self.relative_positions else None
+        x = jnp.concatenate([cls, x], axis=1)
+        x, seen = run_blocks(self, x, taps, (scales, offsets))
+        norm = LayerNorm(self.dtype, self.epsilon, name="norm")
         if self.norm == "tokens":
             return norm(x), seen
-        pooled = norm(x[:, 1:].mean(axis=1, keepdims=True))[:, 0]
-        return x, seen | {"pooled": pooled}
+        return x, seen | {"pooled": norm(x[:, 1:].mean(axis=1, keepdims=True))[:, 0]}
 
-    def _positions(
-        self, grid: Grid
-    ) -> tuple[Float[Array, "1 1 d"], Float[Array, "n d"]]:
-        """Position of the class token, and positions of the grid's patch tokens."""
-        table = sincos_2d(grid, self.width)
-        if self.positions == "learned":
-            return self._learned_positions(grid, table)
-        return jnp.zeros((1, 1, self.width)), jnp.asarray(table, jnp.float32)
-
-    def _learned_positions(self, grid: Grid, table: np.ndarray):
-        def start(key, shape):
-            del key
-            whole = np.concatenate([np.zeros((1, shape[1])), table])
-            return jnp.asarray(whole, jnp.float32)
-
-        whole = jnp.asarray(self.param("pos_embed", start, (1 + grid.size, self.width)))
-        return whole[None, :1], whole[1:]
+    def _offsets(self, grid: Grid, keep) -> Float[Array, "l _ a t t"]:
+        """The relative position bias of each block, for the tokens that it sees."""
+        pairs, count = relative_pairs(grid)
+        shape = (self.depth, count, self.heads)
+        start = nn.initializers.zeros
+        table = jnp.asarray(self.param("relative_positions", start, shape))
+        pairs = jnp.asarray(pairs)[None]
+        if keep is not None:
+            seen = jnp.pad(1 + keep, [(0, 0), (1, 0)])  # the class token is the first
+            pairs = pairs[0][seen[:, :, None], seen[:, None, :]]
+        return jnp.moveaxis(table[:, pairs], -1, 2)
 
     def _with_mask_tokens(self, x, hidden, keep):
         if keep is not None:
@@ -371,11 +413,8 @@ class Encoder(nn.Module):
 
     def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""
-        check_width("encoder", self.width, self.heads)
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(
-                f"encoder.drop_path={self.drop_path}: want 0 <= drop_path < 1"
-            )
+        check_ranges(self, "encoder.")
+        check_width("encoder", self.width, self.heads, self.mlp_ratio)
 
     def flops(self, visible: int, channels: int) -> float:
         """FLOPs of one forward pass of one image with `visible` patches."""

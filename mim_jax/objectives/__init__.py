@@ -5,6 +5,7 @@ from mim_jax.objectives.base import Objective
 from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.cmae import CMAE
 from mim_jax.objectives.dino import DINO
+from mim_jax.objectives.encoder import EncoderOnly
 from mim_jax.objectives.mae import MAE
 from mim_jax.objectives.mocov3 import MoCoV3
 from mim_jax.objectives.probe import Probe
@@ -20,4 +21,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "beit": BEiT,
     "supervised": Supervised,
     "probe": Probe,
+    "encoder": EncoderOnly,
 }

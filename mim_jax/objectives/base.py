@@ -112,6 +112,13 @@ class Objective(abc.ABC):
         return ()
 
     @property
+    def late(self) -> dict[str, int]:
+        """Paths of parameters that keep their first values before a step of the run,
+        counted from 0, with that step. Until then the loss gives them a gradient of
+        zero."""
+        return {}
+
+    @property
     def occlusion(self) -> Literal["drop", "mask_token"]:
         """How hidden patches reach the encoder in training: "drop" leaves them out, and
         "mask_token" puts a learned token in their place."""
@@ -130,9 +137,11 @@ class Objective(abc.ABC):
     def adopt(self, other: "Objective") -> "Objective":
         """A copy that can begin with the parameters of another run.
 
-        The copy takes the encoder's sizes and the standardisation of images from
-        `other`, the objective of that run.
+        The copy takes the encoder's sizes, and which parameters it has, and the
+        standardisation of images from `other`, the objective of that run. Learned
+        positions are for the copy to decide, unless the other encoder has none.
         """
+        same = other.encoder.positions == "none"
         encoder = dataclasses.replace(
             self.encoder,
             patch=other.encoder.patch,
@@ -140,6 +149,10 @@ class Objective(abc.ABC):
             depth=other.encoder.depth,
             heads=other.encoder.heads,
             mlp_ratio=other.encoder.mlp_ratio,
+            positions="none" if same else self.encoder.positions,
+            relative_positions=other.encoder.relative_positions,
+            layer_scale=other.encoder.layer_scale,
+            epsilon=other.encoder.epsilon,
         )
         # Every concrete objective is a dataclass.
         return dataclasses.replace(
@@ -312,7 +325,14 @@ class Objective(abc.ABC):
             images: uint8, or in 0..1.
             keys: if given, the encoder drops paths, as in training.
         """
-        tokens, seen = self.encode(params, to_float(images), keys=keys)
+        return self.pooled(*self.encode(params, to_float(images), keys=keys))
+
+    def pooled(
+        self,
+        tokens: Float[Array, "b t d"],
+        seen: dict[str, Float[Array, "..."]],
+    ) -> Float[Array, "b d"]:
+        """One vector per image, as `feature` says, from what `encode` returns."""
         if self.feature == "cls":
             return tokens[:, 0]
         return seen["pooled"] if "pooled" in seen else tokens[:, 1:].mean(axis=1)
@@ -472,3 +492,26 @@ def first_mask(grid: Grid, visible: int) -> Mask:
     """
     order = jnp.arange(grid.size, dtype=jnp.int32)[None]
     return Mask(keep=order[:, :visible], drop=order[:, visible:])
+
+
+def check_boundary(masking: Masking, grid: Grid, depth: int, soft: bool) -> None:
+    """ValueError if no hidden pixel is further than `depth` from the visible ones.
+
+    Args:
+        depth: the field `ignore_boundary`; 0 ignores nothing.
+        soft: whether near pixels count a little, so that any depth works.
+    """
+    if not depth:
+        return
+    if masking.visible_count(grid) == grid.size:
+        raise ValueError(
+            f"ignore_boundary={depth} with a masking that hides nothing: want "
+            "ignore_boundary=0"
+        )
+    side = masking.whole_side(grid)
+    if not soft and side is not None and 2 * depth >= side:
+        raise ValueError(
+            f"ignore_boundary={depth} of masks made of squares of {side} pixels: want "
+            f"less than {side / 2:g}, so that a pixel remains of a square with visible "
+            "ones around it, or boundary='soft'"
+        )

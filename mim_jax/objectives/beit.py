@@ -25,6 +25,7 @@ from mim_jax.objectives.base import (
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.masking import Mask, masks_of, take
 from mim_jax.ops.patches import to_float
+from mim_jax.schema import within
 from mim_jax.tokenizers.base import Tokenizer
 from mim_jax.tokenizers.kmeans import KMeans
 
@@ -36,8 +37,9 @@ class BEiT(Objective):
     The encoder sees all positions; a learned mask token replaces hidden patches. At
     these positions a linear head predicts the hidden patch's token of a vocabulary.
 
-    Departures from the paper: no relative position bias, no layer scale, no drop path;
-    `tokenizer` gives the tokens, by default k-means instead of a discrete VAE.
+    Departures from the paper: no drop path, and relative position bias and layer scale
+    only where the encoder's relative_positions and layer_scale say so; `tokenizer`
+    gives the tokens, by default k-means instead of a discrete VAE.
 
     Attributes:
         encoder: the network that is learned.
@@ -54,8 +56,8 @@ class BEiT(Objective):
     masking: Masking = Block(ratio=0.4)
     color_jitter: Literal["none", "whole"] = "none"
     jitter: ColorJitter = ColorJitter(hue=0.0, p=1.0, gray_p=0.0)
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
 
     @property
     def occlusion(self) -> Literal["drop", "mask_token"]:

@@ -22,13 +22,14 @@ from mim_jax.objectives.base import (
     first_mask,
     purpose,
 )
+from mim_jax.objectives.t2 import second_mask, second_visible_count
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.contrastive import Negatives, cosine_distance, info_nce
 from mim_jax.ops.ema import EMA
-from mim_jax.ops.masking import Mask, complement, masks_of, no_mask, unshuffle
+from mim_jax.ops.masking import Mask, masks_of, unshuffle
 from mim_jax.ops.mix import cutmix
 from mim_jax.ops.patches import Grid, patchify, to_float
-from mim_jax.schema import internal
+from mim_jax.schema import check_ranges, internal, within
 
 
 class View(NamedTuple):
@@ -99,25 +100,21 @@ class CMAE(Objective):
     negatives: Negatives = "same_position"
     positions: Literal["all", "online_masked", "online_visible"] = "all"
     symmetric: bool = True
-    temperature: float = 0.2
+    temperature: float = within(0.2, least=1e-4, most=1e4)
     loss_scale: Literal["1", "2tau"] = "1"
-    chunk: int = 14
+    chunk: int = within(14, least=1)
     color_jitter: Literal["per_view", "none"] = "per_view"
     jitter: ColorJitter = ColorJitter()
     cutmix: bool = False
     cutmix_tokens: Literal["all", "shared_only"] = "all"
     ema: EMA = EMA()
     stop_grad_patch_embed: bool = False
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
     total_steps: int = internal(1)
 
     def __post_init__(self):
-        if not self.temperature > 0 or self.chunk < 1:
-            raise ValueError(
-                f"temperature={self.temperature}, chunk={self.chunk}: want "
-                "temperature > 0 and chunk >= 1"
-            )
+        check_ranges(self)
         by_patch = self.tokens in ("patch", "patch+cls")
         if not self.mask_token and by_patch and self.t2 != "identity":
             raise ValueError(
@@ -185,10 +182,10 @@ class CMAE(Objective):
         check_heads(self.projector, self.predictor)
         if self.color_jitter != "none":
             self.jitter.check_channels(image_shape[2])
-        kept = [self.masking.visible_count(grid), self._second_visible_count(grid)]
+        visible = [self.masking.visible_count(grid), self._second_visible_count(grid)]
         if (
             self.positions == "online_masked"
-            and grid.size in kept[: 1 + self.symmetric]
+            and grid.size in visible[: 1 + self.symmetric]
         ):
             raise ValueError(
                 "positions='online_masked' where a view that hides nothing is online: "
@@ -225,9 +222,9 @@ class CMAE(Objective):
         images = to_float(batch["image"])
         grid = self.grid(images.shape[1:])
         mask1 = masks_of(self.masking, batch, keys, grid, state)
-        masks = mask1, self._second_mask(mask1, batch, keys, grid)
+        mask2 = second_mask(self.t2, self.t2_masking, mask1, batch, keys, grid)
         views = []
-        for number, mask in enumerate(masks):
+        for number, mask in enumerate((mask1, mask2)):
             seen, pasted = images, None
             if self.color_jitter != "none":
                 seen = self.jitter(seen, purpose(keys, 10 + number))
@@ -238,24 +235,9 @@ class CMAE(Objective):
             views.append(View(seen, mask, pasted))
         return views[0], views[1]
 
-    def _second_mask(
-        self, mask1: Mask, batch: Batch, keys: Key[Array, " b"], grid: Grid
-    ) -> Mask:
-        if self.t2 == "identity" or not mask1.drop.shape[1]:
-            return no_mask(keys.shape[0], grid)
-        if self.t2 == "complement":
-            return complement(mask1)
-        drawn = {name: batch[name] for name in self.t2_masking.reads}
-        return masks_of(self.t2_masking, drawn, purpose(keys, 3), grid)
-
     def _second_visible_count(self, grid: Grid) -> int:
-        """Number of patches that T2 shows."""
         visible = self.masking.visible_count(grid)
-        if self.t2 == "identity" or visible == grid.size:
-            return grid.size
-        if self.t2 == "complement":
-            return grid.size - visible
-        return self.t2_masking.visible_count(grid)
+        return second_visible_count(self.t2, self.t2_masking, visible, grid)
 
     def _direction(
         self, params: Params, teacher: Params, online: View, target: View

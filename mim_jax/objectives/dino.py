@@ -2,6 +2,7 @@
 """DINO, the self-distillation baseline of arXiv:2208.04164."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from mim_jax.objectives.base import (
 from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.ema import EMA
 from mim_jax.ops.patches import to_float
-from mim_jax.schema import internal
+from mim_jax.schema import check_ranges, internal, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class DINO(Objective):
             first to last.
         centre_momentum: momentum of the running mean of teacher outputs.
         freeze_prototypes: share of the run, from its start, in which the prototypes do
-            not change.
+            not change; the optimiser sees them for the first time after it.
         view1, view2, local: augmentations of the two global crops and of local crops.
         ema: momentum of the teacher.
         mean, std: of the data, per channel, for pixels in 0..1.
@@ -52,33 +53,33 @@ class DINO(Objective):
 
     encoder: Encoder = Encoder(**SIZES["B"])
     head: Prototypes = Prototypes()
-    student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    teacher_warmup: float = 0.125
-    centre_momentum: float = 0.9
-    freeze_prototypes: float = 0.0075
+    student_temperature: float = within(0.1, least=1e-4, most=1e4)
+    teacher_temperature: tuple[float, float] = within(
+        (0.04, 0.07), least=1e-4, most=1e4
+    )
+    teacher_warmup: float = within(0.125, least=0, most=1)
+    centre_momentum: float = within(0.9, least=0, most=1)
+    freeze_prototypes: float = within(0.0075, least=0, most=1)
     view1: ColorJitter = ColorJitter(saturation=0.2, blur_p=1.0)
     view2: ColorJitter = ColorJitter(saturation=0.2, blur_p=0.1, solarize_p=0.2)
     local: ColorJitter = ColorJitter(saturation=0.2, blur_p=0.5)
     ema: EMA = EMA(base=0.996, schedule="cosine")
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
     total_steps: int = internal(1)
 
     def __post_init__(self):
-        temperatures = (self.student_temperature, *self.teacher_temperature)
-        if len(temperatures) != 3 or not min(temperatures) > 0:
-            raise ValueError(
-                f"student_temperature={self.student_temperature}, teacher_temperature="
-                f"{self.teacher_temperature}: want numbers > 0, two for the teacher"
-            )
-        for name in ("teacher_warmup", "centre_momentum", "freeze_prototypes"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: want 0 <= {name} <= 1")
+        check_ranges(self)
 
     @property
     def batch_coupled(self) -> bool:
         return True  # by the centre, which is a mean over the batch
+
+    @property
+    def late(self) -> dict[str, int]:
+        # A product such as .07 * 100 may lie a little above the step that is meant.
+        frozen = math.ceil(self.freeze_prototypes * self.total_steps - 1e-6)
+        return {"head/prototypes": frozen} if frozen > 0 else {}
 
     def for_run(self, total_steps: int) -> "DINO":
         return dataclasses.replace(self, total_steps=total_steps)
@@ -107,9 +108,9 @@ class DINO(Objective):
         crops = to_float(batch["local"].reshape(-1, *batch["local"].shape[2:]))
         local_keys = jnp.stack([purpose(keys, 20 + i) for i in range(count)], axis=1)
         crops = self.local(crops, local_keys.reshape(-1))
-        frozen_steps = self.freeze_prototypes * self.total_steps
-        frozen = jnp.asarray(state.step, jnp.float32) < frozen_steps
-        params = params | {"head": self._gated(params["head"], frozen)}
+        for first in self.late.values():
+            head = self._gated(params["head"], state.step < first)
+            params = params | {"head": head}
         taught = [self._outputs(state.teacher, view) for view in globals_]
         taught = jax.lax.stop_gradient(jnp.stack(taught))
         # All local crops have one size and run as one batch.

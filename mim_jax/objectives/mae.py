@@ -11,8 +11,17 @@ from mim_jax.maskings.base import Masking
 from mim_jax.maskings.random import Random
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import SIZES, Encoder
-from mim_jax.objectives.base import AutoEncoder, Aux, Batch, Params, Stats, purpose
+from mim_jax.objectives.base import (
+    AutoEncoder,
+    Aux,
+    Batch,
+    Params,
+    Stats,
+    check_boundary,
+    purpose,
+)
 from mim_jax.ops.augment import ColorJitter
+from mim_jax.ops.boundary import interior, interior_errors
 from mim_jax.ops.masking import Mask, masks_of, take
 from mim_jax.ops.mix import cutmix
 from mim_jax.ops.patches import (
@@ -23,6 +32,7 @@ from mim_jax.ops.patches import (
     standard_patches,
     to_float,
 )
+from mim_jax.schema import within
 
 
 class Views(NamedTuple):
@@ -55,6 +65,10 @@ class MAE(AutoEncoder):
         jitter: strength of the jitter.
         cutmix: paste a box of another image into what the encoder sees, but not into
             the target.
+        ignore_boundary: pixels: hidden pixels at most so far from a visible one do not
+            count in the loss (arXiv:2306.04898, section 3.6); 0: all count.
+        boundary: "hard", or "soft": the weight of such pixels grows with the distance
+            instead, see `mim_jax.ops.boundary.interior`.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
 
@@ -65,8 +79,10 @@ class MAE(AutoEncoder):
     color_jitter: Literal["none", "whole", "input_only"] = "none"
     jitter: ColorJitter = ColorJitter()
     cutmix: bool = False
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    ignore_boundary: int = within(0, least=0, most=2**13)
+    boundary: Literal["hard", "soft"] = "hard"
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
 
     @property
     def batch_coupled(self) -> bool:
@@ -74,6 +90,8 @@ class MAE(AutoEncoder):
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         self.check_networks(image_shape)
+        soft = self.boundary == "soft"
+        check_boundary(self.masking, self.grid(image_shape), self.ignore_boundary, soft)
         if self.color_jitter != "none":
             self.jitter.check_channels(image_shape[2])
 
@@ -90,8 +108,8 @@ class MAE(AutoEncoder):
         target = self.target(clean, predicted)
         errors = patch_mse(prediction, target)
         weight = jnp.asarray(errors.size, errors.dtype)
-        if pasted is not None:
-            errors, weight = self._touched(errors, pasted, mask)
+        if pasted is not None or self.ignore_boundary:
+            errors, weight = self._counted(prediction, target, mask, grid, pasted)
         return errors.sum() / jnp.maximum(weight, 1), Aux(weight, stats={}, metrics={})
 
     def views(self, batch: Batch, keys: Key[Array, " b"]) -> Views:
@@ -135,11 +153,18 @@ class MAE(AutoEncoder):
         target = take(patches, predicted)
         return normalise_patches(target) if self.normalise_target else target
 
-    def _touched(self, errors, pasted, mask: Mask):
-        """Errors, zero at patches that no paste touches, and the number of others.
+    def _counted(self, prediction, target, mask: Mask, grid: Grid, pasted):
+        """Weighted errors, and the sum of the weights, where not all count alike: near
+        a boundary that is ignored, or at patches that no paste touches.
 
-        If the mask hides patches, or colours are jittered, all patches count.
+        If the mask hides patches, or colours are jittered, a paste changes no weight.
         """
+        if self.ignore_boundary:
+            soft = self.boundary == "soft"
+            weights = interior(mask, grid, self.ignore_boundary, soft)
+            errors, weights = interior_errors(prediction, target, weights)
+            return errors, weights.sum()
+        errors = patch_mse(prediction, target)
         if mask.drop.shape[1] or self.color_jitter != "none":
             return errors, jnp.asarray(errors.size, errors.dtype)
         weights = patchify(pasted[..., None], self.encoder.patch).any(axis=-1)

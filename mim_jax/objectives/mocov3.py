@@ -23,7 +23,7 @@ from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.contrastive import info_nce
 from mim_jax.ops.ema import EMA
 from mim_jax.ops.patches import to_float
-from mim_jax.schema import internal
+from mim_jax.schema import check_ranges, internal, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,17 +55,16 @@ class MoCoV3(Objective):
     predictor: Head = Head(
         layers=2, hidden=4096, out=256, activation="relu", last_norm=True
     )
-    temperature: float = 0.2
+    temperature: float = within(0.2, least=1e-4, most=1e4)
     view1: ColorJitter = ColorJitter(saturation=0.2, blur_p=1.0)
     view2: ColorJitter = ColorJitter(saturation=0.2, blur_p=0.1, solarize_p=0.2)
     ema: EMA = EMA(base=0.99, schedule="cosine")
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
     total_steps: int = internal(1)
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: want a number > 0")
+        check_ranges(self)
 
     @property
     def batch_coupled(self) -> bool:

@@ -22,6 +22,7 @@ from mim_jax.objectives.base import (
 )
 from mim_jax.ops.attention import accurate
 from mim_jax.ops.losses import soft_labels
+from mim_jax.schema import check_ranges, within
 
 _EPSILON = 1e-6
 
@@ -48,21 +49,15 @@ class Probe(LabelObjective):
     reads = ("image", "label")
 
     encoder: Encoder = Encoder(**SIZES["B"])
-    classes: int = 1000
+    classes: int = within(1000, least=2, most=2**20)
     pool: Literal["cls", "avg"] = "cls"
-    momentum: float = 0.1
-    deviation: float = 0.01
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    momentum: float = within(0.1, above=0, most=1)
+    deviation: float = within(0.01, above=0, most=100)
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
 
     def __post_init__(self):
-        if self.classes < 2 or not self.deviation > 0:
-            raise ValueError(
-                f"classes={self.classes}, deviation={self.deviation}: want at least 2 "
-                "classes and a deviation > 0"
-            )
-        if not 0 < self.momentum <= 1:
-            raise ValueError(f"momentum={self.momentum}: want 0 < momentum <= 1")
+        check_ranges(self)
 
     @property
     def batch_coupled(self) -> bool:

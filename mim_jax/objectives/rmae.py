@@ -19,17 +19,13 @@ from mim_jax.objectives.base import (
     Params,
     Stats,
     apply,
-    purpose,
+    check_boundary,
 )
-from mim_jax.ops.masking import (
-    Mask,
-    complement,
-    masks_of,
-    no_mask,
-    take,
-    unshuffle,
-)
-from mim_jax.ops.patches import Grid, normalise_patches, patch_mse, to_float
+from mim_jax.objectives.t2 import second_mask, second_visible_count
+from mim_jax.ops.boundary import interior, interior_errors
+from mim_jax.ops.masking import take, unshuffle
+from mim_jax.ops.patches import normalise_patches, patch_mse, to_float
+from mim_jax.schema import check_ranges, within
 
 
 class Branches(NamedTuple):
@@ -41,6 +37,7 @@ class Branches(NamedTuple):
         weights: 1 where T2 sees the patch, else 0.
         constrained: predictions of the second branch that the constraint term reads.
         constraint_target: the target of the constraint term.
+        interior: weights of the pixels that T1 hides; None: all count alike.
     """
 
     first: Float[Array, "b m p"]
@@ -49,6 +46,7 @@ class Branches(NamedTuple):
     weights: Float[Array, "b m"]
     constrained: Float[Array, "b c p"]
     constraint_target: Float[Array, "b c p"]
+    interior: Float[Array, "b m q"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +71,8 @@ class RMAE(AutoEncoder):
         share_decoder: one decoder for both branches, phi' = phi.
         constraint_region: patches that the second term counts: "t1_masked": the same
             as the first term; "all": all patches (not with an independent T2).
+        ignore_boundary, boundary: as for MAE, in both terms, by the distance from the
+            pixels that T1 shows.
         normalise_target: predict patches with their own mean and deviation removed.
         mean, std: of the data, per channel, for pixels in 0..1.
     """
@@ -82,22 +82,29 @@ class RMAE(AutoEncoder):
     masking: Masking = Random(ratio=0.75)
     t2: Literal["complement", "independent", "identity"] = "complement"
     t2_masking: Masking = Random(ratio=0.25)
-    lam: float = 1.0
+    lam: float = within(1.0, least=0, most=1e6)
     stop_grad: Literal["none", "distance_t2", "t2"] = "none"
     share_decoder: bool = True
     constraint_region: Literal["t1_masked", "all"] = "t1_masked"
     normalise_target: bool = True
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    ignore_boundary: int = within(0, least=0, most=2**13)
+    boundary: Literal["hard", "soft"] = "hard"
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
 
     def __post_init__(self):
-        if not 0 <= self.lam < float("inf"):
-            raise ValueError(f"lam={self.lam}: want a number >= 0")
+        check_ranges(self)
         if self.t2 == "independent" and self.constraint_region == "all":
             raise ValueError(
                 "constraint_region='all' with t2='independent': the two terms would "
                 "count different patches in every image; want 't1_masked', or another "
                 "t2"
+            )
+        if self.ignore_boundary and self.constraint_region == "all":
+            raise ValueError(
+                f"ignore_boundary={self.ignore_boundary} with constraint_region='all', "
+                "which also counts patches that T1 shows: want 't1_masked', or "
+                "ignore_boundary=0"
             )
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
@@ -105,6 +112,8 @@ class RMAE(AutoEncoder):
         grid = self.grid(image_shape)
         if self.masking.visible_count(grid) == grid.size:
             raise ValueError("masking='none' hides nothing: R-MAE needs hidden patches")
+        soft = self.boundary == "soft"
+        check_boundary(self.masking, grid, self.ignore_boundary, soft)
         if self.t2 == "independent":
             self.t2_masking.visible_count(grid)
 
@@ -122,7 +131,7 @@ class RMAE(AutoEncoder):
         distance, constraint = self.terms(branches)
         # With an independent T2, an image may have no patch that is hidden in T1 and
         # visible in T2; a whole batch without one is very unlikely.
-        weight = branches.weights.sum()
+        weight = _weight(branches)
         metrics = {"distance": distance, "constraint": constraint}
         loss = distance + self.lam * constraint
         return loss, Aux(weight=weight, stats={}, metrics=metrics)
@@ -137,7 +146,7 @@ class RMAE(AutoEncoder):
         """Both branches on a batch; `keys` and `state` as for `loss`."""
         patches, grid = self.patches(to_float(batch["image"]))
         mask1 = self.mask(batch, keys, state)
-        mask2 = self.second_mask(mask1, batch, keys, grid)
+        mask2 = second_mask(self.t2, self.t2_masking, mask1, batch, keys, grid)
         tokens1, _ = apply(self.encoder, params["encoder"], patches, grid, mask1.keep)
         tokens2, _ = apply(self.encoder, params["encoder"], patches, grid, mask2.keep)
         if self.stop_grad == "t2":
@@ -160,8 +169,12 @@ class RMAE(AutoEncoder):
         if self.normalise_target:
             target = normalise_patches(target)
         weights = jnp.ones(first.shape[:2], patches.dtype)
+        inner = None
+        if self.ignore_boundary:
+            soft = self.boundary == "soft"
+            inner = interior(mask1, grid, self.ignore_boundary, soft)
         if direct:
-            return Branches(first, second, target, weights, second, target)
+            return Branches(first, second, target, weights, second, target, inner)
         everywhere = unshuffle(second, mask2)
         second = take(everywhere, mask1.drop)
         if self.t2 == "independent":
@@ -171,31 +184,18 @@ class RMAE(AutoEncoder):
             if self.normalise_target:
                 patches = normalise_patches(patches)
             return Branches(first, second, target, weights, everywhere, patches)
-        return Branches(first, second, target, weights, second, target)
+        return Branches(first, second, target, weights, second, target, inner)
 
     def terms(self, branches: Branches) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Distance and constraint, the two terms of Eq. (8) without lambda."""
         second = branches.second
         if self.stop_grad == "distance_t2":
             second = jax.lax.stop_gradient(second)
-        weight = jnp.maximum(branches.weights.sum(), 1)
-        distance = patch_mse(branches.first, second)
-        distance = (branches.weights * distance).sum() / weight
-        errors = patch_mse(branches.constrained, branches.constraint_target)
+        distance = _mean_error(branches.first, second, branches)
+        constraint = branches.constrained, branches.constraint_target
         if self.constraint_region == "all":
-            return distance, errors.mean()
-        return distance, (branches.weights * errors).sum() / weight
-
-    def second_mask(
-        self, mask1: Mask, batch: Batch, keys: Key[Array, " b"], grid: Grid
-    ) -> Mask:
-        """The mask of T2, given the mask of T1."""
-        if self.t2 == "complement":
-            return complement(mask1)
-        if self.t2 == "identity":
-            return no_mask(keys.shape[0], grid)
-        drawn = {name: batch[name] for name in self.t2_masking.reads}
-        return masks_of(self.t2_masking, drawn, purpose(keys, 3), grid)
+            return distance, patch_mse(*constraint).mean()
+        return distance, _mean_error(*constraint, branches)
 
     def teacher(self, old: Params | None, params: Params, step: Array) -> None:
         return None
@@ -203,12 +203,7 @@ class RMAE(AutoEncoder):
     def flops(self, image_shape: tuple[int, int, int]) -> float:
         grid = self.grid(image_shape)
         visible = self.masking.visible_count(grid)
-        if self.t2 == "complement":
-            other = grid.size - visible
-        elif self.t2 == "identity":
-            other = grid.size
-        else:
-            other = self.t2_masking.visible_count(grid)
+        other = second_visible_count(self.t2, self.t2_masking, visible, grid)
         channels = image_shape[2]
         encoders = self.encoder.flops(visible, channels)
         encoders += self.encoder.flops(other, channels)
@@ -225,3 +220,20 @@ class RMAE(AutoEncoder):
         same order.
         """
         return self.t2 == "complement" and self.constraint_region != "all"
+
+
+def _mean_error(prediction, target, branches: Branches) -> Float[Array, ""]:
+    """Weighted mean of the squared error over the patches that both terms count."""
+    if branches.interior is None:
+        errors = patch_mse(prediction, target)
+    else:
+        errors, _ = interior_errors(prediction, target, branches.interior)
+    return (branches.weights * errors).sum() / jnp.maximum(_weight(branches), 1)
+
+
+def _weight(branches: Branches) -> Float[Array, ""]:
+    """Sum of the weights of patches, or of their pixels if these have weights."""
+    if branches.interior is None:
+        return branches.weights.sum()
+    by_patch = branches.interior.astype(branches.weights.dtype).sum(axis=-1)
+    return (branches.weights * by_patch).sum()

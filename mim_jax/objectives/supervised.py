@@ -23,6 +23,7 @@ from mim_jax.ops.augment import ColorJitter
 from mim_jax.ops.losses import soft_labels
 from mim_jax.ops.mix import Erasing, Mix
 from mim_jax.ops.patches import to_float
+from mim_jax.schema import check_ranges, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,22 +49,18 @@ class Supervised(LabelObjective):
     reads = ("image", "label")
 
     encoder: Encoder = Encoder(**SIZES["B"], positions="learned", norm="pooled")
-    classes: int = 1000
+    classes: int = within(1000, least=2, most=2**20)
     pool: Literal["avg", "cls"] = "avg"
-    smoothing: float = 0.1
+    smoothing: float = within(0.1, least=0, below=1)
     color_jitter: Literal["none", "whole"] = "none"
     jitter: ColorJitter = ColorJitter()
     erasing: Erasing = Erasing()
     mix: Mix = Mix()
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = within((0.485, 0.456, 0.406), least=0, most=1)
+    std: tuple[float, ...] = within((0.229, 0.224, 0.225), least=1e-3, most=10)
 
     def __post_init__(self):
-        if self.classes < 2 or not 0 <= self.smoothing < 1:
-            raise ValueError(
-                f"classes={self.classes}, smoothing={self.smoothing}: want at least 2 "
-                "classes and 0 <= smoothing < 1"
-            )
+        check_ranges(self)
 
     @property
     def batch_coupled(self) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def attention(
-    qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
+    qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int, offset: Any = None
 ) -> tuple[Float[Array, "b n e//3"], Float[Array, "b {heads} n n"]]:
     """softmax(q k^T / sqrt(c)) v for each head of width c, and the softmax weights.
 
@@ -18,6 +18,7 @@ def attention(
             three is the concatenation of its heads.
         bias: added to `qkv`.
         heads: number of heads.
+        offset: "b a n n" or "1 a n n", added to the logits; None: nothing is.
     Returns:
         The attention's output with concatenated heads, and the softmax weights, which
         are float32 at least.
@@ -30,6 +31,7 @@ def attention(
     # bfloat16 has 8 bits of mantissa: too few for logits and for sums.
     kind = accurate(q.dtype)
     logits = jnp.einsum("banc,bamc->banm", q, k, preferred_element_type=kind)
+    logits = logits if offset is None else logits + offset.astype(kind)
     weights = jax.nn.softmax(logits, axis=-1)
     mixed = jnp.einsum("banm,bamc->banc", weights.astype(v.dtype), v)
     return jnp.moveaxis(mixed, 1, 2).reshape(rows, tokens, width), weights

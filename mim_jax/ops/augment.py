@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from mim_jax.schema import check_ranges, within
+
 _SHARES = ("p", "gray_p", "blur_p", "solarize_p")
 _STRENGTHS = ("brightness", "contrast", "saturation", *_SHARES)
 
@@ -33,29 +35,21 @@ class ColorJitter:
         solarize_p: share of images in which values of 0.5 and above are inverted.
     """
 
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    p: float = 0.8
-    gray_p: float = 0.2
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_p: float = 0.0
+    brightness: float = within(0.4, least=0, most=10)
+    contrast: float = within(0.4, least=0, most=10)
+    saturation: float = within(0.4, least=0, most=10)
+    hue: float = within(0.1, least=0, most=0.5)
+    p: float = within(0.8, least=0, most=1)
+    gray_p: float = within(0.2, least=0, most=1)
+    blur_p: float = within(0.0, least=0, most=1)
+    blur_sigma: tuple[float, float] = within((0.1, 2.0), least=0.01, most=100)
+    solarize_p: float = within(0.0, least=0, most=1)
 
     def __post_init__(self):
-        for name, most in dict.fromkeys(_STRENGTHS, 1.0).items() | {("hue", 0.5)}:
-            if not 0 <= getattr(self, name) <= most:
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value}: want 0 <= {name} <= {most}")
-
-        if (
-            len(self.blur_sigma) != 2
-            or not 0 < self.blur_sigma[0] <= max(self.blur_sigma) == self.blur_sigma[1]
-        ):
-            raise ValueError(
-                f"blur_sigma={self.blur_sigma}: want 0 < least <= greatest"
-            )
+        check_ranges(self)
+        least, greatest = self.blur_sigma
+        if least > greatest:
+            raise ValueError(f"blur_sigma={self.blur_sigma}: want least <= greatest")
 
     def check_channels(self, channels: int) -> None:
         """ValueError if these settings do not fit images of `channels` channels."""

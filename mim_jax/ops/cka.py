@@ -4,6 +4,8 @@
 import numpy as np
 from jaxtyping import Float
 
+_ROUNDING = 1e-24  # of the squared length of a matrix, what centring may leave
+
 
 class Moments:
     """Sums over examples of two feature sets, from which CKA is exact.
@@ -57,7 +59,8 @@ class Moments:
     def plain(self) -> Float[np.ndarray, " layers"]:
         """||G'F||^2 / (||F'F|| ||G'G||) with centred columns, in 0..1.
 
-        Biased upwards unless there are many more examples than features.
+        Biased upwards unless there are many more examples than features. NaN where the
+        features of one side do not differ between the examples.
 
         Raises:
             ValueError: fewer than 2 examples.
@@ -67,14 +70,17 @@ class Moments:
 
         def norm(products, a, b):
             centred = products - a[:, :, None] * b[:, None, :] / self.count
-            return (centred**2).sum(axis=(1, 2))
+            found, whole = ((x**2).sum(axis=(1, 2)) for x in (centred, products))
+            return np.where(found > _ROUNDING * whole, found, 0)
 
         across = norm(self._fg, self._f, self._g)
         within = norm(self._ff, self._f, self._f) * norm(self._gg, self._g, self._g)
-        return across / np.sqrt(within)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return across / np.sqrt(within)
 
     def debiased(self) -> Float[np.ndarray, " layers"]:
         """CKA from unbiased estimates of HSIC; may fall slightly below 0 or above 1.
+        NaN where an estimate of one side with itself is not above 0.
 
         Raises:
             ValueError: fewer than 4 examples.
@@ -91,7 +97,8 @@ class Moments:
         gg = self._hsic(
             self._gg, g, g, self._g2, self._g2, self._gg2, self._gg2, self._g4
         )
-        return across / np.sqrt(ff * gg)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(np.minimum(ff, gg) > 0, across / np.sqrt(ff * gg), np.nan)
 
     def _hsic(self, products, a, b, a2, b2, ab2, ba2, a2b2):
         n = self.count

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mim_jax.schema import check_ranges, within
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMA:
@@ -20,12 +22,11 @@ class EMA:
             steps has the momentum 1 - (1 - base) (1 + cos(pi s / S)) / 2.
     """
 
-    base: float = 0.996
+    base: float = within(0.996, least=0, most=1)
     schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self):
-        if not 0 <= self.base <= 1:
-            raise ValueError(f"base={self.base}: want 0 <= base <= 1")
+        check_ranges(self)
 
     def share(self, done: Array | int, total: int) -> Float[Array, ""]:
         """1 - momentum of the update that follows `done` of `total` steps."""

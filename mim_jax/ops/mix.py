@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from mim_jax.ops.patches import denormalise
+from mim_jax.schema import check_ranges, within
 
 
 def cutmix(
@@ -66,18 +67,14 @@ class Mix:
         group: images per group, even; a smaller batch is one group.
     """
 
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    switch: float = 0.5
-    group: int = 32
+    mixup: float = within(0.0, least=0, most=1000)
+    cutmix: float = within(0.0, least=0, most=1000)
+    switch: float = within(0.5, least=0, most=1)
+    group: int = within(32, least=2, most=2**20)
 
     def __post_init__(self):
-        if min(self.mixup, self.cutmix) < 0 or not 0 <= self.switch <= 1:
-            raise ValueError(
-                f"mixup={self.mixup}, cutmix={self.cutmix}, switch={self.switch}: want "
-                "alphas >= 0 and 0 <= switch <= 1"
-            )
-        if self.group < 2 or self.group % 2:
+        check_ranges(self)
+        if self.group % 2:
             raise ValueError(f"group={self.group}: want an even number")
 
     @property
@@ -162,17 +159,15 @@ class Erasing:
         ratio: least ratio of height to width; the greatest is 1 / ratio.
     """
 
-    p: float = 0.0
-    area: tuple[float, float] = (0.02, 1 / 3)
-    ratio: float = 0.3
+    p: float = within(0.0, least=0, most=1)
+    area: tuple[float, float] = within((0.02, 1 / 3), above=0, most=1)
+    ratio: float = within(0.3, above=0, most=1)
 
     def __post_init__(self):
-        if not 0 <= self.p <= 1 or not 0 < self.ratio <= 1:
-            raise ValueError(
-                f"p={self.p}, ratio={self.ratio}: want 0 <= p <= 1 and 0 < ratio <= 1"
-            )
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"area={self.area}: want 0 < least <= greatest <= 1")
+        check_ranges(self)
+        least, greatest = self.area
+        if least > greatest:
+            raise ValueError(f"area={self.area}: want least <= greatest")
 
     def __call__(
         self,

@@ -1,8 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resizes position tables from one grid to another."""
+"""Position tables: from one grid to another, and which pairs share a bias."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+
+from mim_jax.ops.patches import Grid
+
+
+def relative_pairs(grid: Grid) -> tuple[Int[np.ndarray, "t t"], int]:
+    """Which row of a table of relative positions each pair of tokens takes.
+
+    Of a query i and a key j it is (row i - row j + rows - 1) * (2 cols - 1) + col i -
+    col j + cols - 1. Three more rows, at the end, are for pairs with the class token,
+    which comes first: as query, as key, and with itself. arXiv:2106.08254 has this
+    order in its released weights.
+
+    Returns:
+        (rows of the table, number of rows).
+
+    Example:
+        >>> relative_pairs(Grid(1, 2, 16))[0].tolist()
+        [[5, 3, 3], [4, 1, 0], [4, 2, 1]]
+    """
+    row, col = np.divmod(np.arange(grid.size), grid.cols)
+    down = row[:, None] - row[None, :] + grid.rows - 1
+    across = col[:, None] - col[None, :] + grid.cols - 1
+    wide = 2 * grid.cols - 1
+    count = (2 * grid.rows - 1) * wide + 3
+    pairs = np.full((1 + grid.size, 1 + grid.size), count - 2, np.int32)
+    pairs[0], pairs[0, 0] = count - 3, count - 1
+    pairs[1:, 1:] = down * wide + across
+    return pairs, count
 
 
 def resized(

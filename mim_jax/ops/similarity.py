@@ -167,8 +167,8 @@ def phase_congruency(image: Float[Array, "h w"]) -> Float[Array, "h w"]:
         )
         tau = _root(_lower_median(squares[0].ravel()) * noise)
         threshold = tau * (math.sqrt(math.pi / 2) + 2 * math.sqrt(2 - math.pi / 2))
-        kept = jnp.maximum(energy - threshold / 1.7, 0)
-        return kept, _sum(_root(square) for square in squares)
+        above = jnp.maximum(energy - threshold / 1.7, 0)
+        return above, _sum(_root(square) for square in squares)
 
     filters = jnp.asarray(bank.filters, spectrum.dtype)
     parts = [orientation(f, n) for f, n in zip(filters, bank.noise, strict=True)]

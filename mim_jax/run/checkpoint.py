@@ -8,7 +8,6 @@ used.
 """
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Callable
 from concurrent import futures
@@ -19,14 +18,17 @@ import jax
 import optax
 
 import mim_jax
-from mim_jax.run import digests, storage
+from mim_jax.run import digests, files, storage
 from mim_jax.run.digests import DamageError
+from mim_jax.run.hosts import deadline, from_first_host, from_hosts
 from mim_jax.run.interrupt import Interrupted
-from mim_jax.sharding import by_path, from_first_host, from_hosts
+from mim_jax.schema import DiskError, check_ranges, within
+from mim_jax.sharding import by_path
 from mim_jax.state import stack_blocks, unstack_blocks
 
 _FAILURES = 3  # saves that may fail one after the other before the run stops
 _LINES = 8  # lines of differences in a message, at most
+_LIST = "the list of checkpoints"
 
 _T = TypeVar("_T")
 
@@ -37,19 +39,17 @@ class Checkpoints:
 
     Attributes:
         every: steps between checkpoints; the last step is always saved.
-        keep: how many of the newest ones to keep, at least 1.
+        keep: how many of the newest ones to keep, at least 1. The newest one whose step
+            is a multiple of `every` is kept in any case.
         keep_every: besides, keep those whose step is a multiple of this for good.
     """
 
-    every: int = 1000
-    keep: int = 2
-    keep_every: int | None = None
+    every: int = within(1000, least=1)
+    keep: int = within(2, least=1)
+    keep_every: int | None = within(None, least=1)
 
     def __post_init__(self):
-        if self.every < 1 or self.keep < 1:
-            raise ValueError(f"every={self.every}, keep={self.keep}: want at least 1")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"keep_every={self.keep_every}: want at least 1 step")
+        check_ranges(self)
 
 
 class CheckpointError(RuntimeError):
@@ -67,6 +67,11 @@ class Checkpointer:
     CheckpointError if the last state is not on the disk, unless another error is
     already on its way.
 
+    Args:
+        workdir: run directory.
+        settings: when to save, and what to keep.
+        check: called before anything is written: raises if the directory is gone.
+
     Example:
         >>> with Checkpointer("runs/mine", Checkpoints(every=100)) as checkpointer:
         ...     checkpointer.save(100, state, extra={"note": "any JSON values"})
@@ -80,12 +85,17 @@ class Checkpointer:
         (100, {'note': 'any JSON values'})
     """
 
-    def __init__(self, workdir: str | pathlib.Path, settings: Checkpoints):
-        self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
-        self._settings = settings
+    def __init__(
+        self,
+        workdir: str | files.Place,
+        settings: Checkpoints,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.folder = files.absolute(files.place(workdir)) / "checkpoints"
+        self._settings, self._check = settings, check
         self._first_host = jax.process_index() == 0
         if self._first_host:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make(self.folder, parents=True)
             storage.remove_unfinished(self.folder)
         self._writer = storage.Writer()
         self._saving: tuple[int, futures.Future] | None = None
@@ -101,6 +111,9 @@ class Checkpointer:
         except CheckpointError:
             if error is None or isinstance(error, Interrupted):
                 raise
+        finally:
+            if isinstance(error, DiskError) and self._first_host:
+                storage.remove_remains(self.folder)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first, read from the disk."""
@@ -119,37 +132,29 @@ class Checkpointer:
             extra: plain JSON values, which `restore` returns.
         Raises:
             FloatingPointError: a leaf is not finite; nothing was saved.
+            DiskError: as `check` raises it; nothing was saved.
             CheckpointError: this is the third save in a row that failed. After fewer
                 failures there is a warning, and training goes on.
         """
+        self._check()
         self._finish_save()
-        if step in from_first_host(self.steps()):
+        if step in from_first_host(self.steps(), _LIST):
             return  # A run that is interrupted twice before its first step.
         state = _unstacked(state)
-        sums, finite = jax.device_get(digests.leaf_digests(state))
+        with deadline(f"the digests of step {step}"):
+            sums, finite = jax.device_get(digests.leaf_digests(state))
         bad = [name for name, fine in finite.items() if not fine]
         if bad:
             raise FloatingPointError(
                 f"step {step}: {digests.name_some(bad)}: not finite, so the state was "
                 f"not saved. Last good checkpoint: {self._newest_on_disk()}."
             )
-        record = {
-            "step": step,
-            "extra": extra,
-            "leaves": {
-                name: [*leaf, int(sums[name])]
-                for name, leaf in digests.leaf_types(state).items()
-            },
-            "versions": {
-                "mim_jax": mim_jax.__version__,
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-                "optax": optax.__version__,
-                "orbax-checkpoint": storage.ORBAX_VERSION,
-            },
-        }
+        record = record_of(step, state, sums, extra)
         try:
-            committed = self._writer.start(self.folder, step, _fields(state), record)
+            with deadline(f"the start of the checkpoint of step {step}"):
+                committed = self._writer.start(
+                    self.folder, step, _fields(state), record
+                )
         except Exception as error:
             self._count_failure(step, error)
         else:
@@ -178,7 +183,7 @@ class Checkpointer:
             MismatchError: the newest undamaged one has other leaves than `like`.
         """
         damaged = {}
-        for step in reversed(from_first_host(self.steps())):
+        for step in reversed(from_first_host(self.steps(), _LIST)):
             try:
                 state, extra = self._read(step, like)
             except DamageError as error:
@@ -195,6 +200,19 @@ class Checkpointer:
                 "folder to start again."
             )
         return None
+
+    def go_back(self) -> None:
+        """Delete the checkpoints after the newest one whose step is a multiple of
+        `every`: those that a run saved when it was asked to leave. So it goes back to
+        the same one, however often that happened."""
+        self._finish_save()
+        steps = from_first_host(self.steps(), _LIST)
+        regular = [step for step in steps if step % self._settings.every == 0]
+        for step in steps:
+            if self._first_host and step > max(regular, default=0):
+                storage.delete(self.folder, step)
+        # No host reads before the first one is done.
+        from_hosts(0, "the return to an older checkpoint")
 
     def close(self) -> None:
         """Wait for the save under way and stop the background threads.
@@ -214,7 +232,8 @@ class Checkpointer:
             return
         (step, committed), self._saving = self._saving, None
         try:
-            committed.result()
+            with deadline(f"the checkpoint of step {step} to be written"):
+                committed.result()
         except Exception as error:
             self._count_failure(step, error)
         else:
@@ -238,13 +257,26 @@ class Checkpointer:
 
     def _delete_old(self) -> None:
         """Apply `keep` and `keep_every`; called only once the newest is committed."""
-        period = self._settings.keep_every
-        for step in self.steps()[: -self._settings.keep]:
-            if self._first_host and not (period and step and step % period == 0):
+        try:
+            self._check()
+        except DiskError:  # another run's checkpoints may lie there by now
+            return
+        period, steps = self._settings.keep_every, self.steps()
+        regular = [s for s in steps if s and s % self._settings.every == 0]
+        for step in steps[: -self._settings.keep]:
+            kept = step in regular[-1:] or (period and step and step % period == 0)
+            if self._first_host and not kept:
                 storage.delete(self.folder, step)
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         record = _if_every_host(lambda: storage.read_record(self.folder, step))
+        if "imported" in record["extra"]:
+            raise MismatchError(
+                f"the weights of {self.folder.parent} were imported from "
+                f"{record['extra']['imported']}, without an optimiser's state, so "
+                "training cannot go on from them: want a new --workdir and "
+                f"--config.init_from.run={self.folder.parent}"
+            )
         wanted = jax.eval_shape(unstack_blocks, like)
         _check_same_leaves(step, record["leaves"], digests.leaf_types(wanted))
         mesh = jax.tree.leaves(like)[0].sharding.mesh
@@ -259,7 +291,8 @@ class Checkpointer:
             lambda: storage.read_tree(self.folder, step, _fields(wanted))
         )
         state = dataclasses.replace(wanted, **fields)
-        digests.check_leaves(state, record["leaves"])
+        with deadline(f"the digests of step {step}"):
+            digests.check_leaves(state, record["leaves"])
         if jax.tree.structure(like) != jax.tree.structure(state):
             shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
             state = jax.jit(stack_blocks, out_shardings=shardings)(state)
@@ -278,6 +311,33 @@ class Checkpointer:
         )
 
 
+def record_of(
+    step: int, state: Any, sums: dict[str, Any], extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON record beside the arrays of a checkpoint.
+
+    Args:
+        state: pytree of arrays, blocks unstacked.
+        sums: digest of each leaf by its name, on the host.
+        extra: plain JSON values; "imported" says that the state has no optimiser.
+    """
+    return {
+        "step": step,
+        "extra": extra,
+        "leaves": {
+            name: [*leaf, int(sums[name])]
+            for name, leaf in digests.leaf_types(state).items()
+        },
+        "versions": {
+            "mim_jax": mim_jax.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+            "orbax-checkpoint": storage.ORBAX_VERSION,
+        },
+    }
+
+
 def _if_every_host(read: Callable[[], _T]) -> _T:
     """What `read` returns on this host, if it returns on every host.
 
@@ -291,7 +351,7 @@ def _if_every_host(read: Callable[[], _T]) -> _T:
         found = read()
     except DamageError as error:
         failure = str(error)
-    failed = from_hosts(bool(failure))
+    failed = from_hosts(bool(failure), "whether a checkpoint can be read")
     if any(failed):
         raise DamageError(failure or f"host {failed.index(1)} could not read it")
     return found  # pyright: ignore[reportReturnType]  # it was read

@@ -103,10 +103,17 @@ def unseal(sealed: Any, step: int) -> dict[str, Any]:
     try:
         record = sealed["about"]
         intact = seal(record) == sealed and record["step"] == step
-    except (KeyError, TypeError) as error:
+        # Somebody else's seal may close anything.
+        usable = isinstance(record["extra"], dict) and all(
+            isinstance(kind, str) and isinstance(shape, list) and isinstance(sum_, int)
+            for kind, shape, sum_ in record["leaves"].values()
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamageError(first_line(error)) from error
     if not intact:
         raise DamageError("about/metadata does not match its digest")
+    if not usable:
+        raise DamageError("about/metadata is no record of a checkpoint")
     return record
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads trained runs from their directories, and measures them."""
 
+import copy
 import dataclasses
-import pathlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ import jax
 from mim_jax import config as configs
 from mim_jax import state as states
 from mim_jax.data.passes import EvalPasses
-from mim_jax.evals.base import Eval, Run, caption
+from mim_jax.evals.base import Eval, Run, caption, measured
 from mim_jax.evals.report import Report
 from mim_jax.objectives.base import Objective
 from mim_jax.plan import for_evaluation
-from mim_jax.run import rundir
+from mim_jax.run import files, rundir
 from mim_jax.run.parts import read_parts
 
 
@@ -29,7 +29,7 @@ class Loaded:
         training: the run's own config, built.
     """
 
-    folder: pathlib.Path
+    folder: files.Place
     run: Run
     training: configs.Train
 
@@ -45,7 +45,10 @@ class Loaded:
 
 
 def load(
-    folder: str | pathlib.Path, step: int | None = None, teacher: bool = False
+    folder: str | files.Place,
+    step: int | None = None,
+    teacher: bool = False,
+    source: configs.Tree | None = None,
 ) -> tuple[Run, configs.Train]:
     """A trained run and its built config, from its run directory.
 
@@ -54,9 +57,10 @@ def load(
         step: step of the checkpoint; None: the newest.
         teacher: replace the student's parameters by the teacher's, as far as the
             teacher has them.
+        source: the node of another source, whose images are read instead of the run's.
     Raises:
-        ConfigError: the folder holds no run, the checkpoint does not exist, or the run
-            has no teacher.
+        ConfigError: the folder holds no run, the checkpoint does not exist, the run has
+            no teacher, or the source has other channels than the run.
 
     Example:
         >>> run, training = load("runs/mae")
@@ -64,14 +68,19 @@ def load(
         >>> run.step, training.batch_size
         (10, 16)
     """
-    folder = pathlib.Path(folder)
+    folder = files.place(folder)
     config = rundir.read_config(folder, f"run={str(folder)!r}")
+    if source is not None:
+        with config.data.unlocked():
+            config.data.source = copy.deepcopy(source)
     training = configs.build(config)
+    if source is not None:
+        _tell(folder, training)
     parts = ("params", "stats", "memory")
     step, found = read_trained(folder, config, step, parts, teacher)
     shape = training.data.image_shape
     objective, forms = for_evaluation(training.objective, training.attention, shape)
-    print(f"{folder.resolve().name}, step {step}: {forms}", flush=True)
+    print(f"{files.absolute(folder).name}, step {step}: {forms}", flush=True)
     run = Run(
         objective=objective,
         params=found["params"],
@@ -79,13 +88,35 @@ def load(
         memory=found["memory"] if jax.tree.leaves(found["memory"]) else None,
         initial=initial_params(config, training.objective),
         step=step,
-        name=folder.resolve().name + (", teacher" if teacher else ""),
+        name=files.absolute(folder).name + (", teacher" if teacher else ""),
     )
     return run, training
 
 
+def _tell(folder: files.Place, training: configs.Train) -> None:
+    """Says what another source changes, and what stays the run's.
+
+    Raises:
+        ConfigError: its images have other channels.
+    """
+    data, want = training.data, len(training.objective.mean)
+    if data.source.channels != want:
+        raise configs.ConfigError(
+            f"config.data.source has images of {data.source.channels} channel(s), and "
+            f"{folder} learned from those of {want}: want the same, by a leaf "
+            "data.source.channels where the source has one"
+        )
+    rows, cols = data.image_size
+    name = files.absolute(folder).name
+    print(
+        f"{name}: images of config.data.source; from the run: size "
+        f"{rows} x {cols}, crop of {data.eval_crop_fraction}, mean and deviation",
+        flush=True,
+    )
+
+
 def read_trained(
-    folder: pathlib.Path,
+    folder: files.Place,
     config: configs.Tree,
     step: int | None,
     parts: tuple[str, ...],
@@ -138,6 +169,7 @@ def load_all(
     folders: Iterable[str],
     step: int | None = None,
     weights: Literal["trained", "teacher", "initial"] = "trained",
+    source: configs.Tree | None = None,
 ) -> dict[str, Loaded]:
     """Loads several runs that read the same images: {caption: run}.
 
@@ -145,14 +177,15 @@ def load_all(
         folders: run directories.
         step: step of each run's checkpoint; None: the newest.
         weights: the trained parameters, the teacher's, or those before training.
+        source: as for `load`.
     Raises:
         ConfigError: as `load`; or two runs have the same caption, or read different
             images.
     """
     found: dict[str, Loaded] = {}
     for folder in folders:
-        run, training = load(folder, step, teacher=weights == "teacher")
-        one = Loaded(pathlib.Path(folder), run, training)
+        run, training = load(folder, step, weights == "teacher", source)
+        one = Loaded(files.place(folder), run, training)
         if weights == "initial":
             one = one.untrained(f"{run.name}, random")
         for other in found.values():
@@ -175,12 +208,16 @@ def measure(
     Returns:
         (reports, reasons), both by caption: a report for each run that could be
         measured, and for each other run the reason why not.
+    Raises:
+        ConfigError: the evaluation does not keep its promises.
     """
     reports, reasons = {}, {}
     for title, one in runs.items():
         try:
             check(evaluation, one)
-            reports[title] = evaluation.measure(one.run, one.passes)
+            reports[title] = measured(evaluation, one.run, one.passes)
+        except configs.ConfigError:
+            raise
         except ValueError as error:
             reasons[title] = str(error)
     return reports, reasons

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of a checkpoint, read without a trainer: for evaluations and warm starts."""
 
-import pathlib
 from typing import Any
 
 import jax
 from flax import traverse_util
 
-from mim_jax.run import digests, storage
+from mim_jax.run import digests, files, storage
 from mim_jax.run.checkpoint import CheckpointError
+from mim_jax.schema import ConfigError
 
 
 def read_parts(
-    run: str | pathlib.Path,
+    run: str | files.Place,
     step: int | None = None,
     parts: tuple[str, ...] = ("params",),
 ) -> tuple[int, dict[str, Any]]:
@@ -34,14 +34,7 @@ def read_parts(
         FileNotFoundError: the run has no such checkpoint; lists the steps that it has.
         CheckpointError: the checkpoint is damaged.
     """
-    folder = pathlib.Path(run).resolve() / "checkpoints"
-    steps = storage.steps_on_disk(folder)
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(
-            f"no checkpoint{'' if step is None else f' {step}'} under {folder}; steps "
-            f"there: {', '.join(map(str, steps)) or 'none'}"
-        )
-    step = steps[-1] if step is None else step
+    folder, step, steps = _found(run, step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         leaves = storage.read_record(folder, step)["leaves"]
@@ -60,3 +53,33 @@ def read_parts(
             f"{', '.join(map(str, steps))}"
         ) from error
     return step, {part: found.get(part, {}) for part in parts}
+
+
+def newest_leaves(run: str | files.Place) -> tuple[int, dict[str, Any]]:
+    """(step, {path: [dtype, shape, digest]}) of a run's newest checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: its record is damaged.
+    """
+    try:
+        folder, step, _ = _found(run, None)
+        return step, storage.read_record(folder, step)["leaves"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"run {str(run)!r}: {error}") from error
+    except digests.DamageError as error:
+        raise CheckpointError(f"the newest of {run} is damaged: {error}") from error
+
+
+def _found(
+    run: str | files.Place, step: int | None
+) -> tuple[files.Place, int, list[int]]:
+    """The folder of a run's checkpoints, the step wanted there, and all steps."""
+    folder = files.absolute(files.place(run)) / "checkpoints"
+    steps = storage.steps_on_disk(folder)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"no checkpoint{'' if step is None else f' {step}'} under {folder}; steps "
+            f"there: {', '.join(map(str, steps)) or 'none'}"
+        )
+    return folder, steps[-1] if step is None else step, steps

@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 
+from mim_jax.run import files
+from mim_jax.run.hosts import deadline
+
 
 def traced_steps(text: str) -> range:
     """The steps that "FIRST:COUNT" names, counted from 1; no steps for "".
@@ -44,24 +47,27 @@ class Tracer:
         >>> tracer.close()
     """
 
-    def __init__(self, folder: pathlib.Path, steps: range):
-        self._folder, self._steps, self._on = folder, steps, False
+    def __init__(self, folder: files.Place, steps: range):
+        self._folder, self._steps = folder, steps
+        self._written: pathlib.Path | None = None  # where a trace is being written
 
     def before(self, step: int) -> None:
         """Call this just before step `step` is dispatched."""
-        if step in self._steps and not self._on:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
+        if step in self._steps and self._written is None:
+            self._written = files.scratch(self._folder)
+            jax.profiler.start_trace(str(self._written))
 
     def after(self, step: int, values: Any) -> None:
         """Call this just after; `values` are arrays that the step computes."""
-        if self._on and step + 1 not in self._steps:
-            jax.block_until_ready(values)
+        if self._written is not None and step + 1 not in self._steps:
+            with deadline("all hosts to compute the steps that are traced"):
+                jax.block_until_ready(values)
             self.close()
 
     def close(self) -> None:
         """Write the trace if one is running; otherwise do nothing."""
-        if self._on:
-            self._on = False
+        if self._written is not None:
+            written, self._written = self._written, None
             jax.profiler.stop_trace()
+            files.deliver(written, self._folder)
             print(f"trace of steps in {self._folder}", flush=True)

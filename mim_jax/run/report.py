@@ -1,53 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closing report of a training run: the evaluation that its config names."""
+"""Measures the state of a run in memory, and writes the closing report."""
 
-import pathlib
+from typing import Any
 
 import jax
 
-from mim_jax import config as configs
 from mim_jax import sharding
 from mim_jax import state as states
+from mim_jax.data.fields import DataError
 from mim_jax.data.passes import EvalPasses
-from mim_jax.evals.base import Eval, Run, caption
-from mim_jax.evals.report import save
+from mim_jax.evals.base import Eval, Run, caption, drawn, measured
+from mim_jax.evals.report import Report, save
 from mim_jax.plan import Plan, for_evaluation
+from mim_jax.run import curves, files, hosts, notes
+from mim_jax.schema import ConfigError
 from mim_jax.state import TrainState
 
 
-def measure(plan: Plan, state: TrainState, workdir: pathlib.Path) -> None:
-    """Run the evaluation of `config.report` on the first host, and write report/.
+class InMemory:
+    """Shows evaluations the state of a training run that is in memory.
+
+    Attributes:
+        plan: of the run.
+        workdir: directory of the run.
+        passes: passes over the run's images.
+    """
+
+    def __init__(self, plan: Plan, workdir: files.Place):
+        self.plan, self.workdir = plan, workdir
+        settings = plan.settings
+        shape = settings.data.image_shape
+        self.passes = EvalPasses(settings.data)
+        # One object, since programs are compiled once for each.
+        self._objective, _ = for_evaluation(
+            settings.objective, settings.attention, shape
+        )
+
+        def make():
+            first, _ = states.initial(
+                settings.objective, seed=settings.seed, image_shape=shape
+            )
+            return states.layout(first, settings.scan)
+
+        everywhere = sharding.replicated(plan.mesh)
+        self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self._initial = jax.jit(make, out_shardings=everywhere)
+
+    def run(self, state: TrainState) -> Run | None:
+        """The run as evaluations read it, on the first host; None on the others.
+
+        All hosts must call this, since they gather the parameters together.
+        """
+        tree = (state.params, state.stats, state.memory)
+        with hosts.deadline("all hosts to gather the parameters"):
+            gathered = *map(self._gather, tree), self._initial()
+            jax.block_until_ready(gathered)
+        if jax.process_index() != 0:
+            return None
+        params, stats, memory, initial = map(_here, gathered)
+        return Run(
+            objective=self._objective,
+            params=params,
+            stats=stats,
+            memory=memory,
+            initial=initial,
+            step=int(state.step),
+            name=files.absolute(self.workdir).name,
+        )
+
+
+def measure(memory: InMemory, state: TrainState, known: dict[str, Report]) -> None:
+    """Run the evaluations that end the run on the first host, and write report/.
 
     All hosts must call this, since they gather the parameters together.
+
+    Args:
+        known: what evaluations found about this state that ran already, by name.
     """
-    settings, mesh = plan.settings, plan.mesh
-    everywhere = sharding.replicated(mesh)
-    gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
-    params, stats, memory = map(gather, (state.params, state.stats, state.memory))
-
-    def make():
-        shape = settings.data.image_shape
-        first = states.initial(
-            settings.objective, seed=settings.seed, image_shape=shape
-        )
-        return states.layout(first[0], settings.scan)
-
-    initial = jax.jit(make, out_shardings=everywhere)()
-    if jax.process_index() != 0:
+    run, sentences = memory.run(state), []
+    if run is None:
         return
-    shape = settings.data.image_shape
-    objective, _ = for_evaluation(settings.objective, settings.attention, shape)
-    trained = Run(
-        objective=objective,
-        params=jax.device_get(params),
-        stats=jax.device_get(stats),
-        memory=jax.device_get(memory),
-        initial=jax.device_get(initial),
-        step=int(state.step),
-        name=workdir.resolve().name,
+    folder = memory.workdir / "report"
+    for name, evaluation in memory.plan.settings.closing.items():
+        found = known[name] if name in known else None
+        if found is None:
+            found = _measured(name, evaluation, run, memory)
+        reports = {caption(run): found}
+        save(folder, name, reports, drawn(evaluation, reports))
+        sentences.append(evaluation.sentence(found))
+    curves.write(memory.workdir / "metrics.jsonl", folder / "curves.png")
+    learned = "; ".join(filter(None, sentences))
+    if learned:
+        print("learned    ", learned, flush=True)
+    notes.end(
+        memory.workdir,
+        f"step {run.step} of {memory.plan.total}: {learned or 'trained'}\n"
+        "report/ has pictures and numbers, metrics.jsonl every logged step",
     )
-    report = settings.report.measure(trained, EvalPasses(settings.data))
-    names = {cls: name for name, cls in configs.KINDS[Eval][1].items()}
-    name = names[type(settings.report)]
-    found = {caption(trained): report}
-    save(workdir / "report", name, found, settings.report.draw(found))
+
+
+def _measured(name: str, evaluation: Eval, run: Run, memory: InMemory) -> Report:
+    """What an evaluation of the closing report measures.
+
+    Raises:
+        ConfigError, DataError: it cannot, by its own fault or since data are gone.
+    """
+    done = f"the run is trained and saved, but {name} cannot measure it"
+    try:
+        return measured(evaluation, run, memory.passes)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{done}: {error}") from error
+    except OSError as error:
+        raise DataError(
+            f"{done}: {error}. Put the data back: the same command goes on from here"
+        ) from error
+
+
+def _here(tree: Any) -> Any:
+    """A tree of arrays that every device has whole, as arrays of a device of this
+    host."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

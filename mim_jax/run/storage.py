@@ -6,12 +6,12 @@ A folder has one checkpoint per step: `STEP/state`, the arrays that Orbax wrote,
 delete, what to do about damage) is in `mim_jax.run.checkpoint`.
 """
 
+import contextlib
 import gc
 import json
 import logging
-import pathlib
-import shutil
 import sys
+import time
 import warnings
 from concurrent import futures
 from typing import Any
@@ -19,11 +19,16 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mim_jax.run import files
 from mim_jax.run.digests import DamageError, first_line, is_key, seal, unseal
+from mim_jax.run.hosts import deadline
+from mim_jax.schema import DiskError
 
 ORBAX_VERSION: str = ocp.__version__
 # In the names of folders that a killed process leaves: Orbax's word, and ours.
-_UNFINISHED = (".orbax-checkpoint-tmp", ".deleting")
+_UNFINISHED = (".orbax-checkpoint-tmp", files.GOING)
+# The file that Orbax writes last.
+_SEAL = "commit_success.txt"
 _ASYNCIO_LOG, _ABSL_LOG = logging.getLogger("asyncio"), logging.getLogger("absl")
 
 
@@ -41,7 +46,7 @@ class Writer:
         self._waiter = futures.ThreadPoolExecutor(1)
 
     def start(
-        self, folder: pathlib.Path, step: int, tree: Any, record: dict[str, Any]
+        self, folder: files.Place, step: int, tree: Any, record: dict[str, Any]
     ) -> futures.Future:
         """Start writing; return once the arrays are copied and may be donated.
 
@@ -74,26 +79,39 @@ class Writer:
             self._silence.__exit__()
 
 
-def steps_on_disk(folder: pathlib.Path) -> list[int]:
-    """Steps of the committed checkpoints in a folder, oldest first."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+def steps_on_disk(folder: files.Place) -> list[int]:
+    """Steps of the committed checkpoints in a folder, oldest first.
+
+    Raises:
+        DiskError: the bucket of the folder does not answer.
+    """
+    found = [name for name in files.names(folder) if _is_step(name)]
+    try:
+        done = [n for n in found if ocp.utils.is_checkpoint_finalized(folder / n)]
+    except Exception as error:  # whatever the library for buckets raises
+        raise DiskError(f"{folder} cannot be read: {first_line(error)}") from error
+    return sorted(map(int, done))
 
 
-def read_record(folder: pathlib.Path, step: int) -> dict[str, Any]:
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def read_record(folder: files.Place, step: int) -> dict[str, Any]:
     """The JSON record beside the arrays of a checkpoint.
 
     Raises:
         DamageError: it is missing, is not JSON, has changed, or is of another step.
+        DiskError: the bucket does not answer.
     """
     try:
-        text = (folder / str(step) / "about" / "metadata").read_text()
-        sealed = json.loads(text)
-    except (OSError, ValueError) as error:
+        sealed = json.loads(files.read(folder / str(step) / "about" / "metadata"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DamageError(first_line(error)) from error
     return unseal(sealed, step)
 
 
-def read_tree(folder: pathlib.Path, step: int, like: dict) -> dict[str, Any]:
+def read_tree(folder: files.Place, step: int, like: dict) -> dict[str, Any]:
     """The leaves of a checkpoint that `like` names. Their digests are not compared.
 
     This host reads alone: it waits for no other, which may have failed, or not read.
@@ -103,6 +121,7 @@ def read_tree(folder: pathlib.Path, step: int, like: dict) -> dict[str, Any]:
             state, and where to place it.
     Raises:
         DamageError: Orbax cannot read it.
+        DiskError: the bucket does not answer.
     """
     words = jax.eval_shape(keys_to_words, like)
     words = jax.tree.map(
@@ -130,39 +149,64 @@ def read_tree(folder: pathlib.Path, step: int, like: dict) -> dict[str, Any]:
             failure = first_line(error)
         # Collect what Orbax dropped now, while asyncio's messages are suppressed.
         gc.collect()
+    files.exists(folder)  # a bucket that does not answer is no damage: this raises
     raise DamageError(failure)
 
 
-def remove_unfinished(folder: pathlib.Path) -> None:
+def remove_unfinished(folder: files.Place) -> None:
     """Delete what a killed process was writing or deleting."""
-    for path in folder.iterdir():
-        if any(word in path.name for word in _UNFINISHED):
-            shutil.rmtree(path, ignore_errors=True)
+    for name in files.names(folder):
+        begun = any(word in name for word in _UNFINISHED)
+        # In a bucket Orbax writes to the last name, and the seal at the end.
+        if files.in_bucket(folder) and _is_step(name):
+            begun = not files.exists(folder / name / _SEAL)
+        if begun:
+            files.remove(folder / name)
 
 
-def delete(folder: pathlib.Path, step: int) -> None:
+def remove_remains(folder: files.Place) -> None:
+    """Where a run directory was moved away while a save was under way, delete what the
+    save made anew of it: folders that hold no file but of an unfinished checkpoint."""
+    if files.in_bucket(folder):
+        return
+    # A save that failed leaves threads of TensorStore behind, which may still write.
+    gone = 0
+    for _ in range(40):
+        gone = 0 if folder.exists() else gone + 1
+        if gone == 5 or (folder.parent / "lock").exists():
+            return
+        if folder.exists():
+            remove_unfinished(folder)
+        for path in (folder, folder.parent):
+            with contextlib.suppress(OSError):  # not there, or it holds something else
+                path.rmdir()
+        time.sleep(0.05)
+
+
+def delete(folder: files.Place, step: int) -> None:
     """Delete a checkpoint."""
-    # Renamed first: a half deleted checkpoint must not look like a whole one.
-    going = folder / f"{step}.deleting"
-    (folder / str(step)).rename(going)
-    shutil.rmtree(going, ignore_errors=True)
+    files.remove(folder / str(step), _SEAL)
 
 
-def move(folder: pathlib.Path, step: int, where: pathlib.Path) -> None:
+def move(folder: files.Place, step: int, where: files.Place) -> None:
     """Move a checkpoint to `where`, instead of what lies there."""
-    where.parent.mkdir(exist_ok=True)
-    if where.exists():
-        shutil.rmtree(where)
-    (folder / str(step)).rename(where)
+    files.move(folder / str(step), where, _SEAL)
 
 
 def wait_for_all(name: str, seconds: int) -> None:
-    """Return once every host is here; raise after so many seconds without one.
+    """Return once every host is here.
 
-    By Orbax, since JAX's own barrier has no timeout that can be set.
+    By Orbax, since JAX's own barrier keeps the devices busy meanwhile.
+
+    Args:
+        name: of the point; no two have the same.
+        seconds: after which this process ends, as by `deadline`.
     """
     everyone = set(range(jax.process_count()))
-    ocp.multihost.sync_global_processes(name, timeout=seconds, processes=everyone)
+    with deadline(f"all hosts at the point {name!r}", seconds):
+        ocp.multihost.sync_global_processes(
+            name, timeout=seconds + 60, processes=everyone
+        )
 
 
 def keys_to_words(tree: Any) -> Any:

@@ -4,7 +4,8 @@
 import copy
 import dataclasses
 import functools
-import pathlib
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from mim_jax import sharding
 from mim_jax import state as states
 from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.ops.posembed import resized
+from mim_jax.run import files, hosts, rundir
 from mim_jax.run.parts import read_parts
 from mim_jax.state import TrainState
 
@@ -24,9 +26,10 @@ _POSITIONS = "encoder/pos_embed"
 _NORM = "encoder/norm"
 
 
-def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.Tree:
-    """The config, with the settings that its objective adopts from the run that
-    config.init_from names (`Objective.adopt`).
+def adopt(config: configs.Tree, workdir: files.Place | None = None) -> configs.Tree:
+    """The config, with the settings that it adopts from the run that config.init_from
+    names: those of the objective (`Objective.adopt`) and the parts of `data` in
+    config.init_from.data.
 
     Once the new run has a config.json, these settings are read from there: the other
     run may no longer exist.
@@ -35,18 +38,84 @@ def adopt(config: configs.Tree, workdir: pathlib.Path | None = None) -> configs.
         config: of the new run.
         workdir: directory of the new run.
     Raises:
-        ConfigError: config.init_from.run is no training run.
+        ConfigError: config.init_from.run is no training run, or config.init_from.keep
+            or .data names nothing.
     """
     if not config.init_from.run:
         return config
-    folder = pathlib.Path(config.init_from.run)
-    if workdir is not None and (workdir / "config.json").exists():
-        folder = workdir
-    saved = _saved(folder, config.init_from.run)
+    named = f"config.init_from.run={config.init_from.run!r}"
+    folder = files.place(config.init_from.run)
+    if workdir is not None:
+        if files.absolute(folder) == files.absolute(workdir):
+            raise configs.ConfigError(f"{named} is the --workdir: want another one")
+        own = rundir.saved_config(workdir)
+        if own is not None and own["job"] == config.job:
+            folder = workdir
+    saved = rundir.read_config(folder, named)
     objective = configs.build_objective(config).adopt(configs.build_objective(saved))
-    config = copy.deepcopy(config)
-    configs.write(config.objective, objective)
-    return config
+    adopted = copy.deepcopy(config)
+    configs.write(adopted.objective, objective)
+    for leaf in config.init_from.keep:
+        configs.check_path(config, f"objective.{leaf}")
+        *above, name = leaf.split(".")
+        node = functools.reduce(operator.getitem, above, adopted.objective)
+        node[name] = value_of(config, f"objective.{leaf}")
+    for part in config.init_from.data:
+        if part not in config.data or part not in saved.data:
+            raise configs.ConfigError(
+                f"config.init_from.data names {part!r}: want names of leaves or groups "
+                f"of config.data: {', '.join(sorted(config.data))}"
+            )
+        theirs = saved.data[part]
+        while part == "source" and theirs.name == "few" and folder != workdir:
+            theirs = theirs.source  # a few images pre-train, and all labels fine-tune
+        with adopted.data.unlocked():
+            adopted.data[part] = copy.deepcopy(theirs)
+    return adopted
+
+
+def counted(config: configs.Tree) -> configs.Tree:
+    """The config, with as many classes as the source has, if config.count_classes.
+
+    Raises:
+        ConfigError: the source cannot be opened.
+    """
+    if not config.count_classes or "classes" not in config.objective:
+        return config
+    classes = configs.build_source(config).classes
+    if not classes:
+        return config  # the plan refuses it, and says why
+    filled = copy.deepcopy(config)
+    filled.objective.classes = len(classes)
+    return filled
+
+
+def check_given(
+    config: configs.Tree, leaves: Iterable[str], workdir: files.Place | None = None
+) -> None:
+    """Refuse values that a user gave, and that the other run would replace.
+
+    Args:
+        leaves: paths of those that were given, such as "objective.pool".
+        workdir: as for `adopt`.
+    Raises:
+        ConfigError: naming such a leaf, both values and what to do.
+    """
+    adopted = adopt(config, workdir)
+    for leaf in leaves:
+        mine, theirs = (value_of(tree, leaf) for tree in (config, adopted))
+        if mine != theirs:
+            name = leaf.removeprefix("objective.")
+            raise configs.ConfigError(
+                f"config.{leaf}={mine!r}: {config.init_from.run} decides it, and has "
+                f"{theirs!r}: want no value here, or yours in spite of that, by "
+                f"--config.init_from.keep='(\"{name}\",)'"
+            )
+
+
+def value_of(config: configs.Tree, leaf: str) -> Any:
+    """The value of a leaf by its path."""
+    return functools.reduce(operator.getitem, leaf.split("."), config)
 
 
 def begun(
@@ -71,8 +140,8 @@ def begun(
             fit.
     """
     begin = settings.init_from
-    folder = pathlib.Path(begin.run)
-    saved = _saved(folder, begin.run)
+    folder = files.place(begin.run)
+    saved = rundir.read_config(folder, f"config.init_from.run={begin.run!r}")
     wanted = ("params", "teacher") if begin.weights == "teacher" else ("params",)
     try:
         step, found = read_parts(folder, begin.step, wanted)
@@ -90,10 +159,11 @@ def begun(
         source |= _flat(found["teacher"])
     mesh = jax.tree.leaves(like.params)[0].sharding.mesh
     gather = jax.jit(states.unstack_blocks, out_shardings=sharding.replicated(mesh))
-    fresh = _flat(jax.device_get(gather(state.params)))
+    with hosts.deadline("all hosts to gather the parameters"):
+        fresh = _flat(jax.device_get(gather(state.params)))
     if _POSITIONS in fresh:
         source[_POSITIONS] = _positions(source, saved, settings)
-    elif _POSITIONS in source:
+    elif _POSITIONS in source and _below(_POSITIONS, begin.parts):
         raise configs.ConfigError(
             f"config.objective.encoder.positions='fixed': {begin.run} has learned "
             "ones; want 'learned'"
@@ -170,20 +240,6 @@ def _left(saved: configs.Tree, settings: configs.Train) -> tuple[str, ...]:
     """Paths that exist in both networks but with different purposes."""
     same = saved.objective.encoder.norm == settings.objective.encoder.norm
     return () if same else (_NORM,)
-
-
-def _saved(folder: pathlib.Path, name: str) -> configs.Tree:
-    if not (folder / "config.json").exists():
-        raise configs.ConfigError(
-            f"config.init_from.run={name!r}: no config.json there; want the work "
-            "directory of a training run"
-        )
-    saved = configs.load(folder / "config.json")
-    if saved.job != "train":
-        raise configs.ConfigError(
-            f"config.init_from.run={name!r}: job {saved.job!r}; want a training run"
-        )
-    return saved
 
 
 def _below(name: str, parts: tuple[str, ...]) -> bool:

@@ -25,19 +25,17 @@ def make(source=None, **fields):
     ("fields", "message"),
     [
         ({"image_size": (0, 4)}, r"image_size=\(0, 4\)"),
-        ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < least"),
-        ({"crop_scale": (0.5, 1.1)}, r"crop_scale.*<= 1\.0"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale.*0 < each"),
+        ({"crop_scale": (0.5, 1.1)}, "crop_scale.*each <= 1"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio.*least <= greatest"),
-        ({"crops": 3}, "crops=3, local_crops=0: want 1 or 2 crops"),
-        ({"crops": 0}, "crops=0, local_crops=0: want 1 or 2 crops"),
-        ({"local_crops": -1}, "crops=1, local_crops=-1: want 1 or 2 crops and at"),
-        ({"local_size": (4, 0)}, r"local_size=\(4, 0\): want \(rows, columns\) >= 1"),
-        ({"local_scale": (0.0, 0.3)}, r"local_scale=\(0\.0, 0\.3\): want 0 < least"),
-        ({"local_scale": (0.3, 1.1)}, r"local_scale.*<= 1\.0"),
+        ({"local_crops": -1}, "local_crops=-1: want 0 <= local_crops"),
+        ({"local_size": (4, 0)}, r"local_size=\(4, 0\): want 1 <= each"),
+        ({"local_scale": (0.0, 0.3)}, r"local_scale=\(0\.0, 0\.3\): want 0 < each"),
+        ({"local_scale": (0.3, 1.1)}, "local_scale.*each <= 1"),
         ({"eval_crop_fraction": 1.5}, "eval_crop_fraction=1.5"),
-        ({"workers": -1}, "workers=-1: want workers >= 0"),
-        ({"threads": 0}, "threads=0: want threads >= 1"),
-        ({"prefetch": 0}, "prefetch=0: want prefetch >= 1"),
+        ({"workers": -1}, "workers=-1: want 0 <= workers"),
+        ({"threads": 0}, "threads=0: want 1 <= threads"),
+        ({"prefetch": 0}, "prefetch=0: want 1 <= prefetch"),
         ({"max_replaced": -0.1}, "max_replaced=-0.1"),
     ],
 )
@@ -188,3 +186,12 @@ def test_examples_are_chosen_by_name_and_old_configs_get_the_default(tmp_path):
     assert (
         config.build(config.load(path)).data.examples == Input(source=Digits()).examples
     )
+
+
+@pytest.mark.parametrize(
+    "workers, cores, want",
+    [(None, 1, 0), (None, 2, 0), (None, 6, 4), (None, 96, 8), (8, 2, 2), (0, 4, 0)],
+)
+def test_no_more_processes_read_than_there_are_cores(monkeypatch, workers, cores, want):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert make(workers=workers).processes == want

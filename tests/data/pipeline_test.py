@@ -12,8 +12,13 @@ from records import Numbered, assert_same, join
 
 from mim_jax.data import transforms
 from mim_jax.data.decoding import decode
+from mim_jax.data.fields import DataError
 from mim_jax.data.input import Input
-from mim_jax.data.pipeline import check_replaced, eval_batches, train_batches
+from mim_jax.data.pipeline import (
+    eval_batches,
+    interleaved,
+    train_batches,
+)
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.folder import Folder
 from mim_jax.data.sources.photos import Photos
@@ -261,7 +266,7 @@ def test_a_corrupt_file_is_replaced_in_a_worker_too(tmp_path):
     for i in range(6):
         Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(folder / f"{i}.jpg")
     (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:200])
-    data = make(Folder(path=str(tmp_path)))
+    data = make(Folder(path=str(tmp_path), held_out_folder="train"))
     want = read(data, seed=0, batch_size=6, stop=4)
     np.testing.assert_array_equal(want["replaced"], want["index"] == 2)
     workers = dataclasses.replace(data, workers=2)
@@ -270,7 +275,10 @@ def test_a_corrupt_file_is_replaced_in_a_worker_too(tmp_path):
 
 def test_nothing_but_bad_records_is_an_error_that_names_them():
     data = make(Numbered(count=3, bad=(0, 1, 2)))
-    with pytest.raises(RuntimeError, match=r"record \d and its 20 substitutes.*2 \(Un"):
+    expected = (
+        r"Numbered\[\d\] \(.* cannot be read, and none of 20 records in its place"
+    )
+    with pytest.raises(DataError, match=expected):
         read(data, seed=0, batch_size=3, stop=1)
 
 
@@ -281,13 +289,6 @@ def test_our_own_mistakes_are_not_taken_for_bad_data():
 
     with pytest.raises(ValueError, match="2 channels: cannot make 1"):
         read(make(Broken()), seed=0, batch_size=3, stop=1)
-
-
-def test_check_replaced():
-    check_replaced(0, 0, 0.0)
-    check_replaced(1, 100, 0.01)
-    with pytest.raises(RuntimeError, match=r"2 of 100.*2\.00%.*1\.00%.*max_replaced"):
-        check_replaced(2, 100, 0.01)
 
 
 @pytest.mark.parametrize("hosts", [1, 3, 8])
@@ -336,6 +337,74 @@ def test_eval_reads_the_held_out_split_through_the_centre_crop():
     workers = dataclasses.replace(data, workers=1)
     with eval_batches(workers, batch_size=100) as batches:
         assert_same(join(batches), got)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sorted(Numbered):
+    """Four, three, two and one images of four classes, one class after the other."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"label": int(self.labels()[index])}
+
+    def labels(self):
+        return np.repeat(np.arange(4, dtype=np.int32), (4, 3, 2, 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixed(Sorted):
+    """The same images, one class in turn."""
+
+    def labels(self):
+        return np.array([0, 1, 2, 3, 0, 1, 2, 0, 1, 0], np.int32)
+
+
+class Unknown(Numbered):
+    """Its labels cost a read of every record."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"label": index // 5}
+
+
+def test_a_spread_pass_gives_every_class_its_turn():
+    def order(source, spread=True):
+        data = make(threads=1)
+        with eval_batches(data, batch_size=4, source=source, spread=spread) as batches:
+            got = join(batches)
+        valid = got["valid"]
+        assert valid.tolist() == [True] * 10 + [False] * 2
+        # The image and its label came along.
+        labels = [source[i]["label"] for i in got["index"][valid]]
+        assert got["label"][valid].tolist() == labels
+        assert (
+            got["image"][valid].max((1, 2, 3)).tolist() == got["index"][valid].tolist()
+        )
+        return got["index"][valid].tolist(), labels
+
+    indices, labels = order(Sorted())
+    assert sorted(indices) == list(range(10))
+    # Rounds of four, three, two and one class, each with its next image.
+    rounds = [labels[:4], labels[4:7], labels[7:9], labels[9:]]
+    assert [sorted(part) for part in rounds] == [[0, 1, 2, 3], [0, 1, 2], [0, 1], [0]]
+    for label in range(4):
+        own = [i for i, found in zip(indices, labels, strict=True) if found == label]
+        assert own == sorted(own)
+    assert labels[:2] == [0, 2]  # far apart come first
+    for source, spread in ((Sorted(), False), (Mixed(), True), (Unknown(), True)):
+        assert order(source, spread)[0] == list(range(10))
+
+
+@pytest.mark.parametrize("classes, each", [(10, 100), (1000, 3), (1, 7), (2, 1)])
+def test_every_beginning_has_the_classes_alike(classes, each):
+    labels = np.repeat(np.arange(classes), each)
+    order = interleaved(labels)
+    assert sorted(order) == list(range(classes * each))
+    for count in (1, 8, classes, 64, 3 * classes + 1):
+        found = np.bincount(labels[order[:count]], minlength=classes)
+        assert found.max() - found.min() <= 1
+    # Eight of a thousand classes: none of their gaps is twice another's.
+    if classes == 1000:
+        gaps = np.diff(np.sort(labels[order[:8]]))
+        assert gaps.min() > 100 and gaps.max() < 150
 
 
 def test_eval_leaves_bad_records_out():

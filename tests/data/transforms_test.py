@@ -174,7 +174,7 @@ def test_mirror():
     [  # whole: rows, columns after the resize; corner: top, left of the cut
         ((300, 400), (224, 224), 0.875, (256, 341), (16, 58)),
         ((400, 300), (224, 224), 0.875, (341, 256), (58, 16)),
-        ((403, 300), (224, 224), 0.875, (344, 256), (60, 16)),  # 343.9 rows
+        ((403, 300), (224, 224), 0.875, (343, 256), (60, 16)),  # 343.9 rows
         ((100, 100), (32, 64), 1.0, (64, 64), (16, 0)),
         ((8, 8), (32, 32), 1.0, (32, 32), (0, 0)),
         ((3, 500), (16, 16), 0.5, (32, 5333), (8, 2658)),
@@ -186,6 +186,50 @@ def test_centre_crop(shape, size, fraction, whole, corner):
     want = bicubic(image, whole)[top : top + rows, left : left + cols]
     got = transforms.centre_crop(image, size, fraction)
     np.testing.assert_allclose(got, want, atol=1.25)
+
+
+def torchvision_rule(shape, short, side):
+    """(resized rows and columns, top and left) of Resize(short) and CenterCrop(side),
+    from the formulas of torchvision.transforms.functional."""
+    height, width = shape
+    if width <= height:
+        resized = int(short * height / width), short
+    else:
+        resized = short, int(short * width / height)
+    return resized, tuple(int(round((length - side) / 2.0)) for length in resized)
+
+
+# The same by hand: image, Resize, CenterCrop, resized image, corner. Python rounds 58.5
+# to 58, 59.5 to 60, 15.5 to 16 and 34.5 to 34.
+STORED = [
+    ((375, 500), 256, 224, (256, 341), (16, 58)),
+    ((500, 375), 256, 224, (341, 256), (58, 16)),
+    ((333, 500), 256, 224, (256, 384), (16, 80)),
+    ((403, 300), 256, 224, (343, 256), (60, 16)),
+    ((427, 640), 256, 224, (256, 383), (16, 80)),
+    ((100, 160), 64, 33, (64, 102), (16, 34)),
+]
+
+
+@pytest.mark.parametrize("shape, short, side, resized, corner", STORED)
+def test_the_centre_view_is_where_torchvision_puts_it(
+    shape, short, side, resized, corner
+):
+    assert torchvision_rule(shape, short, side) == (resized, corner)
+    view = transforms.centre_view(shape, (side, side), side / short)
+    assert (view.resized, view.corner) == (resized, corner)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+    side=st.integers(1, 300),
+    more=st.integers(0, 100),
+)
+def test_the_centre_view_follows_the_rule_at_every_size(shape, side, more):
+    short = side + more
+    view = transforms.centre_view(shape, (side, side), side / short)
+    assert (view.resized, view.corner) == torchvision_rule(shape, short, side)
 
 
 def test_centre_crop_always_has_its_size():
@@ -268,6 +312,17 @@ def test_a_box_outside_a_view_has_no_area():
         assert ((bottom - top) * (right - left)).tolist() == [0, 0, 1]
     none = np.zeros((0, 4), np.float32)
     assert view.boxes(none).shape == (0, 4) and view.boxes(none).dtype == np.float32
+
+
+@pytest.mark.parametrize("wrong", [8.0, -0.5, np.nan])
+def test_boxes_in_pixels_are_refused(wrong):
+    view = transforms.View((10, 10), (5, 5, 5, 5), (8, 8), (0, 0), (8, 8), False)
+    with pytest.raises(
+        ValueError, match="boxes from .*: want top, left, bottom, right"
+    ):
+        view.boxes(np.array([[0.0, 0.0, 0.5, wrong]]))
+    rounded = np.array([[0.0, -1e-6, 1.0, 1 + 1e-6]])
+    assert view.boxes(rounded).tolist() == [[0, 0, 1, 1]]
 
 
 def test_masks_lie_where_the_pixels_are():

@@ -5,28 +5,25 @@ The rows of `small_evals.SMALL` say how small an evaluation is tested; one that 
 row is tested with its defaults. Runs are tiny and untrained, one of each objective.
 """
 
+import dataclasses
 import functools
 import math
 
-import fast
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from small_evals import SMALL, objective_of, passes_of, run_of, small
+from small_run import CLASSES
 from tiny import TINY
 
 from mim_jax.evals import EVALS
+from mim_jax.evals.base import drawn
+from mim_jax.evals.knn import KNN
 from mim_jax.evals.report import Number, Report, save
 
 # Images per batch. Neither divides 24 or 40, so there is padding.
 SIZE, OTHER_SIZE = 7, 50
 each = pytest.mark.parametrize("name", EVALS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 @functools.cache
@@ -123,6 +120,41 @@ def test_one_run_and_two_are_drawn(name):
         assert figures
         for title, figure in figures.items():
             assert isinstance(figure, Figure) and title.isidentifier()
+
+
+@each
+def test_names_with_dollars_are_no_formulas(name):
+    """Runs and classes are called as anybody likes; "$x^$" is no formula that can be
+    drawn."""
+    report = measured(name, accepted(name)[0])
+    arrays = {
+        key: np.where(np.isin(one, CLASSES), np.char.add(one, "$x^$"), one)
+        for key, one in report.arrays.items()
+        if one.dtype.kind == "U"
+    }
+    odd = dataclasses.replace(report, arrays=report.arrays | arrays)
+    for figure in drawn(small(name), {"$x^$, step 3": odd}).values():
+        figure.draw_without_rendering()
+    pair = drawn(small(name), {"$x^$, step 3": odd, "a_$, step 3": report})
+    for figure in pair.values():
+        figure.draw_without_rendering()
+
+
+def test_figures_get_every_text_so_that_it_is_shown_as_it_is(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(KNN, "draw", lambda self, found: seen.update(found) or {})
+    arrays = {
+        "none": np.array([], "U3"),
+        "names": np.array([["$a$", "b"]]),
+        "one": np.array("$"),
+        "numbers": np.arange(3),
+    }
+    drawn(KNN(), {"a$, step 3": Report(numbers={}, arrays=arrays)})
+    (run,) = seen
+    assert run == r"a\$, step 3"
+    shown = {key: one.tolist() for key, one in seen[run].arrays.items()}
+    names = [[r"\$a\$", "b"]]
+    assert shown == {"none": [], "names": names, "one": r"\$", "numbers": [0, 1, 2]}
 
 
 @each

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """kNN, CKA, attention and t-SNE on a small encoder, against other ways to compute."""
 
+import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 
-import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +26,12 @@ from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import grid_of
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
+def test_a_long_pass_without_a_terminal_prints_lines(monkeypatch, capsys):
+    clock = itertools.count(0.0, 16.0)  # each batch takes 16 seconds
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    assert len(list(watched(batches(40, size=8), "knn"))) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["knn: 16 of 40 images", "knn: 32 of 40 images"]
 
 
 def test_votes_are_those_of_scikit_learn():
@@ -214,6 +217,36 @@ def test_attention_rows_and_the_marked_patch():
     assert Attention().draw({"x": report, "y": report}).keys() == {"attention"}
 
 
+class Turned(Given):
+    """Gives the last batches first if asked to spread the classes."""
+
+    def held_out(self, spread=False):
+        return contextlib.nullcontext(self.batches[::-1] if spread else self.batches)
+
+
+def test_pictures_of_attention_are_spread_over_the_order_of_the_source():
+    evaluation, data = Attention(rows=3), passes()
+    want = evaluation.measure(run(), data).arrays["images"]
+    turned = Turned(data.batches, data.training, data.classes)
+    got = evaluation.measure(run(), turned).arrays["images"]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_some_images_are_taken_from_all_classes():
+    data = passes()
+    turned = Turned(data.batches, data.training, data.classes)
+    for evaluation, key in (
+        (CKA(ratios=(0.5,), images=8), "cka"),
+        (Attention(rows=2, images=8), "images"),
+    ):
+        want = evaluation.measure(run(), Given(data.batches[::-1])).arrays[key]
+        np.testing.assert_array_equal(
+            evaluation.measure(run(), turned).arrays[key], want
+        )
+        first = evaluation.measure(run(), Given(data.batches)).arrays[key]
+        assert (first != want).any()
+
+
 def test_tsne_separates_what_is_separate():
     evaluation = TSNE(classes=3, images=8, perplexity=5.0)
     report = evaluation.measure(run(), passes())
@@ -246,9 +279,9 @@ def test_means_and_shares_have_their_intervals():
     [
         (lambda: KNN(k=()), "k=()"),
         (lambda: KNN(rows=0), "rows=0"),
-        (lambda: CKA(ratios=(0.0,)), "want numbers 0 < ratio < 1"),
+        (lambda: CKA(ratios=(0.0,)), "want 0 < each < 1"),
         (lambda: CKA(images=3), "at least 4"),
-        (lambda: Attention(token=(0.5, 1.5)), "shares 0..1"),
+        (lambda: Attention(token=(0.5, 1.5)), "want 0 <= each <= 1"),
         (lambda: TSNE(classes=1), "classes=1"),
     ],
 )

@@ -4,7 +4,6 @@ it need not have: a decoder, or masks that depend on nothing but keys."""
 
 import dataclasses
 
-import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +20,6 @@ from mim_jax.models.vit import Encoder
 from mim_jax.objectives.base import PixelObjective
 from mim_jax.ops.masking import from_scores
 from mim_jax.ops.patches import denormalise, to_float, unpatchify
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

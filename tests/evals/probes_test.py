@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear and ridge probes, against numpy, scikit-learn and leaving images out."""
 
-import fast
 import numpy as np
 import pytest
 from passes import Given
@@ -9,15 +8,9 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from small_run import batches, passes, run
 
 from mim_jax.evals import linear
-from mim_jax.evals.features import extract
+from mim_jax.evals.features import Features, extract
 from mim_jax.evals.linear import Linear, predict
 from mim_jax.evals.ridge import Ridge, fit
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 def blobs(count: int, classes: int = 4, width: int = 6, spread: float = 1.0):
@@ -134,6 +127,36 @@ def test_images_that_choose_the_rate_are_not_fitted(monkeypatch):
     np.testing.assert_array_equal(np.sort(both, axis=0), np.sort(fitted[1], axis=0))
 
 
+def test_features_are_divided_by_their_deviation(monkeypatch):
+    """Two features that tell the classes equally well, one a thousand times as large:
+    classifiers see both at the same size, by training statistics."""
+    rng = np.random.default_rng(0)
+    seen = []
+
+    def vectors(count, shift):
+        labels = np.arange(count, dtype=np.int32) % 2
+        values = labels[:, None] + 0.3 * rng.normal(size=(count, 2)) + shift
+        values = (values * [1.0, 1000.0] + [5.0, -70.0]).astype(np.float32)
+        return Features(values, labels, np.arange(count))
+
+    splits = vectors(80, 0.0), vectors(40, 0.5)
+    monkeypatch.setattr(linear, "extract_splits", lambda *_: splits)
+    monkeypatch.setattr(
+        linear, "predict", lambda head, x: seen.append(x) or predict(head, x)
+    )
+    fit = Linear.fit
+    monkeypatch.setattr(
+        Linear, "fit", lambda self, x, *rest: seen.append(x) or fit(self, x, *rest)
+    )
+    data = Given([], [], ("a", "b"))
+    Linear(rates=(1.0,), epochs=1).measure(run(), data)
+    *_, bank, queries = seen  # of the last fit, and of the held-out images
+    train, held_out = (part.vectors.astype(np.float64) for part in splits)
+    want = [(x - train.mean(axis=0)) / train.std(axis=0) for x in (train, held_out)]
+    np.testing.assert_allclose(bank, want[0], atol=1e-4)
+    np.testing.assert_allclose(queries, want[1], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -220,5 +243,5 @@ def test_ridge_counts_shots_and_draws():
     "fields", [dict(shots=()), dict(draws=0), dict(penalties=(0.0,))], ids=str
 )
 def test_ridge_refuses_what_cannot_be(fields):
-    with pytest.raises(ValueError, match="want numbers"):
+    with pytest.raises(ValueError, match="want (at least|1 <= |1e-12 <= )"):
         Ridge(**fields)

@@ -3,7 +3,6 @@
 
 import dataclasses
 
-import fast
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +19,6 @@ from mim_jax.ops.masking import from_hidden
 from mim_jax.ops.patches import Grid, normalise_patches, patchify, to_float, unpatchify
 
 GRID = Grid(3, 4, 2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast():
-    with fast.compilation():
-        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +54,37 @@ def test_psnr_of_a_known_error():
     assert report.scalars["psnr_untrained_db"] < 10
 
 
+def test_pasted_images_err_where_patches_are_hidden():
+    report = Reconstruction(inpainted=0).measure(_run(0.05), Given([_batch(5)]))
+    # Of four patches one is visible; the error is .05 everywhere else.
+    assert report.scalars["masked_mse"] == pytest.approx(0.05**2, rel=1e-4)
+    assert report.scalars["pasted_mse"] == pytest.approx(0.75 * 0.05**2, rel=1e-4)
+
+
 def test_no_more_images_than_asked_for():
     report = Reconstruction(images=3, inpainted=9, rows=9).measure(
         _run(), Given([_batch(2), _batch(2), _batch(2)])
     )
     assert report.scalars["images"] == 3
     assert report.arrays["psnr_biharmonic_db"].shape == (3,)
+
+
+def test_some_images_are_taken_from_all_classes_and_shown_in_order():
+    class Spread(Given):
+        def held_out(self, spread=False):
+            assert spread
+            return super().held_out()
+
+    batch = _batch(6)
+    batch["index"] = np.array([4, 0, 5, 2, 1, 3], np.int32)
+    report = Reconstruction(images=4, inpainted=0, rows=3).measure(
+        _run(), Spread([batch])
+    )
+    # The first three of the pass, of which the second is the first of the source.
+    want = batch["image"][[1, 0, 2]].astype(np.float32) / 255
+    np.testing.assert_array_equal(report.arrays["panel_original"], want)
+    scores = report.arrays["psnr_model_db"][[1, 0, 2]]
+    np.testing.assert_array_equal(report.arrays["panel_psnr"], scores)
 
 
 def test_visible_mean_by_hand():
@@ -86,9 +104,19 @@ def test_visible_mean_by_hand():
     )
 
 
-def test_patch_mean_is_the_zero_prediction():
-    """With normalised targets, predicting 0 gives each patch's true mean: of all its
-    channels together, in the standardised space."""
+def test_patch_mean_is_the_mean_colour_of_each_patch():
+    images = np.random.default_rng(2).random((2, 6, 8, 3)).astype(np.float32)
+    filled = np.asarray(reconstruction.patch_means(jnp.asarray(images), GRID))
+    for row in range(0, 6, 2):
+        for col in range(0, 8, 2):
+            place = np.s_[:, row : row + 2, col : col + 2]
+            want = images[place].mean(axis=(1, 2), keepdims=True)
+            want = np.broadcast_to(want, (2, 2, 2, 3))
+            np.testing.assert_allclose(filled[place], want, rtol=1e-5)
+
+
+def test_patch_mean_of_grey_images_is_the_zero_prediction():
+    """With normalised targets, predicting 0 gives each patch's true mean."""
     images = np.random.default_rng(2).random((2, 6, 8, 1)).astype(np.float32)
     filled = reconstruction.patch_means(jnp.asarray(images), GRID)
     patches = patchify(jnp.asarray(images), 2)

@@ -185,7 +185,7 @@ def test_auto_takes_the_form_that_fits(site, form):
     "wanted, site, reason",
     [
         ("palas", V5E, "'palas' is unknown; known: auto, plain, cudnn, pallas, rec"),
-        ("pallas", CPU, "it runs on tpu: want a form of cpu, or attention='auto'"),
+        ("pallas", CPU, "it runs on tpu: want plain or recompute, or attention='auto'"),
         ("pallas", V5E._replace(dtype="float32"), "float32: want bfloat16"),
         ("pallas", V5E._replace(width=700), "width 700 .* multiple of 128"),
         ("pallas", V5E._replace(tokens=4097), "4097 tokens need .* want at most 120"),
@@ -223,6 +223,17 @@ def test_an_objective_is_told_its_forms_and_they_are_part_of_its_value():
     assert described(told) == "attention: encoder cudnn, decoder plain"  # 3 heads
     with pytest.raises(ValueError, match="decoder: attention='cudnn': 3 heads on mesh"):
         with_kernels(objective, "cudnn", 197, h100, mesh)
+
+
+def test_relative_positions_have_the_plain_form_only():
+    mae = MAE(encoder=Encoder(relative_positions=True))
+    told = with_kernels(mae, "auto", 4097, device("cpu", "cpu"))
+    assert (told.encoder.kernels.attention, told.decoder.kernels.attention) == (
+        "plain",
+        "recompute",
+    )
+    with pytest.raises(ValueError, match="encoder: attention='recompute': it cannot"):
+        with_kernels(mae, "recompute", 4097, device("cpu", "cpu"))
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tensor=2), Mesh(fsdp=2, tensor=4)])

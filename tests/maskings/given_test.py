@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAST, leaves, tree_of
+from tiny import leaves, tree_of
 
 from mim_jax import config, train
 from mim_jax.maskings.base import Masking
@@ -93,7 +93,9 @@ def test_a_field_that_the_data_lack_is_refused_before_anything_compiles(known):
 
     table = config.KINDS[Masking][1]
     table["labelled"] = dataclasses.dataclass(frozen=True, kw_only=True)(Latent)
-    with pytest.raises(config.ConfigError, match="no 'latent', which MAE reads"):
+    with pytest.raises(
+        config.ConfigError, match="no 'latent', which masking Latent of MAE reads"
+    ):
         Plan.of(tree("labelled"), jax.devices()[:1])
 
 
@@ -133,7 +135,7 @@ def test_a_memory_is_refreshed_when_due_saved_and_resumed(known, tmp_path, monke
 
 def test_the_mask_is_that_of_the_memory_at_each_step(known):
     plan = Plan.of(tree("remembering"), jax.devices()[:1])
-    step = train.lowered(plan).compile(compiler_options=FAST)
+    step = train.lowered(plan).compile()
     state = jax.jit(plan.create)()
     batch = {"image": jnp.arange(16 * 64, dtype=jnp.uint8).reshape(16, 8, 8, 1)}
     for number in range(1, 5):

@@ -21,5 +21,5 @@ def test_a_cell_must_tile_the_grid():
 
 
 def test_a_cell_has_several_patches():
-    with pytest.raises(ValueError, match="^cell=1: want at least 2 patches$"):
+    with pytest.raises(ValueError, match="^cell=1: want 2 <= cell <= 16384$"):
         GridMasking(cell=1)

@@ -17,6 +17,11 @@ from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import Grid
 
 GRID = Grid(6, 8, 4)
+_ROWS, _COLS = np.divmod(np.arange(GRID.size), GRID.cols)
+# Fields of an example: a hierarchy of 2 x 2 squares below pairs of rows.
+FIELDS = {
+    "tree": np.stack([_ROWS // 2 * 4 + _COLS // 2, _ROWS // 2]).reshape(2, 6, 8),
+}
 # What to test a masking with, if not its defaults on GRID.
 MEMBERS = {
     "random": (Random(), Random(ratio=0.6, unit=12, partial_units="allow")),
@@ -33,6 +38,16 @@ every_member = pytest.mark.parametrize(
 )
 
 
+def fields_of(masking, rows: int) -> dict:
+    """The fields that it reads, the same for all images of a batch."""
+    found = {name: jnp.asarray(FIELDS[name], jnp.int32) for name in masking.reads}
+    return {name: jnp.stack([one] * rows) for name, one in found.items()}
+
+
+def draw(masking, keys):
+    return masking(keys, GRID, **fields_of(masking, len(keys)))
+
+
 def keys_of(count: int, seed: int = 0):
     return jax.random.split(jax.random.key(seed), count)
 
@@ -40,7 +55,7 @@ def keys_of(count: int, seed: int = 0):
 @functools.cache
 def drawer(masking):
     """The masking under jit, compiled once for all tests of a batch of eight."""
-    return jax.jit(lambda keys: masking(keys, GRID))
+    return jax.jit(functools.partial(draw, masking))
 
 
 def same(one, other) -> bool:
@@ -50,6 +65,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("name", MASKINGS)
 def test_every_masking_is_tested_on_a_grid_that_it_fits(name):
     for masking in members_of(name):
+        assert set(masking.reads) <= FIELDS.keys(), f"give {name!r} fields in FIELDS"
         try:
             masking.visible_count(GRID)
         except ValueError as error:
@@ -94,9 +110,9 @@ def test_a_mask_depends_on_its_own_key_alone(masking):
 @every_member
 def test_bits_are_those_of_any_number_of_devices_of_jit_and_of_vmap(masking):
     keys = keys_of(8)
-    expected = masking(keys, GRID)
+    expected = draw(masking, keys)
     assert same(drawer(masking)(keys), expected)
-    one_by_one = jax.vmap(lambda key: masking(key[None], GRID))(keys)
+    one_by_one = jax.vmap(lambda key: draw(masking, key[None]))(keys)
     assert same([leaf[:, 0] for leaf in one_by_one], expected)
     for count in (1, 2, 4, 8):
         mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
@@ -112,7 +128,7 @@ def test_bits_are_those_without_64_bit_types(masking):
     keys = keys_of(8)
     expected = drawer(masking)(keys)
     with jax.enable_x64(True):
-        assert same(jax.jit(masking, static_argnums=1)(keys, GRID), expected)
+        assert same(jax.jit(functools.partial(draw, masking))(keys), expected)
 
 
 # The 99.99 % points of chi-square: one of 10,000 seeds would fail, this one does not.

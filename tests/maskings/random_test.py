@@ -204,5 +204,5 @@ def test_what_does_not_fit_says_what_would(fields, grid, message):
 
 
 def test_unit_is_positive():
-    with pytest.raises(ValueError, match="^unit=0: want a side in pixels, at least 1$"):
+    with pytest.raises(ValueError, match="^unit=0: want 1 <= unit <= 16384$"):
         Random(unit=0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,26 @@ def test_every_token_is_seen_by_every_prediction(place):
     change = moved(decode(params, tokens, predict="all"), expected)
     assert (change[0] > 1e-4).all()
     assert (change[1] == 0).all()  # and by no other image's
+
+
+def test_learned_positions_start_as_the_fixed_ones_and_are_added_to_every_token():
+    tokens = jnp.asarray(draw()[1], jnp.float32)
+    mask = Mask(jnp.asarray(KEEP, jnp.int32), jnp.asarray(DROP, jnp.int32))
+    learned = DECODER.clone(positions="learned")
+    made = learned.init(jax.random.key(0), tokens, mask, GRID, OUTPUTS)
+    params: Any = dict(made["params"])
+    table = params.pop("pos_embed")
+    assert table.shape == (1 + GRID.size, 16) and not table[0].any()
+    fixed = apply(DECODER, params, tokens, mask, "hidden")
+
+    def with_table(table):
+        more = params | {"pos_embed": table}
+        return apply(learned, more, tokens, mask, "hidden")
+
+    np.testing.assert_array_equal(with_table(table), fixed)
+    for place in (0, 1 + KEEP[0, 0], 1 + DROP[0, 0]):
+        moved = with_table(table.at[place, 0].add(1)) - fixed
+        assert np.abs(moved[0]).max() > 1e-4, place
 
 
 def test_initial_parameters():

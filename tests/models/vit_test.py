@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax.models.vit import SIZES, Encoder, layer_flops
+from mim_jax.models.vit import SIZES, Encoder, drop_path, layer_flops
 from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.state import stack_blocks
 
@@ -332,6 +332,105 @@ def test_sizes_that_do_not_fit_are_refused(wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"encoder.{name}={value}"):
         Encoder(**SMALL | wrong).check_sizes()
+
+
+# Options of other people's encoders; foreign_test.py compares whole networks.
+OPTIONS = dict(positions="none", relative_positions=True, layer_scale=0.5, epsilon=0.01)
+
+
+def test_options_are_off_and_then_have_no_parameters():
+    plain, other = (
+        shapes(Encoder(**SMALL, **more), GRID, PIXELS) for more in ({}, OPTIONS)
+    )
+    assert plain.keys() == {"block00", "block01", "cls_token", "embed", "norm"}
+    assert other.keys() == plain.keys() | {"relative_positions"}
+    assert other["block00"].keys() == plain["block00"].keys() | {"scale1", "scale2"}
+    assert other["relative_positions"].shape == (2, 5 * 7 + 3, 2)
+
+
+def by_hand(params, patches, epsilon):
+    """An encoder of one block and one head with all options, in numpy loops."""
+
+    def norm(x, layer):
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon)
+        return x * layer["scale"] + layer["bias"]
+
+    def dense(x, layer):
+        return x @ layer["kernel"] + layer["bias"]
+
+    def bias(i, j):
+        table = params["relative_positions"][0, :, 0]
+        if not (i and j):  # the class token is one of them
+            return table[{(False, True): -3, (True, False): -2}.get((i > 0, j > 0), -1)]
+        (row, col), (other, along) = divmod(i - 1, GRID.cols), divmod(j - 1, GRID.cols)
+        down, across = row - other + GRID.rows - 1, col - along + GRID.cols - 1
+        return table[down * (2 * GRID.cols - 1) + across]
+
+    found, block = [], params["block00"]
+    for image in patches:
+        x = np.concatenate([params["cls_token"][0], dense(image, params["embed"])])
+        q, k, v = np.split(
+            dense(norm(x, block["ln1"]), block["attn"]["qkv"]), 3, axis=1
+        )
+        logits = q @ k.T / math.sqrt(q.shape[1])
+        count = len(x)
+        logits += [[bias(i, j) for j in range(count)] for i in range(count)]
+        weights = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        x = x + dense(weights @ v, block["attn"]["out"]) * block["scale1"]
+        y = dense(norm(x, block["ln2"]), block["fc1"])
+        y = y * [[0.5 * (1 + math.erf(z / math.sqrt(2))) for z in row] for row in y]
+        x = x + dense(y, block["fc2"]) * block["scale2"]
+        found.append(norm(x, params["norm"]))
+    return np.stack(found)
+
+
+def test_the_options_are_their_formulas():
+    encoder = Encoder(**ONE | dict(heads=1), **OPTIONS, dtype="float64")
+    params, patches = perturbed(encoder), draw_patches()
+    tokens, _ = encode(encoder, params, patches)
+    np.testing.assert_allclose(tokens, by_hand(params, patches, 0.01), atol=1e-12)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_patch_has_its_relative_positions_wherever_it_stands(scan):
+    encoder = Encoder(**SMALL, **OPTIONS)
+    params, patches = perturbed(encoder), draw_patches()
+    params = stack_blocks(params) if scan else params
+    order = np.stack([np.random.RandomState(i).permutation(12) for i in range(2)])
+    whole, _ = encode(encoder, params, patches)
+    found, seen = encode(encoder, params, patches, order, ("attention",))
+    wanted = np.take_along_axis(whole[:, 1:], order[:, :, None], axis=1)
+    np.testing.assert_allclose(found[:, 1:], wanted, atol=1e-5)
+    np.testing.assert_allclose(seen["attention"].sum(axis=-1), 1, atol=1e-5)
+    alone, _ = encode(encoder, params, patches, order[:, :5])
+    assert alone.shape == (2, 6, 16) and np.isfinite(alone).all()
+
+
+def test_drop_path_and_layer_scale_multiply():
+    encoder = Encoder(**ONE | dict(depth=2), layer_scale=0.5, drop_path=0.9)
+    params, patches = perturbed(encoder), jnp.asarray(draw_patches(), jnp.float32)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float32"), params)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def tokens(params):
+        given = {"params": params}, patches, GRID
+        return encoder.apply(*given, taps=("blocks",), keys=keys)[1]["blocks"]
+
+    def with_gains(factor):
+        block = params["block01"]
+        gains = {f"scale{i}": factor * block[f"scale{i}"] for i in (1, 2)}
+        return params | {"block01": block | gains}
+
+    # Without its gains the last block adds nothing, whatever is dropped.
+    first, last = tokens(with_gains(0))
+    np.testing.assert_array_equal(first, last)
+    _, moved = tokens(with_gains(1))
+    alone = encoder.apply({"params": params}, patches, GRID, taps=("blocks",))
+    kept = np.abs(moved - first).max(axis=(1, 2)) > 0
+    assert np.abs(alone[1]["blocks"][1] - alone[1]["blocks"][0]).max() > 0
+    scales = drop_path(keys, 2, 0.9)[1]
+    np.testing.assert_array_equal(kept, np.asarray(scales).max(axis=0) > 0)
 
 
 @pytest.mark.oracle

@@ -445,8 +445,8 @@ def test_what_represents_an_image():
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        (dict(temperature=0.0), "temperature > 0"),
-        (dict(chunk=0), "chunk >= 1"),
+        (dict(temperature=0.0), "temperature=0.0: want 0.0001 <= temperature"),
+        (dict(chunk=0), "chunk=0: want at least 1"),
         (dict(mask_token=False), "see different patches"),
         (dict(mask_token=False, t2="independent"), "see different patches"),
         (DROPPED | dict(symmetric=True), "want symmetric=False"),

@@ -16,13 +16,11 @@ import jax
 import numpy as np
 import pytest
 from tiny import (
-    FAST,
     STEPS,
     TINY,
     batch_for,
     below,
     bits,
-    create_of,
     first_state,
     gradients,
     leaves,
@@ -39,12 +37,13 @@ from mim_jax import state as states
 from mim_jax.objectives import OBJECTIVES
 from mim_jax.plan import Plan
 from mim_jax.run.checkpoint import Checkpointer
+from mim_jax.sharding import Mesh
 
 each = pytest.mark.parametrize("name", TINY)
 
 
 def test_every_objective_has_a_row():
-    for name in OBJECTIVES:
+    for name in OBJECTIVES.keys() - {"encoder"}:  # which has no loss
         assert name in TINY, f"give {name!r} a row in TINY of tests/tiny.py"
     assert TINY.keys() <= OBJECTIVES.keys()
 
@@ -71,8 +70,11 @@ def check_same(name: str, plan: Plan, loss_tolerance=1e-5, tolerance=1e-4):
     _, alone, want, wanted = plain(name)
     assert metrics["ok"] and int(after.step) == 1
     for value in want:
+        # Adam's first update is the sign of a gradient, also of one that is rounding.
+        rough = value in ("update_ratio", "teacher_distance")
+        rtol = max(loss_tolerance, 1e-3) if rough else loss_tolerance
         np.testing.assert_allclose(
-            metrics[value], want[value], rtol=loss_tolerance, err_msg=value
+            metrics[value], want[value], rtol=rtol, err_msg=value
         )
     for path, leaf in leaves(alone.stats).items():
         scale = np.abs(leaf).max()
@@ -153,7 +155,7 @@ def test_a_teacher_is_used_and_follows_and_gets_no_gradient(name):
         keys = train.example_keys(state, len(batch["image"]))
         return objective.loss(state.params, with_teacher, batch, keys)[0]
 
-    grads = jax.jit(jax.grad(loss), compiler_options=FAST)(state.teacher)
+    grads = jax.jit(jax.grad(loss))(state.teacher)
     assert all((leaf == 0).all() for leaf in leaves(grads).values())
     other = jax.tree.map(
         lambda leaf: (
@@ -232,36 +234,31 @@ def test_the_loss_falls(name):
     assert np.mean(losses[-5:]) < row.falls * np.mean(losses[:5])
 
 
-# Runs.
+# Runs, on one device: Orbax writes each shard by itself, which takes its time.
+# tests/hosts_test.py and the slow part of tests/end_to_end_test.py resume on many.
+
+RUN = dict(
+    checkpoint__every=3,
+    log__every=2,
+    log__tensorboard=False,
+    log__progress="none",
+)
 
 
 def run(name: str, workdir, **changes) -> None:
-    tree = tree_of(name, **run_changes(name), **changes)
+    tree = tree_of(name, **RUN, **changes)
     # Strict promotion is for our own code; here a whole program runs, optax included.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         train.run(tree, workdir)
 
 
-def run_changes(name: str) -> dict:
-    return dict(
-        mesh__data=4,
-        mesh__fsdp=2,
-        scan=True,
-        remat="full",
-        checkpoint__every=3,
-        log__every=2,
-        log__tensorboard=False,
-        log__progress="none",
-    )
-
-
 def saved(name: str, workdir):
     """All of the newest checkpoint, and the lines of the log but for times."""
-    plan = spread_plan(name)
+    plan = plan_of(name)
     with Checkpointer(workdir, plan.settings.checkpoint) as checkpointer:
         step, state, extra = checkpointer.restore(plan.abstract_state())
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in lines]
+    lines = [row for row in map(json.loads, lines) if "loss" in row]
     for line in lines:
         for timing in ("images_per_second", "input_wait_share"):
             line.pop(timing, None)
@@ -277,10 +274,22 @@ def check_resume(name: str, folder) -> None:
     assert straight == saved(name, folder / "parts")
 
 
-@each
+# A teacher, statistics and two optimisers: what a state can hold. The others are slow.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("mae", "cmae", "dino", "probe")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in OBJECTIVES
+    ],
+)
 def test_stop_and_resume_is_the_straight_run(name, tmp_path, monkeypatch, capsys):
-    made, step = create_of(name), step_of(spread_plan(name))
-    # The run is real, but for what was compiled before.
+    made, step = plan_of(name).create, step_of(plan_of(name))
+    # The run is real, but for what is compiled once.
+    build = Mesh.build
+    one_device = lambda mesh, _=None: build(mesh, jax.devices()[:1])  # noqa: E731
+    monkeypatch.setattr(Mesh, "build", one_device)
     lowered = types.SimpleNamespace(compile=lambda: step)
     monkeypatch.setattr(train, "lowered", lambda _: lowered)
     monkeypatch.setattr(Plan, "create", property(lambda _: made))

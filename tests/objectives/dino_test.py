@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAST, batch_for, leaves, place, plan_of
+from tiny import batch_for, leaves, place, plan_of, tree_of
 
+from mim_jax import config
 from mim_jax.models.heads import Prototypes
 from mim_jax.objectives.base import apply
 from mim_jax.objectives.dino import DINO
 from mim_jax.ops.augment import ColorJitter
+from mim_jax.optim import Optimiser
+from mim_jax.plan import Plan
 from mim_jax.train import example_keys
 
 SHAPE = (8, 8, 1)
@@ -122,7 +125,7 @@ def _graded():
     def loss(params, state):
         return objective.loss(params, state, batch, keys)
 
-    fast = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    fast = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return fast.lower(state.params, state).compile()
 
 
@@ -140,7 +143,7 @@ def features():
     """(student views, teacher views) that the networks make of the batch."""
     objective, state, batch = first()
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @functools.partial(jax.jit)
     def output(params, images):
         tokens, _ = objective.encode(params, images.astype(jnp.float32) / 255)
         return apply(objective.head, params["head"], tokens[:, 0])
@@ -175,6 +178,39 @@ def test_prototypes_are_frozen_for_the_first_share_of_the_run(step, frozen):
     others = leaves(grads)
     others.pop("head/prototypes")
     assert all(np.abs(leaf).max() > 0 for leaf in others.values())
+
+
+@pytest.mark.parametrize(
+    "share, total, first", [(0.0075, 400, 3), (0.07, 100, 7), (0.07, 101, 8)]
+)
+def test_the_optimiser_begins_where_the_gradient_does(share, total, first):
+    objective = tiny(freeze_prototypes=share, total_steps=total)
+    assert objective.late == {"head/prototypes": first}
+    assert tiny(freeze_prototypes=0.0, total_steps=total).late == {}
+
+
+def test_a_run_of_dino_spares_its_prototypes_while_they_are_frozen():
+    plan = plan_of("dino", objective__freeze_prototypes=0.05, optim__weight_decay=0.5)
+    assert plan.objective.late == {"head/prototypes": 2}  # of 40 steps
+    params = place("dino", plan).params
+    opt_state, update = plan.tx.init(params), jax.jit(plan.tx.update)
+    moved = []
+    for _ in range(3):
+        still = jax.tree.map(jnp.zeros_like, params)
+        updates, opt_state = update(still, opt_state, params)
+        moved.append({path: leaf.any() for path, leaf in leaves(updates).items()})
+    # Without a gradient, decay alone moves a parameter.
+    assert [step["head/prototypes"] for step in moved] == [False, False, True]
+    assert all(step["head/mlp/fc1/kernel"] for step in moved)
+
+
+def test_an_optimiser_that_lets_frozen_prototypes_decay_is_refused():
+    tree = tree_of("dino", objective__freeze_prototypes=0.05)
+    tree.optim = config.choose(Optimiser, "lars", weight_decay=0.1)
+    with pytest.raises(config.ConfigError, match="would let head/prototypes decay"):
+        Plan.of(tree, jax.devices()[:1])
+    tree.optim.weight_decay = 0.0
+    assert Plan.of(tree, jax.devices()[:1]).total == 40
 
 
 def test_freezing_changes_no_value():
@@ -224,10 +260,10 @@ def test_similarities_are_cosines():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(student_temperature=0.0), "student_temperature=0.0, teacher_temp"),
+        (dict(student_temperature=0.0), "student_temperature=0.0: want 0.0001 <= "),
         (
             dict(teacher_temperature=(0.04, 0.0)),
-            "want numbers > 0, two for the teacher",
+            "want 0.0001 <= each",
         ),
         (dict(teacher_warmup=1.5), "teacher_warmup=1.5: want 0 <= teacher_warmup <= 1"),
         (dict(centre_momentum=-0.1), "centre_momentum=-0.1: want 0 <= centre_moment"),
@@ -249,7 +285,7 @@ def test_colours_of_grey_images_are_refused(view):
 @pytest.mark.parametrize("field", ["layers", "hidden", "bottleneck", "out"])
 def test_a_head_without_size_is_refused(field):
     head = dataclasses.replace(tiny().head, **{field: 0})
-    with pytest.raises(ValueError, match=f"head.{field}=0: want at least 1"):
+    with pytest.raises(ValueError, match=f"head.{field}=0: want 1 <= {field} <= "):
         tiny(head=head).check_shape(SHAPE)
 
 

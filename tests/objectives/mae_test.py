@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from counting import matmul_flops
+from ops.boundary_test import by_patch, distances
 
 from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
@@ -317,6 +318,50 @@ def test_a_paste_that_touches_nothing_is_no_loss(monkeypatch):
     mae = dataclasses.replace(MAE_ODD, masking=Nothing(), cutmix=True)
     loss, aux = mae.loss(params_of(MAE_ODD), None, draw_batch(), keys())
     assert loss == aux.weight == 0
+
+
+@pytest.mark.parametrize("boundary", ["hard", "soft"])
+def test_pixels_near_the_boundary_count_less_or_not(boundary):
+    mae = dataclasses.replace(MAE_ODD, ignore_boundary=1, boundary=boundary)
+    params, batch = params_of(MAE_ODD), draw_batch()
+    mask = mae.mask(batch, keys())
+
+    @jax.jit
+    def outputs(params, batch):
+        patches, grid = mae.patches(batch["image"].astype(jnp.float32) / 255)
+        return mae.predict(params, patches, grid, mask)[0]
+
+    prediction = np.asarray(outputs(params, batch), np.float64)
+    total = weights = 0.0
+    for row, (hidden, drop) in enumerate(zip(mask.hidden, mask.drop, strict=True)):
+        distance = by_patch(distances(np.asarray(hidden), GRID), drop, GRID)
+        counts = distance > 1
+        if boundary == "soft":
+            counts = np.minimum(distance, 2) / 2
+        target = numpy_patches()[row, np.asarray(drop)]
+        target -= target.mean(axis=1, keepdims=True)  # normalised over whole patches
+        target /= np.sqrt(target.var(axis=1, keepdims=True, ddof=1) + 1e-6)
+        errors = ((prediction[row] - target) ** 2).reshape(36, 16, 5).mean(axis=2)
+        total, weights = total + (counts * errors).sum(), weights + counts.sum()
+    loss, weight = loss_of(mae, params, batch, keys())
+    assert loss == pytest.approx(total / weights, rel=1e-5)
+    assert weight == pytest.approx(weights)
+    assert 0 < weights < 3 * 36 * 16
+
+
+def test_a_boundary_that_leaves_nothing_is_refused():
+    deep = dataclasses.replace(MAE_ODD, ignore_boundary=2)
+    with pytest.raises(ValueError, match="ignore_boundary=2 of masks made of squares"):
+        deep.check_shape(SHAPE)
+    dataclasses.replace(deep, boundary="soft").check_shape(SHAPE)
+    units = dataclasses.replace(deep, masking=Random(ratio=0.5, unit=8))
+    units.check_shape((16, 24, 5))
+    split = dataclasses.replace(units.masking, partial_units="allow")
+    with pytest.raises(ValueError, match="squares of 4 pixels: want less than 2"):
+        dataclasses.replace(units, masking=split).check_shape((16, 24, 5))
+    shown = dataclasses.replace(deep, masking=Nothing())
+    with pytest.raises(ValueError, match="ignore_boundary=2 with a masking that hides"):
+        shown.check_shape(SHAPE)
 
 
 def test_initial_parameters_follow_the_key():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAST, batch_for, first_state, leaves, place, plan_of, step_of
+from tiny import batch_for, first_state, leaves, place, plan_of, step_of
 
 from mim_jax.models.heads import Head
 from mim_jax.objectives.base import apply
@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_the_features(temperature):
         targets = [projected(state.teacher, view) for view in views]
         return objective.loss(params, state, batch, keys)[0], queries, targets
 
-    fast = jax.jit(parts, compiler_options=FAST)
+    fast = jax.jit(parts)
     loss, (q1, q2), (k1, k2) = fast(state.params, state)
     want = contrast(q1, k2, temperature) + contrast(q2, k1, temperature)
     np.testing.assert_allclose(loss, 2 * temperature * want, rtol=1e-5)
@@ -158,7 +158,7 @@ def test_the_training_step_keeps_that_order():
 
 @pytest.mark.parametrize("temperature", [0.0, -0.2, float("nan")])
 def test_a_temperature_that_cannot_be(temperature):
-    with pytest.raises(ValueError, match=f"temperature={temperature}: want a number >"):
+    with pytest.raises(ValueError, match=f"temperature={temperature}: want 0.0001 <= "):
         MoCoV3(temperature=temperature)
 
 

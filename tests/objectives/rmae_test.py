@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from counting import matmul_flops
+from ops.boundary_test import by_patch, distances
 
 from mim_jax.maskings.base import Masking
 from mim_jax.maskings.none import Nothing
@@ -17,17 +18,17 @@ from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Encoder
 from mim_jax.objectives.mae import MAE
 from mim_jax.objectives.rmae import RMAE, Branches
+from mim_jax.objectives.t2 import second_mask
 from mim_jax.ops.masking import Mask, from_hidden, take
 from mim_jax.ops.patches import Grid
 
-# Nothing square, nothing a default: 6 x 8 pixels of two channels, patches of 2. The
-# decoder's block mixes tokens; without one of its own the encoder compiles sooner.
+# Nothing square, nothing a default: 6 x 8 pixels of two channels, patches of 2.
 SHAPE = (6, 8, 2)
 GRID = Grid(rows=3, cols=4, patch=2)
 IMAGES = 3
 MEAN, STD = (0.5, 0.4), (0.2, 0.3)
 NETWORKS = dict(
-    encoder=Encoder(patch=2, width=16, depth=0, heads=2),
+    encoder=Encoder(patch=2, width=16, depth=1, heads=2),
     decoder=Decoder(width=12, depth=1, heads=3),
     mean=MEAN,
     std=STD,
@@ -417,7 +418,7 @@ def test_independent_masks_share_what_chance_lets_them():
     rmae = dataclasses.replace(DAGGER, encoder=Encoder(patch=1))
     batch, chain = {"image": jnp.zeros((1000, 14, 14, 2), jnp.uint8)}, keys(1000)
     mask = rmae.mask(batch, chain)
-    other = rmae.second_mask(mask, batch, chain, Grid(14, 14, 1))
+    other = second_mask(rmae.t2, rmae.t2_masking, mask, batch, chain, Grid(14, 14, 1))
     shared = np.sum(np.asarray(mask.hidden & ~other.hidden), axis=1)
     assert mask.drop.shape[1] == 147 and other.drop.shape[1] == 49
     assert shared.min() >= 98 and shared.max() <= 147
@@ -494,7 +495,7 @@ def test_rmae_has_no_teacher():
 def test_what_cannot_be_is_refused():
     COMPLEMENT.check_shape(SHAPE)
     for lam in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"lam={lam}: want a number >= 0"):
+        with pytest.raises(ValueError, match=f"lam={lam}: want 0 <= lam"):
             RMAE(lam=lam)
     with pytest.raises(ValueError, match="constraint_region='all'"):
         RMAE(t2="independent", constraint_region="all")
@@ -508,3 +509,42 @@ def test_what_cannot_be_is_refused():
         COMPLEMENT.check_shape((7, 8, 2))
     with pytest.raises(ValueError, match="decoder.width"):
         dataclasses.replace(COMPLEMENT, decoder=Decoder(width=14)).check_shape(SHAPE)
+
+
+@pytest.mark.parametrize("rmae", [COMPLEMENT, FIXED], ids=["complement", "dagger"])
+def test_pixels_near_the_boundary_count_less_in_both_terms(rmae):
+    rmae = dataclasses.replace(rmae, ignore_boundary=1, boundary="soft")
+    params = params_of()
+
+    @jax.jit
+    def parts(params):
+        return rmae.branches(params, given(), keys()), rmae.loss(
+            params, None, given(), keys()
+        )
+
+    branches, (loss, aux) = parts(params)
+    first, second, target = (
+        np.asarray(one, np.float64).reshape(IMAGES, 9, 4, 2)
+        for one in (branches.first, branches.second, branches.target)
+    )
+    sums = np.zeros(3)
+    for row, drop in enumerate(np.asarray(given()["mask"].drop)):
+        near = np.minimum(by_patch(distances(H1[row], GRID), drop, GRID), 2) / 2
+        if rmae.t2 == "independent":
+            near = near * ~H2[row][drop][:, None]
+        for i, pair in enumerate(((first, second), (second, target))):
+            errors = (pair[0][row] - pair[1][row]) ** 2
+            sums[i] += (near * errors.mean(axis=2)).sum()
+        sums[2] += near.sum()
+    assert aux.weight == pytest.approx(sums[2])
+    assert aux.metrics["distance"] == pytest.approx(sums[0] / sums[2], rel=1e-5)
+    assert aux.metrics["constraint"] == pytest.approx(sums[1] / sums[2], rel=1e-5)
+    assert loss == pytest.approx((sums[0] + sums[1]) / sums[2], rel=1e-5)
+
+
+def test_a_boundary_is_one_of_hidden_patches():
+    with pytest.raises(ValueError, match="ignore_boundary=1 with constraint_region"):
+        dataclasses.replace(COMPLEMENT, ignore_boundary=1, constraint_region="all")
+    deep = dataclasses.replace(COMPLEMENT, ignore_boundary=1)
+    with pytest.raises(ValueError, match="ignore_boundary=1 of masks made of squares"):
+        deep.check_shape(SHAPE)

@@ -206,7 +206,7 @@ def test_colours_that_do_not_fit_the_channels_are_refused():
     with pytest.raises(ValueError, match="5 channels: want 1 or 3"):
         ColorJitter(**STILL).check_channels(5)
     for wrong in [(0.0, 1.0), (2.0, 1.0)]:
-        with pytest.raises(ValueError, match="want 0 < least <= greatest"):
+        with pytest.raises(ValueError, match="want (0.01|least) <= "):
             ColorJitter(blur_sigma=wrong)
     with pytest.raises(ValueError, match="solarize_p=1.5"):
         ColorJitter(solarize_p=1.5)

@@ -9,6 +9,7 @@ from mim_jax.ops.patches import (
     normalise_patches,
     patch_statistics,
     patchify,
+    to_float,
     unpatchify,
 )
 
@@ -60,3 +61,10 @@ def test_a_grid_counts_rows_then_columns():
 def test_sides_that_do_not_fit_are_refused(height, width, patch):
     with pytest.raises(ValueError, match=f"{height}x{width} with patch={patch}"):
         grid_of(height, width, patch)
+
+
+def test_bytes_become_shares():
+    images = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    found = np.asarray(to_float(images)).ravel()
+    np.testing.assert_allclose(found, np.arange(256) / 255, rtol=3e-7)
+    assert found[0] == 0 and found[255] == 1

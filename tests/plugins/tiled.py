@@ -71,5 +71,5 @@ def misfit(site):
     return ""
 
 
-# "auto" never takes it: --config.attention=tiled does.
-FORMS["tiled"] = Form(tiled_attention, "cpu", misfit, preferred=lambda site: False)
+# "auto" takes a form only where its `preferred` says so: --config.attention=tiled.
+FORMS["tiled"] = Form(tiled_attention, "cpu", misfit)

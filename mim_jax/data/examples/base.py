@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mim_jax.data.fields import LABEL, Example, Fields, FieldSpec
+from mim_jax.data.fields import LABEL, Example, Fields, FieldSpec, check_declared
 from mim_jax.data.geometry import Geometry
 
 RESERVED = ("index", "replaced", "valid")  # every batch has these from the pipeline
@@ -83,6 +83,7 @@ def with_source_fields(fields: Fields, data: Geometry) -> Fields:
         ValueError: both have a field of the same name.
     """
     declared = data.source.fields()
+    check_declared(declared, f"{type(data.source).__name__}.fields")
     if both := fields.keys() & declared.keys():
         raise ValueError(
             f"source {type(data.source).__name__} declares the fields {sorted(both)}, "

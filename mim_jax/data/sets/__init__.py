@@ -4,7 +4,7 @@
 import functools
 from collections.abc import Callable
 
-from mim_jax.data.sets import conflicts, digits, imagenet, objectnet
+from mim_jax.data.sets import conflicts, imagenet, objectnet, shifts
 from mim_jax.data.sets.base import EvaluationSet
 
 # Each is called with (name, folder or "", source of the run).
@@ -19,9 +19,7 @@ SETS: dict[str, Callable[..., EvaluationSet]] = {
     "objectnet": objectnet.objectnet,
     "cue_conflict": conflicts.cue_conflict,
     "cues": conflicts.drawn,
-    "digits_blur": functools.partial(digits.build, shift="blur"),
-    "digits_noise": functools.partial(digits.build, shift="noise"),
-    "digits_rotation": functools.partial(digits.build, shift="rotation"),
-    "digits_contrast": functools.partial(digits.build, shift="contrast"),
-    "digits_inversion": functools.partial(digits.build, shift="inversion"),
 }
+for _group, _build in {"shift": shifts.build, "digits": shifts.of_digits}.items():
+    for _shift in ("blur", "noise", "rotation", "contrast", "inversion"):
+        SETS[f"{_group}_{_shift}"] = functools.partial(_build, shift=_shift)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from mim_jax.data.fields import Fields
 
@@ -50,9 +51,27 @@ class Source(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed: plain JSON values, no paths."""
 
+    @property
+    def note(self) -> str:
+        """What a person should know about the choice of these records; "" is
+        nothing."""
+        return ""
+
     def fields(self) -> Fields:
         """Arrays of a fixed shape that every record has besides `image` and `label`,
         such as `latents` or `attributes`. They go into the batches as they are."""
+        return {}
+
+    def known(self, hidden: Bool[np.ndarray, "b n"]) -> dict[str, float]:
+        """What theory says of predicting hidden patches of the first b records.
+
+        Args:
+            hidden: True at hidden patches, row by row.
+        Returns:
+            Numbers by name, such as "error_optimum", a mean squared error of pixels in
+            0..1; {} where nothing is known.
+        """
+        del hidden
         return {}
 
     def labels(self) -> np.ndarray:
@@ -60,6 +79,16 @@ class Source(abc.ABC):
         knows its labels overrides it with something faster."""
         labels = [self[index]["label"] for index in range(len(self))]
         return np.array(labels, np.int32)
+
+    def keep(self) -> None:
+        """Write what a later start then need not find again. Only a training run calls
+        this: nothing else of a source writes, since the config of somebody else's run
+        may name any path."""
+        return None
+
+    def name_of(self, index: int) -> str:
+        """What messages call record `index`, such as the path of its file."""
+        return f"{type(self).__name__}[{index}]"
 
     def chosen(self) -> tuple[int, ...] | None:
         """Positions of these records in a larger source; None if there is none."""

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from mim_jax.data.sources.base import Source, check_split
+from mim_jax.schema import check_ranges, within
 
 SIZE = 32
 # Class k has shape k and texture k, and the name of its shape.
@@ -40,18 +41,13 @@ class Cues(Source):
     """
 
     split: str = "train"
-    images: int = 4000
-    held_out_images: int = 800
-    seed: int = 0
+    images: int = within(4000, least=len(SHAPES), most=10**8)
+    held_out_images: int = within(800, least=len(SHAPES), most=10**8)
+    seed: int = within(0, least=0, most=2**31 - 1)
 
     def __post_init__(self):
+        check_ranges(self)
         check_split(self.split)
-        least = min(self.images, self.held_out_images)
-        if least < len(SHAPES) or self.seed < 0:
-            raise ValueError(
-                f"images={self.images}, held_out_images={self.held_out_images}, "
-                f"seed={self.seed}: want at least {len(SHAPES)} images and a seed >= 0"
-            )
 
     @functools.cached_property
     def _drawn(self) -> dict[int, UInt8[np.ndarray, "32 32 1"]]:

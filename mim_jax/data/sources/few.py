@@ -4,13 +4,13 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from typing import Any, Literal
 
 import numpy as np
 
 from mim_jax.data.fields import Fields
 from mim_jax.data.sources.base import Source
+from mim_jax.schema import check_ranges, to_json, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,17 @@ class Few(Source):
     """
 
     source: Source
-    images: int = 1
-    share: float | None = None
+    images: int = within(1, least=1)
+    share: float | None = within(None, above=0, most=1)
     sampling: Literal["random", "one_class", "one_per_class", "stratified"] = "random"
-    seed: int = 0
-    ids: tuple[int, ...] = ()
+    seed: int = within(0, least=0, most=2**31 - 1)
+    ids: tuple[int, ...] = within((), least=0)
 
     def __post_init__(self):
+        check_ranges(self)
         count = len(self.source)
         if self.ids:
-            if min(self.ids) < 0 or max(self.ids) >= count:
+            if max(self.ids) >= count:
                 raise ValueError(
                     f"ids={_short(self.ids)}: want 0 <= id < {count}, the number of "
                     "images of the source"
@@ -61,18 +62,16 @@ class Few(Source):
             if len(set(self.ids)) < len(self.ids):
                 raise ValueError(f"ids={_short(self.ids)}: want each one once")
             return
-        if self.share is not None and not 0.5 / count <= self.share <= 1:
+        if self.share is not None and self.share < 0.5 / count:
             raise ValueError(
                 f"share={self.share}: want 1/{count} <= share <= 1, so that there is "
                 "an image"
             )
-        if not 1 <= self.images <= count:
+        if self.images > count:
             raise ValueError(
                 f"images={self.images}: want 1 <= images <= {count}, the number of "
                 "images of the source"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: want seed >= 0")
         if self.sampling == "random":
             return
         classes = len(self.source.classes)
@@ -102,7 +101,7 @@ class Few(Source):
     def _choose(self) -> np.ndarray:
         # Raw bits of a named generator are the same in every version of NumPy; its
         # shuffles and choices are not.
-        known = json.dumps(self.source.fingerprint(), sort_keys=True)
+        known = to_json(self.source.fingerprint(), sort_keys=True)
         digest = hashlib.sha256(known.encode()).digest()
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, *digest]))
         order = np.argsort(bits.random_raw(len(self.source)), kind="stable")
@@ -157,6 +156,9 @@ class Few(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[self._chosen[index]]
 
+    def name_of(self, index: int) -> str:
+        return self.source.name_of(self._chosen[index])
+
     @property
     def classes(self) -> tuple[str, ...]:
         return self.source.classes
@@ -171,11 +173,14 @@ class Few(Source):
     def held_out(self) -> Source:
         return self.source.held_out()
 
+    def keep(self) -> None:
+        self.source.keep()
+
     def fingerprint(self) -> dict[str, Any]:
         return {
             "name": "few",
             "count": len(self),
-            "ids": hashlib.sha256(json.dumps(self._chosen).encode()).hexdigest(),
+            "ids": hashlib.sha256(to_json(self._chosen).encode()).hexdigest(),
             "source": self.source.fingerprint(),
         }
 

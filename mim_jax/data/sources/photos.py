@@ -3,14 +3,13 @@
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mim_jax.data.sources.base import Source, check_split
+from mim_jax.data.sources.packaged import locate
 
 # Every photograph of at least 300 pixels in the wheels of scikit-image 0.24 to 0.26 and
 # scikit-learn 1.5 to 1.9, which all have the same files. Not listed: pages and text,
@@ -36,25 +35,6 @@ HELD_OUT = (
     "skimage/data/rocket.jpg",  # at night
     "sklearn/datasets/images/flower.jpg",
 )
-
-
-def locate(name: str) -> pathlib.Path:
-    """Path of a file of TRAIN or HELD_OUT in the installed packages.
-
-    Raises:
-        FileNotFoundError: the package is not installed, or has no such file.
-    """
-    package, rest = name.split("/", 1)
-    spec = importlib.util.find_spec(package)  # this does not import the package
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = pathlib.Path(folder) / rest
-        if path.is_file():
-            return path
-    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
-    raise FileNotFoundError(
-        f"photograph {name} is not in the installed {distribution}; it ships in its"
-        f" wheels: pip install --force-reinstall {distribution}"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets that TFDS prepared as array_record, read without TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,16 @@ def find_version(data_dir: str, dataset: str) -> epath.Path | None:
     """Folder of a prepared data set, in the version named or else the newest one.
 
     Args:
-        data_dir: where TFDS prepares; "~" is expanded.
+        data_dir: where TFDS prepares: a folder, also one of a bucket (gs://...); "~"
+            is expanded.
         dataset: "name", "name/config", either one with ":version".
+    Raises:
+        ValueError: the bucket that `data_dir` names cannot be read.
     """
     name, _, version = dataset.partition(":")
     folder = epath.Path(data_dir).expanduser() / name
+    if data_dir.startswith("gs://"):
+        _check_bucket(folder)
     if version:
         found = [folder / version]
     elif folder.is_dir():
@@ -34,6 +41,67 @@ def find_version(data_dir: str, dataset: str) -> epath.Path | None:
         found = []
     found = [path for path in found if (path / "dataset_info.json").exists()]
     return found[-1] if found else None
+
+
+def _check_bucket(folder: epath.Path) -> None:
+    """Raise if a bucket cannot be read: the library would say that nothing is there."""
+    try:
+        next(iter(folder.iterdir()), None)
+    except FileNotFoundError:
+        return
+    except ImportError as error:
+        raise ValueError(
+            f"{folder}: want the packages for buckets: pip install -e '.[tpu]' or "
+            "'.[cuda]'"
+        ) from error
+    except Exception as error:  # whatever the library for buckets raises
+        raise ValueError(
+            f"{folder} cannot be read: want an existing bucket, credentials and the "
+            "role Storage Object Viewer (roles/storage.objectViewer) on it ("
+            f"{' '.join(str(error).split())})"
+        ) from error
+
+
+def builder_of(folder: epath.PathLike) -> Any:
+    """The builder of a prepared data set. This reads metadata: it downloads nothing and
+    runs no code of the data set.
+
+    Raises:
+        ValueError: a class of features is not of TFDS.
+    """
+    import tensorflow_datasets as tfds
+
+    with _no_other_features():
+        return tfds.builder_from_directory(folder)
+
+
+@contextlib.contextmanager
+def _no_other_features() -> Iterator[None]:
+    """Inside this block TFDS imports no module but its own.
+
+    The features.json of a data set names classes, and TFDS imports their modules,
+    which may be any that Python finds, in the working directory for example.
+    """
+    from tensorflow_datasets.core.features import feature
+
+    connector: Any = feature.FeatureConnector
+    method = vars(connector)["cls_from_name"]
+
+    def cls_from_name(cls, name: str) -> Any:
+        known = name in cls._registered_features  # by tfds, or by a user's own program
+        if not known and not name.startswith("tensorflow_datasets."):
+            raise ValueError(
+                f"features.json names the class {name!r}, whose module is not of TFDS, "
+                "and a data set imports nothing; want features of TFDS, or "
+                f"--plugins={name.rpartition('.')[0] or name} if you trust this code"
+            )
+        return method.__func__(cls, name)
+
+    connector.cls_from_name = classmethod(cls_from_name)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +142,6 @@ class Tfds(Source):
     @functools.cached_property
     def _builder(self) -> Any:
         # Slow to import, so only when it is used.
-        import tensorflow_datasets as tfds
         from tensorflow_datasets.core import constants
 
         home = self.data_dir or constants.DATA_DIR
@@ -94,8 +161,7 @@ class Tfds(Source):
                 "  --config=configs/mae.py:photos\n"
                 "    trains on photographs that need no download"
             )
-        # This reads metadata. It downloads nothing and runs no code of the data set.
-        builder = tfds.builder_from_directory(folder)
+        builder = builder_of(folder)
         found = builder.info.file_format
         if found is None or found.value != "array_record":
             raise ValueError(
@@ -105,6 +171,13 @@ class Tfds(Source):
                 f"  {PREPARE} convert --from={folder} --to=OTHER_DATA_DIR\n"
                 "and set data_dir=OTHER_DATA_DIR (--config.data.source.data_dir=...)"
             )
+        for split in builder.info.splits.values():
+            for path in split.filepaths:
+                if path.parent != epath.Path(folder):
+                    raise ValueError(
+                        f"{folder}/dataset_info.json names {path}, outside of its "
+                        "folder: want a data set whose files lie together"
+                    )
         return builder
 
     @functools.cached_property
