@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 import typing
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -64,6 +65,8 @@ class Trees:
         jobs: Mapping[str, type],
     ):
         self.kinds, self.jobs = kinds, jobs
+        # A study makes thousands of trees of a few dozen classes.
+        self._checked = weakref.WeakSet()
 
     def schema(self, cls: Any) -> Tree:
         """A locked tree with one typed leaf per field of a class, at its default.
@@ -323,8 +326,10 @@ class Trees:
 
     def _tree(self, cls: Any, **first: str) -> Tree:
         """The locked tree of a class, after the leaves `first`."""
-        check_class(cls, self.kinds)
-        self._check_shared(cls)
+        if cls not in self._checked:
+            check_class(cls, self.kinds)
+            self._check_shared(cls)
+            self._checked.add(cls)
         node = config_dict.ConfigDict(first)
         for field in leaf_fields(cls):
             node[field.name] = self._leaf(cls, field)

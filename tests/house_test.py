@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -488,3 +489,17 @@ assert xla_bridge._backends  # so that the line above would have seen one
 def test_tests_reach_no_network():
     with socket.socket() as wire, pytest.raises(OSError, match="wants the network"):
         wire.connect(("192.0.2.1", 80))  # an address that is nobody's
+
+
+def test_modules_that_annotate_arrays_are_checked_at_run_time():
+    """pytest wraps only these: every call of a wrapped function costs microseconds, and
+    config trees are made of millions of calls."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    options = options["tool"]["pytest"]["ini_options"]["addopts"].split()
+    (option,) = (one for one in options if one.startswith("--jaxtyping-packages="))
+    wrapped = option.partition("=")[2].split(",")
+    for file in sorted((ROOT / "mim_jax").rglob("*.py")):
+        if "from jaxtyping import" not in file.read_text():
+            continue
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        assert any(f"{module}.".startswith(f"{one}.") for one in wrapped), module
