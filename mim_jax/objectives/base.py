@@ -129,6 +129,11 @@ class Objective(abc.ABC):
         """Which tokens represent an image: the class token, or the patches' mean."""
         return "cls"
 
+    @property
+    def drops_paths(self) -> bool:
+        """Whether the loss lets the encoder drop paths."""
+        return False
+
     def for_run(self, total_steps: int) -> "Objective":
         """This objective for a run of `total_steps`; its schedules may need them."""
         del total_steps
@@ -341,13 +346,14 @@ class Objective(abc.ABC):
         """ValueError if encoder, standardisation or maskings do not fit the images."""
         channels = image_shape[2]
         self.encoder.check_sizes()
-        labels, pooled = isinstance(self, LabelObjective), self.encoder.norm == "pooled"
+        labels = isinstance(self, LabelObjective)
+        pooled = self.encoder.norm == "pooled"
         if pooled and not (labels and self.feature == "avg"):
             raise ValueError(
                 "encoder.norm='pooled': want 'tokens', or an objective with labels "
                 "that reads the mean of the patch tokens"
             )
-        if self.encoder.drop_path and not labels:
+        if self.encoder.drop_path and not self.drops_paths:
             raise ValueError(
                 f"encoder.drop_path={self.encoder.drop_path}: want 0, or an objective "
                 "with labels"
@@ -374,6 +380,10 @@ class LabelObjective(Objective):
     """
 
     classes: int
+
+    @property
+    def drops_paths(self) -> bool:
+        return True
 
     @abc.abstractmethod
     def logits(

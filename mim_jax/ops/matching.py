@@ -18,12 +18,12 @@ class Match(NamedTuple):
     """What each box was matched with.
 
     Attributes:
-        index: of its best object; 0 if there is no object.
+        best: which object it overlaps most; 0 if there is no object.
         positive: whether it counts as that object.
         negative: whether it counts as background; a box that is neither is ignored.
     """
 
-    index: Int[Array, " n"]
+    best: Int[Array, " n"]
     positive: Bool[Array, " n"]
     negative: Bool[Array, " n"]
 
@@ -59,12 +59,12 @@ class Sample(NamedTuple):
     """Boxes that a loss reads, the positive ones first.
 
     Attributes:
-        index: of the sampled boxes.
+        place: of the sampled boxes among all.
         positive: whether a sampled box is positive.
         valid: whether the entry is a sample at all.
     """
 
-    index: Int[Array, " k"]
+    place: Int[Array, " k"]
     positive: Bool[Array, " k"]
     valid: Bool[Array, " k"]
 

@@ -89,7 +89,7 @@ def test_matching_is_torchvisions(reference, best, count, name):
         SOLID, IN["objects"], valid
     )
     # torchvision: -1 is background, -2 is ignored.
-    got = np.where(found.positive, found.index, np.where(found.negative, -1, -2))
+    got = np.where(found.positive, found.best, np.where(found.negative, -1, -2))
     np.testing.assert_array_equal(got, want)
     assert (want >= 0).any() == (count > 1 or best) and (want == -2).any()
 
@@ -98,7 +98,7 @@ def test_without_objects_every_box_is_background():
     valid = jnp.zeros(200, bool)
     found = match(SOLID, IN["objects"], valid, low=0.3, high=0.7, best=True)
     assert not found.positive.any() and found.negative.all()
-    assert (found.index == 0).all()
+    assert (found.best == 0).all()
 
 
 def test_an_object_without_area_matches_nothing():
@@ -211,8 +211,8 @@ def test_samples_have_the_counts_that_they_promise():
     for seed in range(3):
         found = sample(jax.random.key(seed), positive, negative, count=64, most=16)
         assert found.positive.sum() == 16 and found.positive[:16].all()
-        assert found.valid.all() and len(set(found.index.tolist())) == 64
-        chosen = np.asarray(found.index)
+        assert found.valid.all() and len(set(found.place.tolist())) == 64
+        chosen = np.asarray(found.place)
         assert (chosen[:16] < 40).all() and (chosen[16:] >= 100).all()
         seen.append(tuple(sorted(chosen[:16].tolist())))
     assert len(set(seen)) == 3
