@@ -46,9 +46,21 @@ MAY_IMPORT = {
     "data.transforms": (),
     "data.randaugment": (),
     "data.sources": ("data.sources.base", "data.sources.packaged", "data.fields"),
-    "data.sources.scenes": ("theory.grammar",),
+    "data.sources.drawings": ("theory.grammar",),
+    "data.segments": (),
+    # Objects in images: digits of MNIST and drawn shapes over the photographs.
+    "data.sources.scenes": (
+        *("data.sources.base", "data.sources.mnist", "data.sources.photos"),
+        "data.segments",
+    ),
+    "data.sources.coco": ("data.sources.base", "data.segments"),
+    "data.examples.instances": (
+        *("data.examples.base", "data.decoding", "data.fields", "data.geometry"),
+        *("data.segments", "data.transforms"),
+    ),
+    "data.coco": ("data.decoding", "data.segments", "data.sources"),
     "data.sources.hierarchy": (
-        *("data.sources.base", "data.sources.scenes", "data.fields"),
+        *("data.sources.base", "data.sources.drawings", "data.fields"),
         *("theory.grammar", "theory.trees"),
     ),
     "data.geometry": ("data.randaugment", "data.sources.base", "data.transforms"),

@@ -30,18 +30,18 @@ class Conv(nn.Module):
         features: output channels.
         side: of the kernel, in pixels.
         dtype: of the products.
-        init: initialiser of the kernel.
+        start: initialiser of the kernel.
     """
 
     features: int
     side: int
     dtype: str
-    init: nn.initializers.Initializer = _HE
+    start: nn.initializers.Initializer = _HE
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
         shape = (self.side, self.side, x.shape[-1], self.features)
-        kernel = jnp.asarray(self.param("kernel", self.init, shape), self.dtype)
+        kernel = jnp.asarray(self.param("kernel", self.start, shape), self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = jax.lax.conv_general_dilated(
             x.astype(self.dtype),

@@ -400,6 +400,52 @@ class LabelObjective(Objective):
         """
 
 
+class Found(NamedTuple):
+    """Objects that were found in each image of a batch, the best first.
+
+    Attributes:
+        boxes: left, top, right, bottom in pixels.
+        scores: in 0..1.
+        classes: positions in the source's object classes.
+        valid: which entries are answers.
+        masks: probabilities, each in the frame of its box.
+    """
+
+    boxes: Float[Array, "b k 4"]
+    scores: Float[Array, "b k"]
+    classes: Int[Array, "b k"]
+    valid: Bool[Array, "b k"]
+    masks: Float[Array, "b k m m"]
+
+
+class Detector(Objective):
+    """An objective that finds objects in images.
+
+    Attributes:
+        classes: number of classes of objects.
+    """
+
+    classes: int
+
+    @property
+    def drops_paths(self) -> bool:
+        return True
+
+    @abc.abstractmethod
+    def detect(
+        self,
+        params: Params,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+        size: Int[Array, "b 2"],
+    ) -> Found:
+        """The objects that images show, computed without randomness.
+
+        Args:
+            images: uint8, or in 0..1.
+            size: rows and columns of the picture in each image; the rest is padding.
+        """
+
+
 class PixelObjective(Objective):
     """An objective that can fill in the pixels of hidden patches.
 

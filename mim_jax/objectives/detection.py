@@ -16,7 +16,8 @@ from mim_jax.models.vit import SIZES, Encoder, Windows
 from mim_jax.objectives.base import (
     Aux,
     Batch,
-    Objective,
+    Detector,
+    Found,
     Params,
     Stats,
     apply,
@@ -103,26 +104,8 @@ class Answers:
         check_ranges(self)
 
 
-class Found(NamedTuple):
-    """Objects that were found in each image of a batch, the best first.
-
-    Attributes:
-        boxes: left, top, right, bottom in pixels.
-        scores: in 0..1.
-        classes: positions in the source's classes.
-        valid: which entries are answers.
-        masks: probabilities, each in the frame of its box.
-    """
-
-    boxes: Float[Array, "b k 4"]
-    scores: Float[Array, "b k"]
-    classes: Int[Array, "b k"]
-    valid: Bool[Array, "b k"]
-    masks: Float[Array, "b k m m"]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Detection(Objective):
+class Detection(Detector):
     """Mask R-CNN, arXiv:1703.06870, on a plain vision transformer.
 
     It reads examples of `mim_jax.data.examples.instances.Instances`. The sum of five
@@ -167,10 +150,6 @@ class Detection(Objective):
     @property
     def feature(self):
         return "avg"  # the heads read patch tokens alone
-
-    @property
-    def drops_paths(self) -> bool:
-        return True
 
     def check_shape(self, image_shape: tuple[int, int, int]) -> None:
         self.check_encoder(image_shape)
@@ -278,23 +257,17 @@ class Detection(Objective):
         self,
         params: Params,
         images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
-        size: Int[Array, "b 2"] | Float[Array, "b 2"],
+        size: Int[Array, "b 2"],
     ) -> Found:
-        """The objects that images show.
-
-        Args:
-            images: uint8, or in 0..1.
-            size: rows and columns of the picture in each image; the rest is padding.
-        """
         maps = self.maps(params, to_float(images))
-        size = size.astype(jnp.float32)
+        sizes = size.astype(jnp.float32)
         anchors, scored = self._scored(params, maps)
         limit = self.proposals.before_eval
         proposed = jax.vmap(functools.partial(self._propose, limit, anchors))
-        boxes, real = proposed(scored, size)
+        boxes, real = proposed(scored, sizes)
         regions = self._regions(maps, boxes, BOX_SIDE)
         logits, moves = self._boxes_of(params, regions)
-        answers = jax.vmap(self._answers)(boxes, real, logits, moves, size)
+        answers = jax.vmap(self._answers)(boxes, real, logits, moves, sizes)
         boxes, scores, classes, valid = answers
         masks = self._masks_of(params, self._regions(maps, boxes, MASK_SIDE))
         shown = jax.vmap(jax.vmap(lambda mask, one: mask[..., one]))(masks, classes)
