@@ -171,9 +171,7 @@ def objects(c: config.Tree) -> None:
     objective.proposer.convs = 1
     objective.box_head.update(dict(convs=1, hidden=128))
     objective.mask_head.convs = 2
-    objective.proposals.update(
-        dict(samples=64, before=100, before_eval=100, after=100)
-    )
+    objective.proposals.update(dict(samples=64, before=100, before_eval=100, after=100))
     objective.regions.samples = 48
     objective.answers.update(dict(candidates=200, most=30))
     c.batch_size = 16

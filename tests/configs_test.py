@@ -34,10 +34,11 @@ FILES = {
         "digits",
         "cues",
         "hierarchy",
+        "scenes",
         *presets.OWN,
     ),
-    "rmae.py": ("mnist", "photos", "digits", "hierarchy", "cifar10", "tiny"),
-    "cmae.py": ("mnist", "digits", "cifar10", "masking=none", *presets.OWN),
+    "rmae.py": ("mnist", "photos", "digits", "hierarchy", "scenes", "cifar10", "tiny"),
+    "cmae.py": ("mnist", "digits", "scenes", "cifar10", "masking=none", *presets.OWN),
     "mocov3.py": ("mnist", "digits", "tiny"),
     "dino.py": ("mnist", "digits", "tiny"),
     "supervised.py": ("mnist", "digits", "hierarchy", "cifar10", "tiny"),
@@ -55,6 +56,8 @@ FILES = {
         *("10pct", "1pct", "mnist-10pct", "digits-10pct", *presets.OWN),
     ),
     "linear_probe.py": ("mnist", "digits", "cues", "cifar10", "tiny"),
+    "detect.py": ("scenes", "source=tfds"),
+    "detection.py": (),
     "knn.py": (),
     "latents.py": (),
     "linear.py": (),
@@ -95,6 +98,7 @@ def imagenet(monkeypatch):
     monkeypatch.setattr(Tfds, "channels", 3)
     monkeypatch.setattr(Tfds, "classes", property(classes))
     monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"split": self.split})
+    monkeypatch.setattr(Tfds, "object_classes", tuple(map(str, range(80))))
     black = {"image": np.zeros((300, 400, 3), np.uint8), "label": 0}
     monkeypatch.setattr(Tfds, "__getitem__", lambda self, index: black)
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
@@ -69,6 +69,7 @@ class Scenes(Source):
         sides: least and greatest side of an object, as a share of the image's.
         visible: least share of an object's pixels that later ones leave uncovered.
         split: "train" or "held_out".
+        channels: 1 makes all scenes grey.
     """
 
     images: int = within(5000, least=1, most=2**24)
@@ -78,6 +79,8 @@ class Scenes(Source):
     sides: tuple[float, float] = within((0.18, 0.6), above=0, most=1)
     visible: float = within(0.5, above=0, most=1)
     split: str = "train"
+    # This field implements the property.
+    channels: Literal[1, 3] = 3  # pyright: ignore
 
     def __post_init__(self):
         check_split(self.split)
@@ -121,6 +124,8 @@ class Scenes(Source):
             image[mask] = _colour(image[mask].mean(axis=0), rng)
             masks, classes = [*rest, mask], [*classes, label]
             whole.append(int(mask.sum()))
+        if self.channels == 1:
+            image = np.array(Image.fromarray(image).convert("L"))[..., None]
         return {
             "image": image,
             "label": -1,
@@ -176,10 +181,6 @@ class Scenes(Source):
     @property
     def object_classes(self) -> tuple[str, ...]:
         return (*_DIGITS, *_SHAPES)
-
-    @property
-    def channels(self) -> int:
-        return 3
 
     def labels(self) -> np.ndarray:
         return np.full(len(self), -1, np.int32)
