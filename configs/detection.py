@@ -6,7 +6,9 @@ python -m mim_jax.main --config=configs/detection.py --config.run=runs/mae-detec
 
 Table 3 of arXiv:2306.04898. The run must have learned by configs/detect.py. Besides the
 numbers there are a table of the classes and pictures with boxes and masks. The extra
-`detection` installs pycocotools. Several runs side by side: --config.also='("runs/A",)'.
+`detection` installs pycocotools.
+
+Several runs side by side: --config.also='("runs/A","runs/B")'.
 """
 
 from mim_jax import config

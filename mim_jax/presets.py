@@ -3,8 +3,8 @@
 
 These are not the papers' experiments: a config's variant `:mnist`, `:photos`,
 `:digits`, `:cues`, `:hierarchy` or `:scenes` is its recipe with these leaves set, for
-two CPU cores and images that need no download. `:cifar10` is sized for one GPU or TPU, as Colab
-lends them. `:tiny`, `:small` and `:base` are sizes for images of your own.
+two CPU cores and images that need no download. `:cifar10` is sized for one GPU or TPU,
+as Colab lends them. `:tiny`, `:small` and `:base` are sizes for images of your own.
 """
 
 from mim_jax import config

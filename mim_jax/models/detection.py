@@ -203,7 +203,7 @@ class Proposer(nn.Module):
 
     def flops(self, places: float, width: int, anchors: int) -> float:
         """FLOPs of one forward pass over so many places of all levels."""
-        return 2 * places * width * (9 * width * self.convs + 5 * anchors)
+        return 2.0 * places * width * (9 * width * self.convs + 5 * anchors)
 
 
 class BoxHead(nn.Module):
@@ -244,7 +244,7 @@ class BoxHead(nn.Module):
 
     def flops(self, side: int, width: int, classes: int) -> float:
         """FLOPs of one forward pass of one region."""
-        convs = 18 * side**2 * width**2 * self.convs
+        convs = 18.0 * side**2 * width**2 * self.convs
         outputs = 2 * self.hidden * (5 * classes + 1)
         return convs + 2 * side**2 * width * self.hidden + outputs
 
@@ -276,5 +276,5 @@ class MaskHead(nn.Module):
 
     def flops(self, side: int, width: int, classes: int) -> float:
         """FLOPs of one forward pass of one region."""
-        convs = 18 * side**2 * width**2 * self.convs
+        convs = 18.0 * side**2 * width**2 * self.convs
         return convs + 8 * side**2 * width * (width + classes)
