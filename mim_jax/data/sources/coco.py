@@ -50,7 +50,7 @@ class Coco(Source):
     counted in the run's first lines; an example cuts or leaves them out.
 
     Attributes:
-        path: the folder.
+        path: the folder; "" is what the environment variable COCO_DIR names.
         split: "train" or "held_out".
         train_folder, held_out_folder: of the images, and what "{}" in `annotations`
             stands for.
@@ -70,19 +70,26 @@ class Coco(Source):
 
     def __post_init__(self):
         check_split(self.split)
-        if not self.path:
-            raise ValueError(f"path is empty: name a folder in COCO's form; {LAYOUT}")
+        if not self._home:
+            raise ValueError(
+                "path is empty, and so is COCO_DIR: name a folder in COCO's form; "
+                f"{LAYOUT}"
+            )
         for folder in (self.train_folder, self.held_out_folder):
             for place in (self._json(folder), self._folder(folder)):
                 if not place.exists():
                     raise FileNotFoundError(f"{place} does not exist; {LAYOUT}")
         _ = self._table  # raises if the file is broken
 
+    @property
+    def _home(self) -> str:
+        return self.path or os.environ.get("COCO_DIR", "")
+
     def _json(self, folder: str) -> pathlib.Path:
-        return pathlib.Path(self.path) / self.annotations.format(folder)
+        return pathlib.Path(self._home) / self.annotations.format(folder)
 
     def _folder(self, folder: str) -> pathlib.Path:
-        return pathlib.Path(self.path) / folder
+        return pathlib.Path(self._home) / folder
 
     @property
     def _own(self) -> str:
