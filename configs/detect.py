@@ -20,9 +20,9 @@ Hardware: not yet run. Paper: box AP 39.72, mask AP 36.35 with MAE's ratio .75
 (arXiv:2306.04898, table 3).
 
 Variant `:scenes`: digits and drawn shapes over photographs, 64 x 64 pixels, sized for
-two CPU cores; no data set and no accelerator are needed.
+two CPU cores; no data set and no accelerator are needed. The variant `:scenes` of
+mae.py, rmae.py and cmae.py pre-trains on the same images.
 
-python -m mim_jax.main --config=configs/mae.py:scenes --workdir=runs/mae-scenes
 python -m mim_jax.main --config=configs/detect.py:scenes \
     --config.init_from.run=runs/mae-scenes --workdir=runs/scenes-detect
 """

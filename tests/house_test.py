@@ -80,7 +80,7 @@ MAY_IMPORT = {
     ),
     "data.passes": (
         *("data.decoding", "data.fields", "data.input", "data.pipeline", "data.sets"),
-        "data.workers",
+        *("data.segments", "data.sources.base", "data.workers"),
     ),
     "data.trial": (
         *("data.decoding", "data.fields", "data.input", "data.pipeline"),
@@ -264,7 +264,7 @@ ROOMS = {
 USED_BY_PLUG_INS = {
     "evals": {"features", "figures", "images", "logits", "occluded", "report"},
     "objectives": {"t2"},
-    "data.sources": {"packaged", "scenes"},
+    "data.sources": {"packaged", "drawings"},
 }
 # Another package's module: the only rooms that may import it.
 ONLY_IN = {
