@@ -3,7 +3,9 @@
 
 from mim_jax.data.examples.base import Examples
 from mim_jax.data.examples.crops import Crops
+from mim_jax.data.examples.regions import Regions
 
 EXAMPLES: dict[str, type[Examples]] = {
     "crops": Crops,
+    "regions": Regions,
 }
