@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from records import join
 
 from mim_jax.data import transforms
@@ -169,6 +169,35 @@ def test_a_bomb_is_refused_by_its_header(kind, monkeypatch):
         warnings.simplefilter("ignore")  # as the module sets it, and pytest does not
         with pytest.raises(Undecodable, match="40 x 50 pixels: want at most 1999"):
             decode(stream.getvalue(), 1)
+
+
+# PostScript is a program; this one never ends.
+ENDLESS_EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n"
+)
+
+
+def test_no_image_starts_another_program(tmp_path, monkeypatch):
+    mark, stand_in = tmp_path / "started", tmp_path / "gs"
+    stand_in.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # ask again
+    with pytest.raises(Undecodable) as caught:
+        decode(ENDLESS_EPS, channels=3)
+    assert not mark.exists()
+    assert str(caught.value).startswith("no image of a format of AVIF, BMP, ")
+
+
+@pytest.mark.parametrize(
+    "kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+)
+def test_formats_are_known_by_their_content(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 9), (200, 100, 50)).save(file, format=kind)
+    pixels = decode(file.getvalue(), channels=3)
+    assert pixels.shape == (9, 16, 3)
+    assert np.abs(pixels.astype(int) - (200, 100, 50)).max() < 12  # some lose a little
 
 
 def test_a_bomb_of_kilobytes_takes_no_memory():
