@@ -93,10 +93,17 @@ outcome() {
   if [[ $told == " 0 " ]]; then echo 0; else echo lost; fi
 }
 
+# The checkpoints from which the hosts went on last, or nothing: a run that is lost at the
+# same place every time saves none.
+began() {
+  on_hosts 'grep -o "^resumed from step [0-9]*" mim_jax/log.txt | tail -n 1' \
+    2>/dev/null | sort -u || true
+}
+
 { # bash reads the braces to their end first: this file may change meanwhile
 note "first, here:"
 check
-crashes=0 there=''
+crashes=0 there='' before=nowhere
 while ((crashes < CRASHES)); do
   crashes=$((crashes + 1)) # set back below if this was no crash
   code=0
@@ -107,7 +114,10 @@ while ((crashes < CRASHES)); do
     note "again and again, while one host says that it runs:"
     looks=0
     while found=$(outcome) && [[ ! $DRY && $found == running ]]; do
-      if ((++looks == 10)); then crashes=1; fi
+      # It lasted: earlier losses count no more, unless it comes back to one step only.
+      if ((++looks == 10)) && now=$(began) && [[ $now != "$before" ]]; then
+        crashes=1 before=$now
+      fi
       sleep "$POLL"
     done
   else

@@ -50,6 +50,7 @@ question = (
     "look" if command and "host running" in command[0] else
     "queue" if "queued-resources describe" in line else
     "list" if "queued-resources list" in line else
+    "began" if command and "resumed from" in command[0] else
     "node" if "tpu-vm describe" in line else
     "remote" if command else name
 )
@@ -525,6 +526,20 @@ def test_watch_gives_up_on_a_run_that_always_crashes(fakes):
 def test_watch_forgets_crashes_of_a_run_that_lasted(fakes):
     looks = ["134", "134", *["running"] * 10, "134", "0"]
     assert watch(fakes, looks, 0)[0].count("run") == 4
+
+
+@pytest.mark.parametrize("step", ["", "resumed from step 500"])
+def test_watch_gives_up_on_a_run_that_never_gets_further(fakes, step):
+    """Say, memory is short in an evaluation: that fails after an hour, each time."""
+    fakes.answer(began=[step])
+    started, error = watch(fakes, [*["running"] * 10, "137"] * 9, 1)
+    assert started.count("run") == 3 and "giving up" in error
+
+
+def test_watch_lets_a_run_be_lost_as_often_as_it_gets_further(fakes):
+    fakes.answer(began=["", *(f"resumed from step {step}" for step in range(8))])
+    looks = [*[*["running"] * 10, "137"] * 7, "0"]
+    assert watch(fakes, looks, 0)[0].count("run") == 8
 
 
 @pytest.mark.parametrize("end", ["SUSPENDED", "SUSPENDING", "FAILED"])
