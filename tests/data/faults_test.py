@@ -71,6 +71,38 @@ def test_the_list_of_files_travels_to_workers(tmp_path):
     assert few.name_of(1) == names[5]
 
 
+@pytest.mark.parametrize("below", [".", "train", "val"])
+def test_the_top_of_a_disk_may_hold_images(tmp_path, below):
+    """There the system keeps `lost+found`, which only it may list."""
+    folder_of(tmp_path)
+    root = tmp_path / "train" if below == "." else tmp_path
+    before = Folder(path=str(root))
+    (root / below / "lost+found").mkdir()
+    now = Folder(path=str(root))
+    assert now.classes == ("a", "b") and now.fingerprint() == before.fingerprint()
+    assert now.held_out().fingerprint() == before.held_out().fingerprint()
+
+
+def test_a_folder_that_may_not_be_listed_is_told(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    secret = tmp_path / "train" / "b" / "secret"
+    secret.mkdir()
+    scandir = os.scandir
+
+    def guarded(folder):
+        if pathlib.Path(folder) == secret:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError) as caught:
+        Folder(path=str(tmp_path))
+    assert str(caught.value) == (
+        f"{secret} may not be listed: want permission to read it, or the folder moved "
+        "away from the images"
+    )
+
+
 def test_in_evaluation_it_is_a_row_without_an_image(tmp_path):
     data = input_of(folder_of(tmp_path))
     held_out = data.source.held_out()
