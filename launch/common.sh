@@ -7,8 +7,14 @@ LAUNCH=${MIM_LAUNCH:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 # shellcheck disable=SC2034
 ROOT=$(dirname "$LAUNCH")
 PYTHON=${PYTHON:-python}
+LAUNCH_ENV=${LAUNCH_ENV:-$LAUNCH/env.sh}
+# A bare name would be looked for in PATH first, and a Slurm job starts in another folder.
+if [[ $LAUNCH_ENV != /* ]]; then LAUNCH_ENV=$PWD/$LAUNCH_ENV; fi
+export LAUNCH_ENV
 # shellcheck source=launch/env.sh
-source "${LAUNCH_ENV:-$LAUNCH/env.sh}"
+source "$LAUNCH_ENV"
+# A file of settings that is older than one of these must not end watch.sh half-way.
+: "${CHECK=true}" "${OVER=ask}" "${POLL=60}" "${CRASHES=5}"
 exec 3>&1 # --dry-run writes here, also from within $(...)
 
 say() { [[ ${DRY-} ]] || printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
@@ -43,7 +49,7 @@ need_settings() {
     if [[ $DRY ]]; then
       note "$name=${!name} is a placeholder"
     else
-      fail "$name=${!name} is a placeholder: edit ${LAUNCH_ENV:-$LAUNCH/env.sh}"
+      fail "$name=${!name} is a placeholder: edit $LAUNCH_ENV"
     fi
   done
 }
@@ -82,11 +88,23 @@ on_hosts() {
     --worker=all --command="$1"
 }
 
+# NONE if gcloud lists the requests and NAME is not among them; else UNKNOWN: without a
+# network or a login it says nothing, and what it does not say may still cost.
+absent() {
+  local names
+  names=$(gcloud compute tpus queued-resources list --project="$PROJECT" \
+    --zone="$ZONE" '--format=value(name)' 2>/dev/null) || { echo UNKNOWN; return; }
+  if grep -qxE "(.*/)?$NAME" <<<"$names"; then echo UNKNOWN; else echo NONE; fi
+}
+
+# Shows what gcloud says that keeps it from telling the state.
+why_unknown() { queue describe >&2 || true; }
+
 # The state of the request: ACTIVE, WAITING_FOR_RESOURCES, ...; SUSPENDED also if only the
-# machine was taken away; NONE if there is no request.
+# machine was taken away; NONE if there is no request; UNKNOWN if nobody can tell now.
 state() {
   local found node=''
-  found=$(queue describe '--format=value(state.state)' 2>/dev/null) || found=NONE
+  found=$(queue describe '--format=value(state.state)' 2>/dev/null) || found=$(absent)
   if [[ $DRY || $found == ACTIVE ]]; then
     node=$(run gcloud compute tpus tpu-vm describe "$NAME" --project="$PROJECT" \
       --zone="$ZONE" '--format=value(state)' 2>/dev/null) || true

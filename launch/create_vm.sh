@@ -14,6 +14,11 @@ while [[ $found == @(SUSPENDING|DELETING) ]]; do
   sleep "$POLL"
   found=$(state)
 done
+if [[ $found == UNKNOWN ]]; then
+  say "gcloud does not tell whether $NAME is there:"
+  why_unknown
+  exit 1
+fi
 if [[ $DRY || $found == @(SUSPENDED|FAILED) ]]; then
   note "if it is SUSPENDED, FAILED or preempted:"
   say "$NAME is $found: deleting it"

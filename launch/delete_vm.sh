@@ -9,6 +9,11 @@ no_words
 need_settings PROJECT
 
 found=$(state)
+if [[ $found == UNKNOWN ]]; then
+  say "gcloud does not tell whether $NAME is there, so it may still cost:"
+  why_unknown
+  exit 1
+fi
 if [[ $DRY || $found != NONE ]]; then
   note "if there is one:"
   queue delete --force --quiet

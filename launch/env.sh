@@ -19,7 +19,8 @@ CHECK=true        # check the command here before a TPU is asked for; "" does no
 OVER=ask          # the TPU costs until it is deleted. When the run is done, or has failed
                   # for good: delete it, keep it, or ask, if there is a terminal
 POLL=60           # seconds between two looks
-CRASHES=5         # stops after so many lost runs in a row without a preemption
+CRASHES=5         # stops after so many lost runs in a row without a preemption, each soon
+                  # or from the same checkpoint as before
 
 # slurm.sh: JAX gives each task one GPU, so ask for as many tasks as GPUs per node
 SBATCH=(--nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00)

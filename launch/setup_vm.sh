@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Puts on all hosts: the files here that git tracks, Python, JAX and the bucket.
+# Puts on all hosts: the files here that git tracks, Python, JAX and the bucket. While a
+# run is under way nothing is changed: its readers would start from other code.
 #   launch/setup_vm.sh [--dry-run]
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -9,13 +10,16 @@ no_words
 need_settings PROJECT BUCKET
 
 archive=${TMPDIR:-/tmp}/mim_jax-$NAME.tar.gz
-run bash -c 'cd "$1" && git ls-files -z | tar -czf "$2" --null -T -' - "$ROOT" "$archive"
+run bash -c 'set -o pipefail; cd "$1" && git ls-files -z | tar -czf "$2" --null -T -' - "$ROOT" "$archive"
 run gcloud compute tpus tpu-vm scp "$archive" "$NAME:mim_jax.tar.gz" \
   --project="$PROJECT" --zone="$ZONE" --worker=all
 
 # A host leaves out each step that is done already.
 # shellcheck disable=SC2016  # the hosts expand it
 script='set -eu
+if tmux has-session -t =mim 2>/dev/null; then
+  echo "a run is under way: its code stays as it is"; exit
+fi
 mkdir -p mim_jax && tar -xzf mim_jax.tar.gz -C mim_jax && cd mim_jax
 apt() { sudo apt-get -qy -o DPkg::Lock::Timeout=600 "$@"; }
 command -v tmux >/dev/null || { apt update; apt install tmux; }

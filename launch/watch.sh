@@ -10,13 +10,20 @@ no_words
 need_arguments
 need_settings PROJECT BUCKET
 
+# All that decides what happens to a TPU that costs, before one is asked for.
+[[ $OVER == @(delete|keep|ask) ]] || fail "OVER=$OVER: want delete, keep or ask"
+[[ $CRASHES =~ ^[1-9][0-9]*$ ]] || fail "CRASHES=$CRASHES: want a number of at least 1"
+[[ $POLL =~ ^[0-9]+$ ]] || fail "POLL=$POLL: want a number of seconds"
+[[ $ACCELERATOR =~ ^[a-z0-9]+-[1-9][0-9]*$ ]] ||
+  fail "ACCELERATOR=$ACCELERATOR: want TYPE-NUMBER, such as v5litepod-32"
+
 # Devices of the accelerator. Its name counts cores, of which two are a device of these.
 devices=${ACCELERATOR##*-}
 if [[ $ACCELERATOR == @(v4|v5p)-* ]]; then devices=$((devices / 2)); fi
 
 # No TPU is asked for by a command that cannot work.
 check() {
-  local where code=0
+  local where found code=0
   where=$(workdir)
   [[ $where ]] || fail "no --workdir among the arguments: want -- --workdir=..."
   if ((devices > 8)) && [[ $where != @(bucket/*|/*|*://*) ]]; then
@@ -25,6 +32,12 @@ check() {
   fi
   if [[ $where == bucket/* && ! $BUCKET ]]; then
     fail "--workdir=$where: BUCKET is empty in env.sh"
+  fi
+  if [[ ! $DRY ]]; then
+    found=$(git -C "$ROOT" ls-files pyproject.toml 2>&1) || true
+    [[ $found == pyproject.toml ]] ||
+      fail "$ROOT: git lists no files there for setup_vm.sh to copy: want a clone" \
+        "${found:+($found)}"
   fi
   [[ $CHECK ]] || return 0
   (cd "$ROOT" && run "$PYTHON" -m mim_jax.main "${ARGS[@]}" --check="$devices") || code=$?
@@ -56,7 +69,8 @@ over() {
     answer=keep
   fi
   if [[ $answer == delete ]]; then
-    "$LAUNCH/delete_vm.sh"
+    "$LAUNCH/delete_vm.sh" ||
+      say "$NAME could not be deleted and may cost: launch/delete_vm.sh tries again"
   else
     say "$NAME costs until launch/delete_vm.sh gives it back"
   fi
@@ -79,18 +93,31 @@ outcome() {
   if [[ $told == " 0 " ]]; then echo 0; else echo lost; fi
 }
 
+# The checkpoints from which the hosts went on last, or nothing: a run that is lost at the
+# same place every time saves none.
+began() {
+  on_hosts 'grep -o "^resumed from step [0-9]*" mim_jax/log.txt | tail -n 1' \
+    2>/dev/null | sort -u || true
+}
+
 { # bash reads the braces to their end first: this file may change meanwhile
 note "first, here:"
 check
-crashes=0
+crashes=0 there='' before=nowhere
 while ((crashes < CRASHES)); do
   crashes=$((crashes + 1)) # set back below if this was no crash
-  if "$LAUNCH/create_vm.sh" $DRY && "$LAUNCH/setup_vm.sh" $DRY &&
-    "$LAUNCH/run.sh" $DRY -- "${ARGS[@]}"; then
+  code=0
+  { "$LAUNCH/create_vm.sh" $DRY && there=yes && "$LAUNCH/setup_vm.sh" $DRY; } || code=1
+  if ((code == 0)); then "$LAUNCH/run.sh" $DRY -- "${ARGS[@]}" || code=$?; fi
+  if ((code == 3)); then exit 2; fi # the TPU is that of another command
+  if ((code == 0)); then
     note "again and again, while one host says that it runs:"
     looks=0
     while found=$(outcome) && [[ ! $DRY && $found == running ]]; do
-      if ((++looks == 10)); then crashes=1; fi
+      # It lasted: earlier losses count no more, unless it comes back to one step only.
+      if ((++looks == 10)) && now=$(began) && [[ $now != "$before" ]]; then
+        crashes=1 before=$now
+      fi
       sleep "$POLL"
     done
   else
@@ -109,7 +136,9 @@ while ((crashes < CRASHES)); do
   now=$(state)
   [[ ! $DRY ]] || exit 0
   # Without a request it was create_vm.sh that failed: that may be for good.
-  if [[ $now != @(ACTIVE|NONE) ]]; then crashes=0; fi
+  if [[ $now != @(ACTIVE|NONE|UNKNOWN) ]]; then crashes=0; fi
+  # A line that drops here ends nothing there.
+  if [[ $now == UNKNOWN && $there ]]; then crashes=0; fi
   say "$NAME is $now, the run was $found: once more"
   sleep "$POLL"
 done

@@ -127,8 +127,8 @@ def _join() -> None:
     settings = {}
     if "JAX_NUM_PROCESSES" in os.environ:  # JAX itself reads only the address
         settings = {
-            "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
-            "process_id": int(os.environ["JAX_PROCESS_ID"]),
+            "num_processes": _from_environment("JAX_NUM_PROCESSES"),
+            "process_id": _from_environment("JAX_PROCESS_ID"),
             "cluster_detection_method": "deactivate",
         }
     try:
@@ -139,6 +139,18 @@ def _join() -> None:
             "and pods of GKE; on one machine start processes by launch/local.sh",
             EXIT_CONFIG,
         )
+
+
+def _from_environment(name: str) -> int:
+    value = os.environ.get(name)
+    if value is None or not (value.isascii() and value.isdigit() and len(value) < 10):
+        said = "is not set" if value is None else f"is {value[:40]!r}"
+        leave(
+            f"error: --distributed: {name} in the environment {said}: want a number, "
+            "as launch/local.sh sets it",
+            EXIT_CONFIG,
+        )
+    return int(value)
 
 
 def start() -> None:

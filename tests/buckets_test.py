@@ -223,6 +223,17 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_free(folder, capfd):
     )
 
 
+def test_a_process_of_another_user_has_not_ended(monkeypatch):
+    """Though /proc may hide it, as on machines that many share."""
+
+    def kill(pid, number):
+        assert (pid, number) == (2**22 + 1, 0)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert not lease._has_ended(f"here pid {2**22 + 1}\n{lease._processes()} 0")
+
+
 @pytest.mark.parametrize("about", ["another-machine/pid:[1] 0", ""])
 def test_the_lock_of_another_machine_is_free_after_a_while(folder, monkeypatch, about):
     monkeypatch.setattr(lease, "_RENEWED", 0.1)

@@ -169,6 +169,15 @@ def test_keeps_the_newest_and_every_kth(fill):
     assert sorted(int(path.name) for path in folder.iterdir()) == [4, 8, 10, 12]
 
 
+@pytest.mark.parametrize("name", ["3000000000", "9" * 200, "007", "٣"])
+def test_a_folder_that_no_step_is_called_is_left_alone(fill, tmp_path, name):
+    fill(4)
+    shutil.copytree(tmp_path / "checkpoints" / "4", tmp_path / "checkpoints" / name)
+    found = restore(tmp_path)
+    assert found is not None and found[0] == 4
+    assert (tmp_path / "checkpoints" / name).is_dir()
+
+
 def test_saving_a_step_again_is_no_error(fill, tmp_path):
     fill(0)
     fill(0)

@@ -212,6 +212,37 @@ def test_a_number_that_a_format_has_no_place_for_is_refused():
     )
 
 
+@pytest.mark.parametrize(
+    "name, about, images, said",
+    [
+        *[
+            ("hf_vit", {"layer_norm_eps": x}, {}, "layer_norm_eps=")
+            for x in ("x", None)
+        ],
+        (
+            "hf_vit",
+            {"image_size": ["a", 8]},
+            {},
+            "image_size='a': want a finite number",
+        ),
+        ("hf_vit", {"image_size": [8, float("nan")]}, {}, "image_size=nan"),
+        *[
+            (name, {"image_size": size}, {}, "positions, and holds [0-9]+: want a size")
+            for name in ("hf_vit", "hf_beit")
+            for size in ([10**9, 10**9], [-16, -16], [0, 0])
+        ],
+        ("hf_vit", {}, {"image_mean": ["x"], "image_std": [1]}, "image_mean='x'"),
+    ],
+)
+def test_what_a_config_claims_is_checked_before_it_is_used(name, about, images, said):
+    source = reading.read(FOLDER / name)
+    other = dataclasses.replace(
+        source, about=source.about | about, images=source.images | images
+    )
+    with pytest.raises(configs.ConfigError, match=said):
+        foreign.convert(other, foreign.Said())
+
+
 def test_an_activation_that_is_not_ours_is_refused():
     source = reading.read(FOLDER / "hf_vit")
     other = dataclasses.replace(source, about=source.about | {"hidden_act": "relu"})

@@ -49,6 +49,8 @@ command = [word[10:] for word in words if word.startswith("--command=")]
 question = (
     "look" if command and "host running" in command[0] else
     "queue" if "queued-resources describe" in line else
+    "list" if "queued-resources list" in line else
+    "began" if command and "resumed from" in command[0] else
     "node" if "tpu-vm describe" in line else
     "remote" if command else name
 )
@@ -222,10 +224,31 @@ def test_a_run_that_is_there_is_left_alone(fakes):
     fakes.run("run", "--", "--config=configs/mae.py")
     (fakes.home / "session").touch()
     fakes.calls()
-    done = fakes.run("run", "--", *HARD)
+    done = fakes.run("run", "--", "--config=configs/mae.py")
     assert "running already: .venv/bin/python" in done.stdout
     assert "--config=configs/mae.py" in done.stdout
     assert [call[0] for call in fakes.calls()] == ["gcloud", "tmux"]
+    host = fakes.home / "host" / "mim_jax"
+    before = sorted((one, one.stat().st_mtime_ns) for one in host.iterdir())
+    done = fakes.run("run", "--", *HARD, code=3)
+    assert "another command runs here: .venv/bin/python" in done.stdout
+    assert "this command was not started: want the end of that one" in done.stderr
+    assert sorted((one, one.stat().st_mtime_ns) for one in host.iterdir()) == before
+
+
+def test_a_run_that_is_the_same_whatever_its_words_is_left_alone(fakes):
+    python_of_a_host(fakes)
+    fakes.run("run", "--", *HARD)
+    (fakes.home / "session").touch()
+    assert "running already: " in fakes.run("run", "--", *HARD).stdout
+
+
+def test_set_up_changes_nothing_under_a_run(fakes):
+    """Its readers start anew at each evaluation, from the code that is there then."""
+    (fakes.home / "host").mkdir()
+    (fakes.home / "session").touch()
+    fakes.run("setup_vm")
+    assert not any((fakes.home / "host").iterdir())
 
 
 def test_a_host_that_shuts_down_lets_the_run_save(fakes):
@@ -337,6 +360,22 @@ def test_fetch_knows_where_a_run_lies(fakes, workdir, source, spelling):
     assert [word for word in call if word in source] == source
 
 
+def test_fetch_mixes_no_two_runs(fakes):
+    words = ["--", "--workdir=bucket/runs/mae"]
+    fakes.run("fetch", *words)
+    fakes.run("fetch", *words)  # again: what is new since
+    assert len(fakes.asked("storage", "rsync")) == 2
+    for other in ("bucket/others/mae", "gs://theirs/runs/mae", "/data/mae"):
+        done = fakes.run("fetch", "--", f"--workdir={other}", code=2)
+        assert "runs/mae is there, and is no copy of " in done.stderr
+    mine = fakes.home / "runs" / "mine" / "config.json"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+    done = fakes.run("fetch", "--", "--workdir=bucket/runs/mine", code=2)
+    assert "no copy of gs://bucket-of-mine/runs/mine: want it moved" in done.stderr
+    assert fakes.calls() == [] and [*mine.parent.iterdir()] == [mine]
+
+
 def test_fetch_wants_a_workdir(fakes):
     done = fakes.run("fetch", "--", "--config=x", code=2)
     assert "no --workdir" in done.stderr and fakes.calls() == []
@@ -390,6 +429,7 @@ def test_create_asks_for_what_is_not_there(fakes, queue, node, verbs):
     fakes.answer(queue=queue, node=node.split(","))
     fakes.run("create_vm")
     calls = [call for call in fakes.calls() if "queued-resources" in call]
+    calls = [call for call in calls if call[4] != "list"]
     assert [call[4] for call in calls if call[4] != "describe"] == verbs
     for call in calls:
         assert call[5:8] == ["mim", "--project=project", "--zone=zone"]
@@ -407,6 +447,22 @@ def test_delete_deletes_what_is_there(fakes, there):
     fakes.answer(queue=["SUSPENDED" if there else "!1"])
     fakes.run("delete_vm")
     assert len(fakes.asked("queued-resources", "delete", "mim")) == there
+
+
+@pytest.mark.parametrize("listed", ["!1", "mim", "projects/p/x/queuedResources/mim"])
+@pytest.mark.parametrize("script", ["delete_vm", "create_vm"])
+def test_what_cannot_be_asked_is_not_called_absent(fakes, script, listed):
+    """Without a network or a login. It may cost, and a new request would fail."""
+    fakes.answer(queue=["!1"], list=["none-of-mim", listed])
+    fakes.run(
+        "delete_vm"
+    )  # the first answer: another one is there, and this one is not
+    fakes.calls()
+    done = fakes.run(script, code=1)
+    assert "gcloud does not tell whether mim is there" in done.stderr
+    assert "gone" not in done.stderr
+    verbs = {call[4] for call in fakes.calls()}
+    assert verbs == {"describe", "list"}
 
 
 # Watch
@@ -472,6 +528,20 @@ def test_watch_forgets_crashes_of_a_run_that_lasted(fakes):
     assert watch(fakes, looks, 0)[0].count("run") == 4
 
 
+@pytest.mark.parametrize("step", ["", "resumed from step 500"])
+def test_watch_gives_up_on_a_run_that_never_gets_further(fakes, step):
+    """Say, memory is short in an evaluation: that fails after an hour, each time."""
+    fakes.answer(began=[step])
+    started, error = watch(fakes, [*["running"] * 10, "137"] * 9, 1)
+    assert started.count("run") == 3 and "giving up" in error
+
+
+def test_watch_lets_a_run_be_lost_as_often_as_it_gets_further(fakes):
+    fakes.answer(began=["", *(f"resumed from step {step}" for step in range(8))])
+    looks = [*[*["running"] * 10, "137"] * 7, "0"]
+    assert watch(fakes, looks, 0)[0].count("run") == 8
+
+
 @pytest.mark.parametrize("end", ["SUSPENDED", "SUSPENDING", "FAILED"])
 def test_watch_replaces_what_was_taken(fakes, end):
     # Seen by create twice, after the hosts fell silent, then by create again.
@@ -497,7 +567,39 @@ def test_watch_outlives_a_line_that_drops(fakes):
     assert started == AGAIN  # both leave alone what is there
 
 
+def test_watch_outlives_hours_without_a_network(fakes):
+    """What it has seen is there, and costs, whoever can ask for it or not."""
+    looks = ["running", "!255", "0"]
+    fakes.answer(list=["!1"])
+    queue = ["ACTIVE", "ACTIVE", *["!1"] * 20, "ACTIVE"]
+    started, error = watch(fakes, looks, 0, queue=queue)
+    assert started[0] == "set up" and set(started) == {"set up", "run"}
+    assert error.count("mim is UNKNOWN") > 3 and "giving up" not in error
+
+
+def test_watch_does_not_take_another_command_for_its_own(fakes):
+    """It would be called done, and its TPU deleted, without one step of this one."""
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("OVER=delete\n")
+    python_of_a_host(fakes)
+    (fakes.home / "host" / "mim_jax" / "command").write_text("another one\n")
+    (fakes.home / "session").touch()
+    fakes.answer(look=["host 0"], queue=["ACTIVE"], node=["READY"])
+    done = fakes.run("watch", "--", "--workdir=bucket/runs/a", code=2)
+    assert "this command was not started" in done.stderr
+    assert not fakes.asked("queued-resources", "delete")
+
+
 # What cannot mend itself
+
+
+def test_watch_says_what_it_could_not_delete(fakes):
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("OVER=delete\n")
+    fakes.answer(list=["!1"])
+    queue = ["ACTIVE", "ACTIVE", "!1"]
+    started, error = watch(fakes, ["0 0"], 0, queue=queue)
+    assert "could not be deleted and may cost" in error and "mim is gone" not in error
 
 
 @pytest.mark.parametrize("look, code", [("2 134", 2), ("0 0", 0), ("134 134", 1)])
@@ -578,6 +680,66 @@ def test_placeholders_are_refused(fakes, script, settings, name):
 def test_the_settings_as_they_come_are_refused(fakes):
     done = fakes.run("watch", "--", "--workdir=bucket/x", code=2, LAUNCH_ENV="")
     assert "PROJECT=my-project is a placeholder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "setting", ["OVER=Delete", "POLL=a", "CRASHES=", "CRASHES=0", "ACCELERATOR=v4"]
+)
+def test_settings_that_decide_what_costs_are_checked_first(fakes, setting):
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write(f"{setting}\n")
+    done = fakes.run("watch", "--", "--workdir=bucket/x", code=2)
+    assert f"watch: {setting}: want " in done.stderr and fakes.calls() == []
+
+
+def test_settings_of_an_older_version_are_enough(fakes):
+    """What watch.sh read last is what it does when the run is over."""
+    with (fakes.home / "env.sh").open("a") as env:
+        env.write("unset CHECK OVER CRASHES COMPILED\n")
+    python = fakes.home / "bin" / "python"
+    shutil.copy(fakes.home / "bin" / "srun", python)
+    fakes.env["PYTHON"] = str(python)
+    _, error = watch(fakes, ["3 3"], 3)
+    assert "mim costs until launch/delete_vm.sh gives it back" in error
+
+
+def test_settings_are_found_from_any_folder(fakes):
+    fakes.env["LAUNCH_ENV"] = "env.sh"  # in the folder from where it is started
+    (fakes.home / "bin" / "env.sh").write_text("exit 9\n")  # first in PATH
+    done = fakes.run("slurm", "--", "--config=x")
+    ((_, *words),) = fakes.calls()
+    job = subprocess.run(
+        words[words.index("--") - 1 :],
+        env=fakes.env | {"SLURM_JOB_ID": "7", "LAUNCH_ENV": exported(fakes)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, job.returncode) == (0, 0), job.stderr
+
+
+def exported(fakes) -> str:
+    """The LAUNCH_ENV that a job inherits."""
+    text = f"cd {fakes.home}; source {LAUNCH}/common.sh; printenv LAUNCH_ENV"
+    done = subprocess.run(
+        ["bash", "-c", text], env=fakes.env, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_code_that_git_does_not_know_asks_for_no_machine(fakes):
+    launch = fakes.home / "unpacked" / "launch"
+    shutil.copytree(LAUNCH, launch)
+    for script, code in (("watch", 2), ("setup_vm", 128)):
+        words = ["--", "--workdir=bucket/x"] if script == "watch" else []
+        done = subprocess.run(
+            [launch / f"{script}.sh", *words],
+            env=fakes.env | {"GIT_CEILING_DIRECTORIES": str(fakes.home)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and "not a git repository" in done.stderr
+        assert fakes.calls() == []
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,26 @@ def left(monkeypatch, arguments: list[str], job) -> int | None:
     return caught.value.args[0]
 
 
+@pytest.mark.parametrize(
+    "count, number, said",
+    [
+        ("two", "0", "JAX_NUM_PROCESSES in the environment is 'two': want a number"),
+        ("2", None, "JAX_PROCESS_ID in the environment is not set: want a number"),
+        ("2", "-1", "JAX_PROCESS_ID in the environment is '-1': want a number"),
+    ],
+)
+def test_an_environment_of_no_processes_is_one_line(
+    monkeypatch, capfd, count, number, said
+):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", count)
+    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
+    if number is not None:
+        monkeypatch.setenv("JAX_PROCESS_ID", number)
+    assert left(monkeypatch, ["--distributed"], [AssertionError()]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: --distributed: ") and said in line
+
+
 def raising(error: Exception):
     raise error
 

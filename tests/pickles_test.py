@@ -3,12 +3,16 @@
 
 import argparse
 import collections
+import contextlib
 import importlib.util
 import io
 import json
 import os
 import pathlib
 import pickle
+import sys
+import tracemalloc
+import types
 import zipfile
 
 import numpy as np
@@ -39,8 +43,9 @@ class Calls:
 class Storage:
     """Pickled by `Pickler`, a reference to an entry of the zip file."""
 
-    def __init__(self, key="0", count=4, kind="FloatStorage"):
-        self.reference = ("storage", Named("torch", kind), key, "cpu", count)
+    def __init__(self, key="0", count=4, kind="FloatStorage", of=None):
+        of = Named("torch", kind) if of is None else of
+        self.reference = ("storage", of, key, "cpu", count)
 
 
 class Named:
@@ -192,6 +197,8 @@ BAD = {
     "one number, huge array": ({"w": Array(Storage(), 0, (10**6, 10**6), (0, 0))}, {}),
     "huge": ({"w": Array(Storage(count=2**60), 0, (2**60,), (1,))}, {}),
     "packed": (WHOLE, {"how": zipfile.ZIP_DEFLATED}),
+    "no numbers": ({"w": Array(Storage(of=object))}, {}),
+    "text for a type": ({"w": Array(Storage(of="S4"))}, {}),
     "unknown numbers": ({"w": Array(Storage(kind="QInt8Storage"))}, {}),
     "big-endian": (WHOLE, {"entries": {"data/0": FOUR.tobytes(), "byteorder": "big"}}),
 }
@@ -213,7 +220,49 @@ def test_a_large_pickle_is_not_read(tmp_path, monkeypatch):
         plain(written(tmp_path / "x.pth", WHOLE))
 
 
+@pytest.mark.parametrize("put", [b"r\x00\x00\x00\x01", b"p16777216\n"])
+def test_a_short_pickle_takes_little_memory(put, tmp_path):
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}" + put + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="remembers number 16777216"):
+            plain(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_dicts_within_dicts_are_not_copied_for_each_place(tmp_path, monkeypatch):
+    """Of 60 dicts, each twice in the next one, there would be 2**60."""
+    nested = {}
+    for _ in range(60):
+        nested = {"a": nested, "b": nested}
+    torch = types.ModuleType("torch")
+    allowed = types.SimpleNamespace(safe_globals=lambda _: contextlib.nullcontext())
+    torch.__dict__.update(
+        Tensor=np.ndarray, serialization=allowed, load=lambda *_, **__: nested
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    found = pickles._by_torch(tmp_path / "x.pth", reading.Tensor)
+    for _ in range(60):
+        assert list(found) == ["a", "b"] and found["a"] is found["b"]
+        found = found["a"]
+    assert found == {}
+
+
 # The command says each of these in one line.
+
+
+def test_a_damaged_number_is_one_line(tmp_path, capfd):
+    whole = (FOLDER / "mae_encoder.pth").read_bytes()
+    with zipfile.ZipFile(FOLDER / "mae_encoder.pth") as archive:
+        (entry, *_) = (one for one in archive.infolist() if one.filename[-2:] == "/1")
+    place = entry.header_offset + 30 + len(entry.filename) + entry.file_size
+    path = tmp_path / "x.pth"
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert "cannot be read (BadZipFile: Bad CRC-32" in refused(path, capfd)
 
 
 def test_every_cut_of_a_file_is_one_line(tmp_path, capfd):

@@ -55,6 +55,13 @@ def test_each_record_is_named_once_with_the_reason_and_counted_each_time(
     assert "Numbered[9] (it can be read again)" in capfd.readouterr().err
 
 
+def test_lines_of_somebody_else_are_no_numbers(tmp_path):
+    path = tmp_path / "unreadable-host0.txt"
+    path.write_text("9" * 5000 + "\tendless\n\n\t\n-3\tx\n")
+    note(counter(tmp_path, bad=(3,)), 3)
+    assert path.read_text().endswith("-3\tx\n3\tNumbered[3]\n")
+
+
 def test_the_screen_shows_eight_and_the_file_all(tmp_path, capfd):
     seen = counter(tmp_path, bad=range(20))
     note(seen, *range(20))

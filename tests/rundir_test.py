@@ -259,7 +259,15 @@ def test_a_config_that_is_lost_for_good_is_told(tmp_path):
         assert "want that file put back" in str(error.value)
 
 
-@pytest.mark.parametrize("leaves", [7, {"a": 7}, {"a": ["f", 3, 4]}, {"a": []}])
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        *(7, {"a": 7}, {"a": ["f", 3, 4]}, {"a": []}),
+        *({"a": [kind, [], 4]} for kind in ("nonsense", "object", "U5", "")),
+        *({"a": ["float32", [side], 4]} for side in ("b", -1, None, 1.0, True)),
+        {"a/b": ["float32", [], 4], "a/b/c": ["float32", [], 4]},
+    ],
+)
 def test_a_seal_around_something_else_is_damage(tmp_path, leaves):
     save(tmp_path, 4)
     path = tmp_path / "checkpoints" / "4" / "about" / "metadata"

@@ -397,6 +397,9 @@ def array(**changes):
         ("arrays/curve", array(shape=[3])),
         ("arrays/curve", {"shape": [2], "dtype": "<f4", "zlib": BOMB}),
         ("arrays/curve", {"shape": [2], "dtype": "<f4", "zlib": "AAAA"}),
+        ("arrays/curve", array(shape=[-1])),
+        ("arrays/curve", array(shape=[2.0])),
+        ("arrays/curve", array(list=[[0], [1]])),
         ("/minutes", "1"),
         ("/processor", ["slow"]),
         ("/versions", {"jax": 1}),
@@ -419,14 +422,29 @@ def test_a_file_of_somebody_elses_making_is_refused(tmp_path, place, value):
         cells.read(tmp_path, cell, "digits")
 
 
-def test_an_array_that_claims_to_be_small_takes_little_memory():
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"shape": [2], "dtype": "<f4", "zlib": BOMB},
+        {"shape": [-1], "dtype": "|u1", "zlib": BOMB},  # as many as there are
+        {"shape": [10**7], "dtype": "<f8", "zlib": BOMB},  # honest, and 80 MB
+        {"shape": [2], "dtype": "<U10000000", "list": ["a", "b"]},  # 80 MB of zeros
+        {"shape": [1], "dtype": "<U1000000", "list": [["a"] * 20]},
+    ],
+)
+def test_an_array_takes_little_memory_whatever_its_file_claims(packed):
     tracemalloc.start()
     try:
         with pytest.raises(ValueError):
-            packing.unpack({"shape": [2], "dtype": "<f4", "zlib": BOMB})
+            packing.unpack(packed)
         assert tracemalloc.get_traced_memory()[1] < 10**6
     finally:
         tracemalloc.stop()
+
+
+def test_what_cannot_be_unpacked_is_not_packed():
+    with pytest.raises(ValueError, match="80000000 bytes, want at most 67108864"):
+        packing.pack(np.zeros(10**7))
 
 
 def test_a_run_that_somebody_trained_on_is_not_the_cells(tmp_path):

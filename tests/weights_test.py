@@ -145,6 +145,7 @@ def hostile(path, names=("params/a",), step="3", config=CONFIG, version="0.1"):
         *(dict(names=tuple(names)) for names in NAMES.values()),
         dict(step="-1"),
         dict(step="1" * 30),
+        dict(step=str(2**31)),
         dict(step="1.5"),
         dict(config={"job": "study", "objective": {"name": "mae"}}),
         dict(config={"job": "train", "objective": "mae"}),

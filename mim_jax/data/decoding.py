@@ -27,6 +27,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 _MARKS = b"Exif\0", b"http://ns.adobe.com/xap"  # of segments that give an orientation
+# What Pillow may decode. Not all that it could: for EPS it starts Ghostscript, which
+# runs the program that such a file is.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Pillow warns of images that `decode` refuses, once in every process.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Colour spaces of a JPEG that simplejpeg converts to so many channels.
@@ -49,7 +52,8 @@ def decode(
     are laid over white. 16-bit grey is divided by 257; Pillow keeps the high byte of
     16-bit colour. An animation gives its first frame. A file whose header announces
     more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million) is not decoded: a few
-    kilobytes can unpack to gigabytes.
+    kilobytes can unpack to gigabytes. The content says what a file is, not its name,
+    and only formats that Pillow decodes itself are read: for others it starts programs.
 
     Args:
         image: the bytes of a file, or uint8 pixels: rows, columns, channels.
@@ -74,7 +78,7 @@ def decode(
     if pixels is not None:
         return pixels
     try:
-        picture = Image.open(io.BytesIO(image))
+        picture = Image.open(io.BytesIO(image), formats=_FORMATS)
         if math.prod(picture.size) > _most_pixels():
             raise Undecodable(
                 f"{picture.size[0]} x {picture.size[1]} pixels: want at most "
@@ -85,7 +89,7 @@ def decode(
     except Undecodable:
         raise
     except UnidentifiedImageError as error:
-        raise Undecodable("no image of a known format") from error
+        raise Undecodable(f"no image of a format of {', '.join(_FORMATS)}") from error
     except Exception as error:  # of any type: Pillow's parsers let all through
         raise Undecodable(f"{type(error).__name__}: {error}") from error
 
@@ -108,7 +112,8 @@ def _decode_jpeg(
     orientation, head = 1, _head(image)
     if any(mark in head for mark in _MARKS):
         try:
-            orientation = _orientation(Image.open(io.BytesIO(image)))
+            picture = Image.open(io.BytesIO(image), formats=("JPEG",))
+            orientation = _orientation(picture)
         except Exception:  # `decode` meets the same error and reports it
             return None
     size, factor = shape, 1

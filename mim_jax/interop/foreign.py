@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from mim_jax.models.vit import SIZES
 from mim_jax.schema import ConfigError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_LARGEST = 2**14  # pixels, as config.data.image_size has it
 # Heads by width, for the sizes that have names; of others, a head is 64 wide.
 _HEADS = {one["width"]: one["heads"] for one in SIZES.values()}
 
@@ -84,8 +86,14 @@ def convert(source: Source, said: Said = Said()) -> Converted:
     _check(source.name, tensors, wanted, rows, facts.patch)
     params = {}
     for row in rows:
-        arrays = [tensors[one].read() for one in row.theirs]
-        ours = HOW[row.how].take([np.asarray(one, np.float32) for one in arrays])
+        try:
+            arrays = [np.asarray(tensors[one].read(), np.float32) for one in row.theirs]
+        except Exception as error:  # of whatever reads it: a damaged file, odd numbers
+            raise ConfigError(
+                f"{source.name}: {', '.join(row.theirs)} cannot be read "
+                f"({type(error).__name__}: {error}): want a whole file; fetch it again"
+            ) from error
+        ours = HOW[row.how].take(arrays)
         if not np.isfinite(ours).all():
             raise ConfigError(f"{source.name}: {', '.join(row.theirs)}: not finite")
         params[row.ours] = np.ascontiguousarray(ours)
@@ -242,12 +250,13 @@ class _Facts:
         if int(width * ratio) != hidden:  # by rounding
             ratio = (hidden + 0.5) / width
         epsilon = self._source.about.get("layer_norm_eps", 1e-6)
+        (epsilon,) = self._numbers("layer_norm_eps", [epsilon])
         return dict(
             width=width,
             depth=depth,
             heads=heads,
             mlp_ratio=ratio,
-            epsilon=float(epsilon),
+            epsilon=epsilon,
         )
 
     def _heads(self, said: int | None, width: int, key: str) -> int:
@@ -273,7 +282,9 @@ class _Facts:
     def _image_size(self) -> tuple[int, int]:
         given = self._source.about.get("image_size")
         if isinstance(given, list | tuple) and len(given) == 2:
-            return (int(given[0]), int(given[1]))
+            rows, cols = map(int, self._numbers("image_size", given))
+            self._check_image_size(rows, cols)
+            return rows, cols
         if self._layout.positions:
             count = self._shape("pos_embed", 3)[1] - 1
         elif self._layout.pairs:
@@ -292,12 +303,29 @@ class _Facts:
             )
         return (side * self.patch, side * self.patch)
 
+    def _check_image_size(self, rows: int, cols: int) -> None:
+        """ConfigError unless the positions that the file holds are those of such
+        images: the size is a claim, and tables are made by it."""
+        high, wide = rows // self.patch, cols // self.patch
+        found = count = high * wide
+        if self._layout.positions:
+            found = self._shape("pos_embed", 3)[1] - 1
+        elif self._layout.pairs:
+            found = self._shape(self._pairs, 2)[0] - 3
+            count = (2 * high - 1) * (2 * wide - 1)
+        if min(high, wide) < 1 or max(rows, cols) > _LARGEST or found != count:
+            raise ConfigError(
+                f"{self._source.name} has image_size={[rows, cols]}, which is {count} "
+                f"positions, and holds {found}: want a size of {self.patch} to "
+                f"{_LARGEST} pixels whose patches they are for"
+            )
+
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation that images are standardised with."""
         images = self._source.images or self._of_timm("pretrained_cfg")
         for keys in (("image_mean", "image_std"), ("mean", "std")):
             if all(isinstance(images.get(key), list | tuple) for key in keys):
-                mean, std = (tuple(map(float, images[key])) for key in keys)
+                mean, std = (self._numbers(key, images[key]) for key in keys)
                 return mean, std
         mean, std = _IMAGENET
         half = self._told("imagenet_default_mean_and_std") is False
@@ -335,6 +363,16 @@ class _Facts:
         """A part of the config.json of a folder of timm; {} where there is none."""
         found = self._source.about.get(name)
         return found if isinstance(found, dict) else {}
+
+    def _numbers(self, name: str, given: Iterable[Any]) -> tuple[float, ...]:
+        """Values of a JSON file that must be finite numbers."""
+        values = tuple(given)
+        for one in values:
+            if type(one) not in (int, float) or not abs(one) < math.inf:
+                raise ConfigError(
+                    f"{self._source.name} has {name}={one!r}: want a finite number"
+                )
+        return tuple(map(float, values))
 
     def _told(self, name: str) -> Any:
         """What config.json or the arguments of training say; None: nothing."""

@@ -118,7 +118,7 @@ def _check(found: dict[str, Any]) -> None:
     config, names = found["config"], found["shapes"]
     if config["job"] != "train" or not isinstance(config["objective"]["name"], str):
         raise ValueError("its config is not that of a training run")
-    if not 0 <= found["step"] < 2**53:
+    if not 0 <= found["step"] < 2**31:
         raise ValueError(f"step={found['step']}")
     for name in names:
         *above, last = name.split("/")

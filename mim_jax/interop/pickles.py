@@ -14,6 +14,7 @@ import io
 import math
 import pathlib
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from mim_jax.schema import ConfigError
 
 # Bytes of the pickle itself, in which the arrays are not; a ViT has some 100,000.
 _MOST = 2**26
+_REMEMBERS = ("PUT", "BINPUT", "LONG_BINPUT")
 _DTYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -70,7 +72,16 @@ def load(path: pathlib.Path, make: Make) -> Any:
 def _by_torch(path: pathlib.Path, make: Make) -> Any:
     import torch  # pyright: ignore[reportMissingImports]
 
+    # A dict that is in a file once may be in others twice each, and these too: a copy
+    # for each place would fill the memory.
+    copies: dict[int, Any] = {}
+
     def plain(value: Any) -> Any:
+        if id(value) not in copies:
+            copies[id(value)] = copy_of(value)
+        return copies[id(value)]
+
+    def copy_of(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             kind = str(value.dtype).removeprefix("torch.")
             return make(tuple(value.shape), kind, lambda: _to_numpy(value))
@@ -122,12 +133,22 @@ def _by_ourselves(path: pathlib.Path, make: Make) -> Any:
         if sizes[found[0]] > _MOST:
             raise ValueError(f"data.pkl has {sizes[found[0]]} bytes: more than {_MOST}")
         text = archive.read(found[0])
+        _check_memo(text)
         folder = found[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in sizes and archive.read(f"{folder}byteorder") != (
             b"little"
         ):
             raise ValueError("its numbers are big-endian")
     return _Reader(text, path, f"{folder}data/", sizes, make).load()
+
+
+def _check_memo(text: bytes) -> None:
+    """ValueError if the pickle numbers what it remembers higher than it has bytes.
+    Python's reader makes a table as long as the highest number: 30 bytes could ask for
+    64 GiB."""
+    for code, number, _ in pickletools.genops(text):
+        if code.name in _REMEMBERS and int(number or 0) >= len(text):
+            raise ValueError(f"data.pkl of {len(text)} bytes remembers number {number}")
 
 
 class _Reader(pickle.Unpickler):
@@ -164,6 +185,8 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         word, kind, key, _, count = pid
+        if kind not in _DTYPES.values():
+            raise ValueError(f"numbers of the type {kind!r:.40}")
         dtype = jnp.dtype(kind)
         name = f"{self._folder}{key}"
         if word != "storage" or self._sizes[name] != count * dtype.itemsize:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maskings by name."""
 
+from mim_jax.maskings.affinity import Affinity
 from mim_jax.maskings.block import Block
 from mim_jax.maskings.grid import GridMasking
 from mim_jax.maskings.none import Nothing
@@ -12,5 +13,6 @@ MASKINGS = {
     "block": Block,
     "grid": GridMasking,
     "subtrees": Subtrees,
+    "affinity": Affinity,
     "none": Nothing,
 }

@@ -3,12 +3,10 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mim_jax.maskings.base import Masking, visible_patches
-from mim_jax.ops.masking import Mask, cut
+from mim_jax.ops.masking import Mask, from_groups
 from mim_jax.ops.patches import Grid
 from mim_jax.schema import check_ranges, within
 
@@ -20,7 +18,8 @@ class Subtrees(Masking):
 
     The example has the field `tree`, as source `hierarchy` has: integers (levels, rows,
     columns), for each patch the number of the latent above it at level 1, 2, ...; all
-    numbers are below the number of patches.
+    numbers are below the number of patches. For real images the examples `regions` make
+    such a tree of what looks alike: `--config=configs/mae.py:mnist,examples=regions`.
 
     Attributes:
         ratio: share of patches that is hidden, 0 < ratio < 1. Of the last latent only
@@ -57,12 +56,4 @@ class Subtrees(Masking):
                 f"level={self.level} of a tree of {levels} levels: want one of them"
             )
         latent = tree[:, self.level - 1].reshape(-1, grid.size)
-
-        def bits(key):  # of the latents, and of their patches
-            return jax.random.bits(key, (2, grid.size), "uint32")
-
-        drawn = jax.vmap(bits)(keys)
-        score = jnp.take_along_axis(drawn[:, 0], latent, axis=1)
-        # Equal bits of two latents must not mix their patches.
-        order = jnp.lexsort((drawn[:, 1], latent.astype(jnp.int32), score), axis=1)
-        return cut(order.astype(jnp.int32), self.visible_count(grid))
+        return from_groups(latent, keys, self.visible_count(grid))

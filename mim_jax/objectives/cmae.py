@@ -196,9 +196,11 @@ class CMAE(Objective):
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
         grid = self.grid(batch["image"].shape[1:])
         mask = first_mask(grid, self.masking.visible_count(grid))
-        encoder_key, *head_keys = jax.random.split(key, 3)
+        encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
         tokens, encoder = self.init_encoder(encoder_key, batch, mask)
-        heads = init_heads(self.projector, self.predictor, tuple(head_keys), tokens)
+        heads = init_heads(
+            self.projector, self.predictor, (projector_key, predictor_key), tokens
+        )
         return {"encoder": encoder, **heads}, {}
 
     def loss(

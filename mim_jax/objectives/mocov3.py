@@ -84,7 +84,7 @@ class MoCoV3(Objective):
             view.check_channels(image_shape[2])
 
     def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        encoder_key, *head_keys = jax.random.split(key, 3)
+        encoder_key, projector_key, predictor_key = jax.random.split(key, 3)
         tokens, made = self.init_encoder(encoder_key, batch)
         encoder: dict[str, Any] = dict(made)
         # The released code starts with a class token near 0, a patch bias of 0, and
@@ -98,7 +98,7 @@ class MoCoV3(Objective):
             qkv = attention["qkv"] | {"kernel": attention["qkv"]["kernel"] * 2**0.5}
             encoder[name] = encoder[name] | {"attn": attention | {"qkv": qkv}}
         heads = init_heads(
-            self.projector, self.predictor, tuple(head_keys), tokens[:, 0]
+            self.projector, self.predictor, (projector_key, predictor_key), tokens[:, 0]
         )
         return {"encoder": encoder, **heads}, {}
 

@@ -83,6 +83,27 @@ def from_scores(scores: Real[Array, "b n"], keep: int) -> Mask:
     return cut(_argsort(scores), keep)
 
 
+def from_groups(group: Int[Array, "b n"], keys: Key[Array, " b"], keep: int) -> Mask:
+    """The mask that shows whole groups of patches, drawn at random, and hides the rest.
+
+    Of the one group in which the count `keep` is reached, a random part is shown.
+
+    Args:
+        group: number of each patch's group, 0 <= group < n.
+        keys: one per image.
+        keep: number of visible patches.
+    """
+
+    def bits(key):  # of the groups, and of their patches
+        return jax.random.bits(key, (2, group.shape[1]), "uint32")
+
+    drawn = jax.vmap(bits)(keys)
+    score = jnp.take_along_axis(drawn[:, 0], group, axis=1)
+    # Equal bits of two groups must not mix their patches.
+    order = jnp.lexsort((drawn[:, 1], group.astype(jnp.int32), score), axis=1)
+    return cut(order.astype(jnp.int32), keep)
+
+
 def from_hidden(hidden: Bool[np.ndarray, "b n"]) -> Mask:
     """The mask that hides exactly the patches where `hidden` is True.
 

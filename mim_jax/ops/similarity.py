@@ -207,7 +207,7 @@ def _log_gabor(height: int, width: int) -> _Bank:
         apart = np.abs(np.arctan2(np.sin(turned), np.cos(turned)))
         deviation = math.pi / (4 * 1.2)
         bank = np.stack(radial) * np.exp(-(apart**2) / (2 * deviation**2))
-        kernels = np.fft.ifft2(bank).real * math.sqrt(height * width)
+        kernels = np.real(np.fft.ifft2(bank)) * math.sqrt(height * width)
         power = 1 / (math.log(2) * (bank[0] ** 2).sum())
         noise.append(float(power * (kernels.sum(axis=0) ** 2).sum()))
         filters.append(bank)

@@ -104,10 +104,7 @@ def unseal(sealed: Any, step: int) -> dict[str, Any]:
         record = sealed["about"]
         intact = seal(record) == sealed and record["step"] == step
         # Somebody else's seal may close anything.
-        usable = isinstance(record["extra"], dict) and all(
-            isinstance(kind, str) and isinstance(shape, list) and isinstance(sum_, int)
-            for kind, shape, sum_ in record["leaves"].values()
-        )
+        usable = isinstance(record["extra"], dict) and _are_leaves(record["leaves"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamageError(first_line(error)) from error
     if not intact:
@@ -115,6 +112,31 @@ def unseal(sealed: Any, step: int) -> dict[str, Any]:
     if not usable:
         raise DamageError("about/metadata is no record of a checkpoint")
     return record
+
+
+def _are_leaves(leaves: dict[str, list]) -> bool:
+    """Whether a record may be of arrays: {name: [type, shape, digest]}, no name above
+    another one."""
+    above = {
+        name[:at] for name in leaves for at, mark in enumerate(name) if mark == "/"
+    }
+    return not above & leaves.keys() and all(
+        _is_type(kind)
+        and isinstance(shape, list)
+        and all(type(side) is int and side >= 0 for side in shape)
+        and isinstance(sum_, int)
+        for kind, shape, sum_ in leaves.values()
+    )
+
+
+def _is_type(kind: Any) -> bool:
+    """Whether a text names a type of arrays: that of random keys is called key<...>."""
+    if not isinstance(kind, str):
+        return False
+    try:
+        return kind.startswith("key<") or jnp.dtype(kind).kind in "biufcV"
+    except TypeError:
+        return False
 
 
 def is_key(leaf: Any) -> bool:

@@ -105,8 +105,13 @@ def _has_ended(holder: str) -> bool:
     """Whether the owner was a process of this machine that is no more."""
     owner, _, about = holder.partition("\n")
     pid = owner.rpartition(" ")[2]
-    here = about.startswith(f"{_processes()} ") and pid.isdigit()
-    return here and not pathlib.Path(f"/proc/{pid}").exists()
+    if not about.startswith(f"{_processes()} ") or not pid.isdigit() or len(pid) > 9:
+        return False
+    try:
+        os.kill(int(pid), 0)  # /proc may hide the processes of other users
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def _processes() -> str:

@@ -41,7 +41,7 @@ def read_parts(
         shapes = {
             tuple(name.split("/")): jax.ShapeDtypeStruct(shape, dtype, sharding=device)
             for name, (dtype, shape, _) in leaves.items()
-            if name.split("/")[0] in parts
+            if name.split("/")[0] in parts and not dtype.startswith("key<")
         }
         shapes = traverse_util.unflatten_dict(shapes)
         # Orbax cannot read nothing.

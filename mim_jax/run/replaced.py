@@ -118,5 +118,5 @@ def _numbers(text: bytes) -> Iterator[int]:
     """The records that lines name."""
     for line in text.splitlines():
         number = line.split(b"\t")[0]
-        if number.isdigit():
+        if number.isdigit() and len(number) < 20:  # Python converts no endless ones
             yield int(number)

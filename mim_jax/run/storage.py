@@ -94,7 +94,9 @@ def steps_on_disk(folder: files.Place) -> list[int]:
 
 
 def _is_step(name: str) -> bool:
-    return name.isascii() and name.isdigit()
+    # As a step is written, and no more than hosts tell each other.
+    digits = name.isascii() and name.isdigit() and len(name) <= 10
+    return digits and name == str(int(name)) and int(name) < 2**31
 
 
 def read_record(folder: files.Place, step: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from records import join
 
 from mim_jax.data import transforms
@@ -69,6 +69,38 @@ def test_the_list_of_files_travels_to_workers(tmp_path):
     assert copy.classes == ("a", "b") and copy.fingerprint() == source.fingerprint()
     few = Few(source=source, ids=(3, 5))
     assert few.name_of(1) == names[5]
+
+
+@pytest.mark.parametrize("below", [".", "train", "val"])
+def test_the_top_of_a_disk_may_hold_images(tmp_path, below):
+    """There the system keeps `lost+found`, which only it may list."""
+    folder_of(tmp_path)
+    root = tmp_path / "train" if below == "." else tmp_path
+    before = Folder(path=str(root))
+    (root / below / "lost+found").mkdir()
+    now = Folder(path=str(root))
+    assert now.classes == ("a", "b") and now.fingerprint() == before.fingerprint()
+    assert now.held_out().fingerprint() == before.held_out().fingerprint()
+
+
+def test_a_folder_that_may_not_be_listed_is_told(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    secret = tmp_path / "train" / "b" / "secret"
+    secret.mkdir()
+    scandir = os.scandir
+
+    def guarded(folder):
+        if pathlib.Path(folder) == secret:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError) as caught:
+        Folder(path=str(tmp_path))
+    assert str(caught.value) == (
+        f"{secret} may not be listed: want permission to read it, or the folder moved "
+        "away from the images"
+    )
 
 
 def test_in_evaluation_it_is_a_row_without_an_image(tmp_path):
@@ -169,6 +201,35 @@ def test_a_bomb_is_refused_by_its_header(kind, monkeypatch):
         warnings.simplefilter("ignore")  # as the module sets it, and pytest does not
         with pytest.raises(Undecodable, match="40 x 50 pixels: want at most 1999"):
             decode(stream.getvalue(), 1)
+
+
+# PostScript is a program; this one never ends.
+ENDLESS_EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n"
+)
+
+
+def test_no_image_starts_another_program(tmp_path, monkeypatch):
+    mark, stand_in = tmp_path / "started", tmp_path / "gs"
+    stand_in.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # ask again
+    with pytest.raises(Undecodable) as caught:
+        decode(ENDLESS_EPS, channels=3)
+    assert not mark.exists()
+    assert str(caught.value).startswith("no image of a format of AVIF, BMP, ")
+
+
+@pytest.mark.parametrize(
+    "kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+)
+def test_formats_are_known_by_their_content(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 9), (200, 100, 50)).save(file, format=kind)
+    pixels = decode(file.getvalue(), channels=3)
+    assert pixels.shape == (9, 16, 3)
+    assert np.abs(pixels.astype(int) - (200, 100, 50)).max() < 12  # some lose a little
 
 
 def test_a_bomb_of_kilobytes_takes_no_memory():

@@ -45,7 +45,10 @@ def fields_of(masking, rows: int) -> dict:
 
 
 def draw(masking, keys):
-    return masking(keys, GRID, **fields_of(masking, len(keys)))
+    given = fields_of(masking, len(keys))
+    if masking.refresh_every:
+        given["memory"] = masking.first_memory(GRID)
+    return masking(keys, GRID, **given)
 
 
 def keys_of(count: int, seed: int = 0):

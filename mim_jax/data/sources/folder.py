@@ -19,7 +19,7 @@ LAYOUT = "want PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.
 
 def list_images(folder: pathlib.Path) -> list[str]:
     """Names of the images directly in `folder`, sorted; suffixes in either case."""
-    with os.scandir(folder) as entries:
+    with _scanned(folder) as entries:
         return sorted(
             entry.name
             for entry in entries
@@ -30,15 +30,29 @@ def list_images(folder: pathlib.Path) -> list[str]:
 
 
 def list_classes(folder: pathlib.Path) -> tuple[str, ...]:
-    """Names of the sub-folders, sorted; this order gives the labels."""
-    with os.scandir(folder) as entries:
+    """Names of the sub-folders, sorted; this order gives the labels. `lost+found`,
+    which the system makes at the top of a disk, is none."""
+    with _scanned(folder) as entries:
         return tuple(
             sorted(
                 entry.name
                 for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")
+                if entry.is_dir()
+                and not entry.name.startswith(".")
+                and entry.name != "lost+found"
             )
         )
+
+
+def _scanned(folder: pathlib.Path) -> Any:
+    """What lies in a folder; PermissionError says what to do if it may not be seen."""
+    try:
+        return os.scandir(folder)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{_shown(str(folder))} may not be listed: want permission to read it, or "
+            "the folder moved away from the images"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
