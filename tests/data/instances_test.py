@@ -224,7 +224,8 @@ def test_broken_files_are_refused_with_file_and_id(tmp_path, change, message):
     assert "instances_train2017.json" in str(caught.value)
 
 
-def test_broken_json_and_missing_files_are_refused(tmp_path):
+def test_broken_json_and_missing_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("COCO_DIR", raising=False)
     path = broken(tmp_path / "a", lambda one: None)
     file = tmp_path / "a" / "annotations" / "instances_train2017.json"
     file.write_text(file.read_text()[:-9])
@@ -233,8 +234,10 @@ def test_broken_json_and_missing_files_are_refused(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="does not exist; want PATH/annot"):
         Coco(path=path)
-    with pytest.raises(ValueError, match="path is empty"):
+    with pytest.raises(FileNotFoundError, match="path is empty, and so is COCO_DIR"):
         Coco()
+    monkeypatch.setenv("COCO_DIR", broken(tmp_path / "b", lambda one: None))
+    assert len(Coco()) == 1
 
 
 def test_odd_annotations_are_counted_with_their_ids(tmp_path):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 from tiny import plan_of
 
+from mim_jax import config
+from mim_jax.aot.step import plan_on
 from mim_jax.models.detection import Pyramid
 from mim_jax.objectives.detection import Detection, Proposals, _mask_loss, _Taken
 
 MOST = 4
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @functools.cache
@@ -205,3 +209,22 @@ def test_images_that_do_not_fit_are_refused(shape, changes, message):
 def test_overlaps_are_in_order():
     with pytest.raises(ValueError, match="low=0.8, high=0.7: want low <= high"):
         Proposals(low=0.8)
+
+
+def test_the_recipe_is_vitdets_for_45_epochs(monkeypatch):
+    """arXiv:2203.16527, appendix, for the epochs of arXiv:2306.04898. The data need not
+    be there to plan it."""
+    monkeypatch.delenv("COCO_DIR", raising=False)
+    tree = config.read(str(ROOT / "configs" / "detect.py"))
+    plan, source = plan_on(tree, jax.devices()[:1])
+    assert source == "photos: the data of coco are not here"
+    assert plan.total == 82969 and plan.settings.batch_size == 64
+    rates = [float(plan.schedule(step)) for step in (0, 125, 250, 73749, 73751, 79897)]
+    np.testing.assert_allclose(rates, [0, 5e-5, 1e-4, 1e-4, 1e-5, 1e-6], rtol=5e-3)
+    optim = plan.settings.optim
+    assert (optim.b1, optim.b2, optim.weight_decay) == (0.9, 0.999, 0.1)
+    assert optim.layer_decay == 0.7
+    one = plan.settings.objective
+    assert one.encoder.drop_path == 0.1 and one.encoder.positions == "learned"
+    assert one.grid((1024, 1024)) == (64, 64, 16)
+    assert one.global_blocks == (2, 5, 8, 11) and one.classes == 80

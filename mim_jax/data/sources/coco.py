@@ -71,7 +71,7 @@ class Coco(Source):
     def __post_init__(self):
         check_split(self.split)
         if not self._home:
-            raise ValueError(
+            raise FileNotFoundError(
                 "path is empty, and so is COCO_DIR: name a folder in COCO's form; "
                 f"{LAYOUT}"
             )
