@@ -371,7 +371,9 @@ def _read_file(
         about, found = native.read(path)
         config, number = configs.filled(about["config"], str(path)), about["step"]
     else:
-        converted = foreign.convert(reading.read(path), foreign.Said(heads=heads, decoder_heads=decoder_heads))
+        converted = foreign.convert(
+            reading.read(path), foreign.Said(heads=heads, decoder_heads=decoder_heads)
+        )
         config, number = converted.config, 0
         found = {"params": traverse_util.unflatten_dict(converted.params, sep="/")}
     if weights == "teacher":
