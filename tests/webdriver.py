@@ -47,9 +47,14 @@ class Browser:
                 f"--window-size={width},{height}",
             ],
         }
-        wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         self._at = driver
-        found = self._call("POST", "/session", {"capabilities": wanted})
+        found = self._call(
+            "POST", "/session", {"capabilities": {"alwaysMatch": wanted}}
+        )
         self._at = f"{driver}/session/{found['sessionId']}"
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
@@ -83,7 +88,9 @@ class Browser:
         end = time.monotonic() + seconds
         while not (value := self.run(f"return {condition};")):
             said = self.run("return document.querySelector('#message')?.textContent")
-            assert time.monotonic() < end, f"not in time: {condition}; page says: {said}"
+            assert time.monotonic() < end, (
+                f"not in time: {condition}; page says: {said}"
+            )
             time.sleep(0.05)
         return value
 
@@ -126,6 +133,11 @@ class Browser:
             "actions": [moves[0], down, *moves[1:], up],
         }
         self._call("POST", "/actions", {"actions": [mouse]})
+
+    def log(self) -> list[str]:
+        """What the console says since the last call: errors, and what is forbidden."""
+        rows = self._call("POST", "/se/log", {"type": "browser"})
+        return [row["message"] for row in rows if row["level"] in ("WARNING", "SEVERE")]
 
     def screenshot(self, path: pathlib.Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))

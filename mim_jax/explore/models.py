@@ -227,7 +227,7 @@ class Model:
                 f"psnr_{name}": similarity.psnr(filled, original, region)
                 for name, filled in ways.items()
             }
-            found["mse"] = similarity.mse(model, original, region)
+            found["mse_hidden"] = similarity.mse(model, original, region)
             pasted = jnp.where(region[..., None], model, original)
             return pasted, found | whole_image_scores(pasted, original)
 
@@ -258,7 +258,12 @@ _SCORES = {
         "This method is told mean and contrast of each hidden patch; so is this way to "
         "fill in.",
     ),
-    "mse": ("squared error of hidden pixels", "1", "lower", "Mean, of values in 0..1."),
+    "mse_hidden": (
+        "squared error of hidden pixels",
+        "1",
+        "lower",
+        "Mean, of values in 0..1.",
+    ),
     "ssim": (
         "SSIM",
         "1",

@@ -133,6 +133,11 @@ function drawAttention(canvas, weights) {
   outline(context, side);
 }
 
+// While an answer is on its way, what is shown is of the question before.
+function stale(yes) {
+  for (const one of document.querySelectorAll(".filled, table")) one.classList.toggle("stale", yes);
+}
+
 const fill = latest(async () => {
   const { image, about } = state;
   const asked = { image };
@@ -148,7 +153,8 @@ const fill = latest(async () => {
     asked.seed = state.seed;
   }
   tell("filling in ...");
-  const found = await ask("fill", asked);
+  stale(true);
+  const found = await ask("fill", asked).finally(() => stale(false));
   if (image !== state.image) return; // another one was picked meanwhile
   if (!state.painted) {
     state.hidden = new Set(found.hidden);
