@@ -223,14 +223,14 @@ def test_an_upload_is_cropped_as_evaluations_do(address, mae):
     [
         ("text", 400, "no image of a format of"),
         ("nothing", 400, "no image of a format of"),
-        ("bomb", 400, "10000 x 10000 pixels: want at most"),
+        ("bomb", 400, "exceeds limit"),
         ("long", 413, "more than 50,000 bytes"),
         ("claims", 413, "more than 50,000 bytes"),
         ("chunks", 413, "more than 50,000 bytes"),
     ],
 )
 def test_what_is_no_image_or_too_large_is_refused(address, name, status, said):
-    header = b"P5 10000 10000 255\n"  # more than decode takes
+    header = b"P5 65000 65000 255\n"  # more than decode takes
     bodies = {"text": b"an image? no", "nothing": b"", "bomb": header}
     bodies |= {"long": b"x" * (MOST + 1), "claims": b"x", "chunks": b""}
     headers, body = {}, bodies[name]

@@ -375,6 +375,7 @@ def serving(app: ASGIApp, port: int) -> Iterator[str]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # who asks before the thread is ready waits
     except OSError as error:
         listener.close()
         raise ConfigError(
