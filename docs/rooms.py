@@ -31,6 +31,7 @@ ABOUT = {
     "plan": "all choices, made",
     "evaluate": "one evaluation",
     "compare": "runs on one page",
+    "explore": "runs, tried by hand",
     "studies": "tables of the papers",
     "config": "jobs, plug-in tables",
     "trees": "config trees",

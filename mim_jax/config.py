@@ -331,6 +331,40 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Explore:
+    """Job "explore": a page on which a person tries one or two runs.
+
+    Attributes:
+        runs: run directories, one or two, that read the same images.
+        step: checkpoint to read of each; None is the newest.
+        data: which images, if not the runs' own.
+        bank: neighbours are looked for among so many training images at most, of all
+            classes alike if records are sorted by class.
+        neighbours: training images shown beside the one that was picked.
+        upload_bytes: an uploaded file may have at most.
+        port: of the page's address on this machine; 0 takes a free one.
+        plugins: modules that add plug-ins to the tables; set by --plugins.
+    """
+
+    runs: tuple[str, ...] = ()
+    step: int | None = within(None, least=0)
+    data: Images = Images()
+    bank: int = within(5000, least=1, most=10**6)
+    neighbours: int = within(8, least=1, most=100)
+    upload_bytes: int = within(20_000_000, least=1, most=2**31 - 1)
+    port: int = within(8765, least=0, most=65535)
+    plugins: tuple[str, ...] = free(())
+
+    def __post_init__(self):
+        check_ranges(self)
+        if not 1 <= len(self.runs) <= 2:
+            raise ValueError(
+                f"runs={self.runs}: want one or two run directories, e.g. "
+                """--config.runs='("runs/mae","runs/cmae")'"""
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunStudy:
     """Job "study": all runs and evaluations behind a table or figure of a paper.
 
@@ -391,7 +425,13 @@ class RunStudy:
             )
 
 
-JOBS = {"train": Train, "eval": Evaluate, "compare": Compare, "study": RunStudy}
+JOBS = {
+    "train": Train,
+    "eval": Evaluate,
+    "compare": Compare,
+    "explore": Explore,
+    "study": RunStudy,
+}
 
 TREES = Trees(KINDS, JOBS)
 

@@ -19,6 +19,7 @@ from mim_jax import compare, evaluate, train
 from mim_jax import config as configs
 from mim_jax.aot import doctor
 from mim_jax.data.fields import DataError, ExampleError
+from mim_jax.explore import job as explore
 from mim_jax.run import files
 from mim_jax.run.checkpoint import CheckpointError, MismatchError
 from mim_jax.run.commandline import (
@@ -41,6 +42,7 @@ JOBS = {
     "train": train.run,
     "eval": evaluate.run,
     "compare": compare.run,
+    "explore": explore.run,
     "study": study.run,
 }
 

@@ -300,8 +300,8 @@ WORDS = ", ".join(sorted(word for word, _ in config.KINDS.values()))
 MISTAKES = [
     (
         lambda: config.experiment("trian"),
-        "job 'trian' is unknown (did you mean 'train'?); known: compare, eval, study, "
-        "train",
+        "job 'trian' is unknown (did you mean 'train'?); known: compare, eval, "
+        "explore, study, train",
     ),
     (
         lambda: config.experiment("train", objective="mea"),
@@ -472,7 +472,7 @@ def test_an_eval_without_a_run_says_so():
     [
         (
             dict(job="os.system"),
-            ": job 'os.system' is unknown; known: compare, eval, study, train",
+            ": job 'os.system' is unknown; known: compare, eval, explore, study, train",
         ),
         (dict(job=None), " names no job: want the config.json of a run"),
         (dict(job=["eval"]), ": job ['eval'] is unknown"),

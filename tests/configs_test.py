@@ -71,6 +71,7 @@ FILES = {
     "robustness.py": ("mnist", "digits"),
     "shape_bias.py": (),
     "compare.py": (),
+    "explore.py": (),
     "study.py": ("mnist", "cues", "digits", "hierarchy", "scenes"),
     **{
         path.name: SIZES.get(path.stem, ("mnist", "digits"))
@@ -145,6 +146,7 @@ def test_a_config_builds_and_its_step_traces(argument, imagenet):
         if tree.job == "study":
             tree.study = tree.study or "any"
         needed = {"eval": dict(run="runs/any"), "compare": dict(runs=("a",))}
+        needed["explore"] = dict(runs=("a", "b"))
         tree.update(needed.get(tree.job) or dict(seeds=(3,)))
         config.build(tree)
         return

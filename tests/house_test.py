@@ -205,6 +205,14 @@ MAY_IMPORT = {
         *("config", "evals.base", "evals.report"),
         *("run.files", "run.loading", "run.log", "run.notes", "run.rundir"),
     ),
+    "explore.models": (
+        *("evals", "maskings.random", "objectives.base", "ops", "run.loading"),
+    ),
+    "explore.server": ("data.decoding", "explore.models", "run.loading"),
+    "explore.job": (
+        *("config", "explore.server"),
+        *("run.files", "run.loading", "run.notes", "run.rundir"),
+    ),
     # Studies: what is declared, then what is made of it. Their job runs others.
     "studies.facts": (),
     "studies.packing": (),
@@ -239,7 +247,8 @@ MAY_IMPORT = {
     # Programs: `main` runs a job, `aot` compiles what job "train" would run.
     "main": (
         *("aot.doctor", "data.fields"),
-        *("compare", "config", "evaluate", "studies.job", "train", "sharding"),
+        *("compare", "config", "evaluate", "explore.job", "studies.job", "train"),
+        "sharding",
         *("run.checkpoint", "run.commandline", "run.files", "run.hosts"),
         *("run.interrupt", "run.rundir", "run.storage", "run.warmstart"),
     ),
@@ -447,6 +456,7 @@ WAITS = (
 ALONE = {
     "evals": "measures on one host",
     "compare": "runs on one host",
+    "explore": "runs on one host",
     "evaluate": "runs on one host",
     "studies": "runs on one host",
     "interop": "runs on one host",

@@ -76,6 +76,7 @@ def experiment(job: str, **choices: str):
     if job == "train" and choices.get("source") == "few":
         tree.data.source.source = config.choose(Source, "digits")
     needed = dict(eval=dict(run="x"), compare=dict(runs=("x",)))
+    needed |= dict(explore=dict(runs=("x",)))
     needed |= dict(study=dict(study="p1_table1"))
     tree.update(needed.get(job, {}))
     return tree
@@ -84,7 +85,9 @@ def experiment(job: str, **choices: str):
 @functools.cache
 def makers() -> tuple[Any, ...]:
     """What makes a tree of each job with each plug-in of ours but for tfds."""
-    found = [functools.partial(experiment, job) for job in ("compare", "study")]
+    found = [
+        functools.partial(experiment, job) for job in ("compare", "explore", "study")
+    ]
     usual = dict(source="digits")
     for word, table in config.KINDS.values():
         for name, cls in table.items():

@@ -67,6 +67,7 @@ JOBS = {
     "train": "a training run",
     "eval": "an evaluation",
     "compare": "a comparison",
+    "explore": "a page to explore",
     "study": "a study",
 }
 

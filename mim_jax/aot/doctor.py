@@ -284,6 +284,9 @@ def _other(config: configs.Tree, workdir: files.Place) -> None:
     elif config.job == "compare":
         runs = loading.load_all(settings.runs, settings.step)
         evaluations = list(settings.evaluations.values())
+    elif config.job == "explore":
+        runs = loading.load_all(settings.runs, settings.step)
+        evaluations = []
     else:
         runs, evaluations = {}, []
         _say("study", "the config and the work directory are tried; no cell is")

@@ -3,11 +3,11 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Real
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -68,10 +68,8 @@ class Attention(Eval):
 
         @jax.jit
         def last(params, images):
-            pixels = to_float(images)
-            grid = objective.grid(pixels.shape[1:])
-            _, seen = objective.encode(params, pixels, taps=("attention",))
-            maps = seen["attention"][-1].mean(axis=1)  # over heads: "b t t"
+            maps = last_attention(objective, params, images)
+            grid = objective.grid(images.shape[1:])
             row, col = self._place(grid)
             return maps[:, [0, 1 + row * grid.cols + col], 1:]
 
@@ -121,6 +119,15 @@ class Attention(Eval):
                     overlay = functools.partial(_overlay, grey, weights, mark)
                     panels.append(Panel(grey, title=title, overlay=overlay))
         return {"attention": gallery(panels, 1 + len(_TOKENS) * len(found))}
+
+
+def last_attention(
+    objective: Objective, params: Any, images: Real[Array, "b h w c"]
+) -> Float[Array, "b t t"]:
+    """Attention of the last block over whole images, the mean over heads: how much each
+    token, the class token first, gets (last axis) of each."""
+    _, seen = objective.encode(params, to_float(images), taps=("attention",))
+    return seen["attention"][-1].mean(axis=1)
 
 
 def _entropy(weights: Float[np.ndarray, "n m"]) -> Float[np.ndarray, " n"]:

@@ -217,7 +217,7 @@ class _Scorer:
             )
         )
         self._draw = jax.jit(self._mask)
-        self._compare = jax.jit(_compare)
+        self._compare = jax.jit(whole_image_scores)
         self._on_hidden = jax.jit(self._score_hidden)
 
     def _mask(self, memory: Any, fields: Any, keys: Key[Array, " b"]) -> Mask:
@@ -259,7 +259,7 @@ class _Scorer:
         in, and where pixels are hidden."""
         grid = self._objective.grid(original.shape[1:])
         region = hidden_pixels(mask, grid)
-        filled = [model, untrained, visible_mean(original, mask, grid)]
+        filled = [model, untrained, visible_mean(original, region)]
         if self._objective.normalise_target:
             filled.append(patch_means(original, grid))
         scores = [similarity.psnr(images, original, region) for images in filled]
@@ -272,9 +272,9 @@ def _pixels(batch: Batch) -> Float[np.ndarray, "b h w c"]:
     return np.asarray(batch["image"]).astype(np.float32) / 255
 
 
-def visible_mean(images: Pixels, mask: Mask, grid: Grid) -> Pixels:
+def visible_mean(images: Pixels, hidden: Bool[Array, "b h w"]) -> Pixels:
     """Images of one colour each, the mean of the visible pixels, channel by channel."""
-    weight = (~hidden_pixels(mask, grid))[..., None].astype(images.dtype)
+    weight = (~hidden)[..., None].astype(images.dtype)
     mean = (images * weight).sum(axis=(1, 2), keepdims=True) / weight.sum(
         axis=(1, 2), keepdims=True
     )
@@ -298,7 +298,9 @@ def inpaint(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return np.clip(filled, 0, 1).astype(image.dtype)
 
 
-def _compare(images: Pixels, original: Pixels) -> dict[str, Float[Array, " b"]]:
+def whole_image_scores(
+    images: Pixels, original: Pixels
+) -> dict[str, Float[Array, " b"]]:
     """Scores per image by every measure that fits their size and channels."""
     scores = {
         "mse": similarity.mse(images, original),

@@ -25,6 +25,7 @@ _CALLED = {
     "train": "a training run",
     "eval": "an evaluation",
     "compare": "a comparison",
+    "explore": "a page to explore",
     "study": "a study",
 }
 _SOON = 30  # seconds in which a network disk shows a file of another host

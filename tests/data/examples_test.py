@@ -13,6 +13,7 @@ from records import Numbered, assert_same, join
 from mim_jax.data.decoding import decode
 from mim_jax.data.examples import EXAMPLES
 from mim_jax.data.examples.base import Examples, common_fields
+from mim_jax.data.examples.regions import Regions
 from mim_jax.data.fields import FieldSpec
 from mim_jax.data.input import Input
 from mim_jax.data.pipeline import EVAL_ROW, eval_batches, train_batches
@@ -69,6 +70,7 @@ ROWS: dict[str, list[dict]] = {
         {"source": Digits()},
         {"source": Few(source=Annotated(), ids=(3, 4, 5))},
     ],
+    "regions": [{"examples": Regions(patch=2, levels=1)}],
     "instances": [
         {"source": Scenes(images=20, held_out_images=9, side=24)},
         {"source": Framed(), "image_size": (8, 6)},
@@ -78,9 +80,9 @@ ROWS: dict[str, list[dict]] = {
 
 def inputs_of(name):
     for row in ROWS[name] if name in ROWS else [{}]:
-        fields = {"source": Annotated(), "image_size": (4, 4), "workers": 0} | row
+        fields = {"source": Annotated(), "image_size": (4, 4), "workers": 0}
         try:
-            yield Input(examples=EXAMPLES[name](), **fields)
+            yield Input(**({"examples": EXAMPLES[name]()} | fields | row))
         except ValueError as error:
             pytest.fail(f"give {name!r} a row in ROWS of {__file__}: {error}")
 

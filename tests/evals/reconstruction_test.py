@@ -98,7 +98,7 @@ def test_visible_mean_by_hand():
     mask = from_hidden(hidden)
     region = reconstruction.hidden_pixels(mask, GRID)
     np.testing.assert_array_equal(region[0], ~seen)
-    filled = reconstruction.visible_mean(jnp.asarray(images), mask, GRID)
+    filled = reconstruction.visible_mean(jnp.asarray(images), region)
     np.testing.assert_allclose(
         filled[0], np.broadcast_to(images[0][seen].mean(axis=0), (6, 8, 2)), rtol=1e-5
     )

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the documentation site, which docs/make_site.py builds."""
+
+import mim_jax
+
+project, author = "mim_jax", "the authors of mim_jax"
+version = release = mim_jax.__version__
+html_title = "mim_jax"
+html_theme = "furo"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+]
+myst_enable_extensions = ["attrs_inline"]
+myst_heading_anchors = 4  # the names that GitHub gives sections
+html_copy_source = False
+html_show_sphinx = False
+autodoc_default_options = {
+    "members": True,
+    "member-order": "bysource",
+    "show-inheritance": True,
+}
+autodoc_typehints = "none"
+napoleon_custom_sections = [("Source", "notes_style")]
+napoleon_use_ivar = True
+# Several classes have an attribute of one name, such as `width`: no fault of a page.
+suppress_warnings = ["ref.python"]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation site builds without a warning and without a network; no link of it
+is dead, and it fetches nothing from elsewhere."""
+
+import html.parser
+import importlib.util
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import urllib.parse
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MISSING = [
+    name
+    for name in ("sphinx", "myst_parser", "furo")
+    if importlib.util.find_spec(name) is None
+]
+needs_extra = pytest.mark.skipif(
+    bool(MISSING), reason=f"the extra docs is not installed: no {', '.join(MISSING)}"
+)
+site = runpy.run_path(str(ROOT / "docs" / "make_site.py"))
+# Runs a program that cannot reach any network.
+CUT_OFF = """
+import runpy, socket, sys
+def connect(self, address):
+    raise OSError(f"the site wants the network: {address}")
+socket.socket.connect = connect
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Page(html.parser.HTMLParser):
+    """The names of a page's places, where its links lead, and what it loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.names, self.links, self.loaded, self.text = set(), [], [], ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.names |= {values[key] for key in ("id", "name") if values.get(key)}
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        if tag == "link" and values.get("rel") in ("stylesheet", "preload", "icon"):
+            self.loaded.append(values["href"])
+        if tag in ("img", "script", "iframe", "source") and values.get("src"):
+            self.loaded.append(values["src"])
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, ROOT / "docs" / "make_site.py", folder],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    return {
+        path.relative_to(folder).as_posix(): Page(path)
+        for path in folder.rglob("*.html")
+    }, folder
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_no_link_of_the_site_is_dead(built):
+    pages, folder = built
+    assert len(pages) > 30
+    checked = 0
+    for name, page in pages.items():
+        for link in page.links + page.loaded:
+            parts = urllib.parse.urlsplit(link)
+            if parts.scheme or parts.netloc:
+                assert link in page.links, f"{name} loads {link}"
+                continue
+            path = (folder / name).parent / urllib.parse.unquote(parts.path)
+            path = path.resolve() if parts.path else folder / name
+            assert path.is_file(), f"{name}: {link}"
+            if parts.fragment and path.suffix == ".html":
+                target = pages[path.relative_to(folder.resolve()).as_posix()]
+                # Search highlights are made by a script.
+                assert parts.fragment in target.names, f"{name}: {link}"
+            checked += 1
+    assert checked > 1000
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_five_questions_are_answered_within_one_click(built):
+    pages, _ = built
+    start = pages["index.html"]
+    for question, target, answer in (
+        ("What is it?", "concepts.html", "masked autoencoder"),
+        ("Does it run here?", "readme.html", "--doctor"),
+        ("What did it find out about the papers?", "claims.html", "claims"),
+        ("How do I use it on mine?", "data.html", "source=folder"),
+        ("How fast, and how big does it go?", "performance.html", "images a second"),
+    ):
+        assert question in start.text
+        assert target in {link.partition("#")[0] for link in start.links}
+        assert answer in pages[target].text
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_the_reference_has_the_docstrings(built):
+    pages, _ = built
+    text = pages["reference/use_a_model.html"].text
+    assert "Hides patches of images at random, and fills them in." in text
+    assert "psnr" in pages["reference/functions_of_arrays.html"].text
+
+
+def test_every_page_stands_in_the_contents_once():
+    names = [name for names in site["CONTENTS"].values() for name in names]
+    assert len(names) == len(set(names))
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    pages |= {name.removesuffix(".md") for name in site["AT_ROOT"].values()}
+    assert set(names) == pages | {"reference"}
+
+
+def test_modules_of_the_reference_are_there():
+    for names in site["REFERENCE"].values():
+        for name in names:
+            assert ROOT.joinpath(*name.split(".")).with_suffix(".py").exists(), name
+
+
+def test_links_lead_to_pages_of_the_site():
+    moved = site["_moved"]
+    for source, text, want in (
+        ("docs/mnist.md", "[a](../README.md#use-it)", "[a](readme.md#use-it)"),
+        ("README.md", "[a](docs/data.md)", "[a](data.md)"),
+        ("README.md", "[a](configs/mae.py)", "[a](source/configs/mae.py.md)"),
+        ("README.md", "[a](https://x.example/b)", "[a](https://x.example/b)"),
+        ("README.md", "[a](nowhere.md)", "[a](nowhere.md)"),  # a warning, an error
+    ):
+        assert moved(source, site["_name"](source), text) == want
+    text = "[a](../claims.md)"
+    assert moved("docs/studies/x.md", "studies/x.md", text) == text
