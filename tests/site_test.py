@@ -127,11 +127,17 @@ def test_the_reference_has_the_docstrings(built):
 
 
 def test_every_page_stands_in_the_contents_once():
-    names = [name for names in site["CONTENTS"].values() for name in names]
+    names = site["PAGES"]
     assert len(names) == len(set(names))
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     pages |= {name.removesuffix(".md") for name in site["AT_ROOT"].values()}
     assert set(names) == pages | {"reference"}
+
+
+def test_the_map_of_the_papers_has_every_study():
+    text = (ROOT / "docs" / "papers.md").read_text()
+    for path in (ROOT / "configs").glob("study_*.py"):
+        assert f"`configs/{path.name}`" in text, path.name
 
 
 def test_modules_of_the_reference_are_there():
