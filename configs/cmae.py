@@ -29,7 +29,7 @@ from mim_jax.evals.base import Eval
 
 def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(
-        variant, presets=("mnist", "digits", "cifar10", *presets.OWN)
+        variant, presets=("mnist", "digits", "scenes", "cifar10", *presets.OWN)
     )
     chosen = {"objective": "cmae", "source": presets.source_of(preset)} | chosen
     c = config.experiment("train", **chosen)

@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(
         variant,
         presets=(
-            *("mnist", "photos", "digits", "cues", "hierarchy", "cifar10"),
+            *("mnist", "photos", "digits", "cues", "hierarchy", "scenes", "cifar10"),
             *presets.OWN,
         ),
     )

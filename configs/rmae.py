@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> config.Tree:
     preset, chosen = config.variant(
         variant,
         presets=(
-            *("mnist", "photos", "digits", "hierarchy", "cifar10"),
+            *("mnist", "photos", "digits", "hierarchy", "scenes", "cifar10"),
             *presets.OWN,
         ),
     )

@@ -12,7 +12,9 @@ from mim_jax import config
 
 
 def get_config(variant: str = "") -> config.Tree:
-    size, _ = config.variant(variant, presets=("mnist", "cues", "digits", "hierarchy"))
+    size, _ = config.variant(
+        variant, presets=("mnist", "cues", "digits", "hierarchy", "scenes")
+    )
     c = config.experiment("study")
     c.size = size or "full"
     return c

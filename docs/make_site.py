@@ -56,7 +56,7 @@ CONTENTS = {
         ),
         *("reliability", "security"),
     ),
-    "Results": ("mnist", "digits", "photos", "performance"),
+    "Results": ("mnist", "digits", "photos", "detection", "performance"),
     "The code": ("architecture", "reference", "changelog"),
 }
 # Without the titles that some have in the list of contents.

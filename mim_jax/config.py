@@ -36,7 +36,12 @@ from mim_jax.maskings import MASKINGS
 from mim_jax.maskings.base import Masking
 from mim_jax.models.vit import REMAT
 from mim_jax.objectives import OBJECTIVES
-from mim_jax.objectives.base import LabelObjective, Objective, PixelObjective
+from mim_jax.objectives.base import (
+    Detector,
+    LabelObjective,
+    Objective,
+    PixelObjective,
+)
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import OPTIMISERS, AdamW, Optimiser
 from mim_jax.run.checkpoint import Checkpoints
@@ -127,7 +132,8 @@ class Train:
             The end of the run is evaluated too.
         evaluate_with: names of these evaluations. () takes those that fit: `knn` if
             the source has labels, `reconstruction` for objectives that predict pixels,
-            `robustness` on the held-out images alone for those that learn labels.
+            `detection` for those that find objects, `robustness` on the held-out
+            images alone for those that learn labels.
         on_change: "refuse" or "accept" to resume a run with another config.
         compile_cache: keep compiled programs in the user's folder for caches
             (docs/security.md).
@@ -210,6 +216,7 @@ class Train:
         if not names:
             fits = {
                 "knn": bool(self.data.source.classes),
+                "detection": isinstance(self.objective, Detector),
                 "reconstruction": isinstance(self.objective, PixelObjective),
                 "robustness": isinstance(self.objective, LabelObjective),
             }
@@ -389,7 +396,7 @@ class RunStudy:
     """
 
     study: str = ""
-    size: Literal["full", "mnist", "cues", "digits", "hierarchy"] = "full"
+    size: Literal["full", "mnist", "cues", "digits", "hierarchy", "scenes"] = "full"
     seeds: tuple[int, ...] = within((0, 1, 2), least=0, most=2**31 - 1)
     class_list: str = ""
     given: tuple[str, ...] = ()

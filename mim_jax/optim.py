@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -140,6 +140,8 @@ class AdamW(Optimiser):
             times that, the embedding layer_decay ** (blocks + 1) times that. None: all
             layers have the same rate.
         clip: upper bound of the gradient's global norm, or None.
+        drops: shares of the run after which the learning rate falls to a tenth, in
+            place of the cosine; () takes the cosine. Then `final_lr` does nothing.
     """
 
     base_lr: float = within(1.5e-4, above=0, most=1e38)
@@ -153,9 +155,20 @@ class AdamW(Optimiser):
     layer_decay: float | None = within(None, above=0, most=1)
     final_lr: float = within(0.0, least=0, most=1e38)
     clip: float | None = within(None, above=0, most=1e6)
+    drops: tuple[float, ...] = within((), above=0, below=1)
 
     def __post_init__(self):
         check_ranges(self)
+
+    def schedule(
+        self, batch_size: int, epochs: float, total: int
+    ) -> Callable[[Any], Any]:
+        cosine = super().schedule(batch_size, epochs, total)
+        if not self.drops:
+            return cosine
+        warmup = self.warmup_epochs / epochs * total
+        peak = self.base_lr * batch_size / 256
+        return warmup_drops(peak, warmup, [share * total for share in self.drops])
 
     def steps(
         self, schedule: Callable[[Any], Any], total: int
@@ -334,6 +347,33 @@ def warmup_cosine(
         progress = (step - warmup) / max(total - warmup, 1e-9)
         fall = 0.5 * (1 + xp.cos(math.pi * xp.clip(progress, 0.0, 1.0)))
         return xp.where(step < warmup, peak * rise, last + (peak - last) * fall)
+
+    return schedule
+
+
+def warmup_drops(
+    peak: float, warmup: float, drops: Sequence[float]
+) -> Callable[[Any], Any]:
+    """Learning rate at each step: a line from 0 to `peak`, and a tenth of it, of that
+    again, ... from each of the steps `drops` on.
+
+    Args:
+        peak, warmup: as for `warmup_cosine`.
+        drops: steps; may be fractional.
+
+    Example:
+        >>> rate = warmup_drops(1.0, 2.0, [8.0])
+        >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 7, 8)]
+        [0.0, 0.5, 1.0, 1.0, 0.1]
+    """
+
+    def schedule(step):
+        xp = jnp if isinstance(step, jax.Array) else np
+        step = xp.asarray(step, xp.float32)
+        rate = peak * xp.minimum(step / max(warmup, 1e-9), 1.0)
+        for drop in drops:
+            rate = xp.where(step < drop, rate, 0.1 * rate)
+        return rate
 
     return schedule
 

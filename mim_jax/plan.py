@@ -19,7 +19,7 @@ from mim_jax.data.passes import EvalPasses
 from mim_jax.data.trial import check_first
 from mim_jax.kernels.choice import check_forms, described, with_kernels
 from mim_jax.maskings.base import Masking
-from mim_jax.objectives.base import LabelObjective, Objective
+from mim_jax.objectives.base import Detector, LabelObjective, Objective
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid
 from mim_jax.schema import raised, returned
@@ -335,6 +335,17 @@ def _check_names(masking: Masking) -> None:
 def _check_labels(objective: Objective, data: Input) -> None:
     """ValueError if the source lacks the labels that the objective reads, or has more
     classes than the objective."""
+    if isinstance(objective, Detector):
+        known = len(data.source.object_classes)
+        if objective.classes < known or not known:
+            raise ValueError(
+                f"objective.classes={objective.classes}: objects of data.source have "
+                f"{known} classes; want objective.classes={known}"
+                if known
+                else "data.source has no objects with classes, which "
+                f"{type(objective).__name__} reads; want a source with objects, such "
+                "as scenes"
+            )
     if "label" not in objective.reads:
         return
     if not data.source.classes:

@@ -2,9 +2,9 @@
 """Sizes at which every method runs on small images.
 
 These are not the papers' experiments: a config's variant `:mnist`, `:photos`,
-`:digits`, `:cues` or `:hierarchy` is its recipe with these leaves set, for two CPU
-cores and images that need no download. `:cifar10` is sized for one GPU or TPU, as Colab
-lends them. `:tiny`, `:small` and `:base` are sizes for images of your own.
+`:digits`, `:cues`, `:hierarchy` or `:scenes` is its recipe with these leaves set, for
+two CPU cores and images that need no download. `:cifar10` is sized for one GPU or TPU,
+as Colab lends them. `:tiny`, `:small` and `:base` are sizes for images of your own.
 """
 
 from mim_jax import config
@@ -142,6 +142,49 @@ def hierarchy(c: config.Tree) -> None:
     c.checkpoint.every = 500
 
 
+def scenes(c: config.Tree) -> None:
+    """A small model on 64 x 64 scenes of digits and shapes over photographs, 64 patches
+    each."""
+    _plain(c)
+    c.steps = 1500
+    c.batch_size = 64
+    _small(c, patch=8, depth=1)
+    c.objective.encoder.update(dict(width=96, depth=4))
+    # Those of MAE, whose crops are of whole scenes.
+    c.objective.mean, c.objective.std = (0.45,) * 3, (0.29,) * 3
+    c.data.image_size = (64, 64)
+    if "jitter" in c.data.examples:
+        c.data.examples.update(dict(most=8, mask_side=28, jitter=(0.8, 1.25)))
+    else:
+        c.data.crop_scale = (0.3, 1.0)
+    c.data.flip = False  # a mirrored digit is none
+    c.data.eval_crop_fraction = 1.0
+    c.optim.base_lr = 4e-3
+    c.optim.warmup_epochs = 5.0
+    c.checkpoint.every = 500
+
+
+def objects(c: config.Tree) -> None:
+    """Heads for the scenes, to apply after `scenes`: about 25 minutes of one core."""
+    objective = c.objective
+    objective.encoder.drop_path = 0.0
+    objective.pyramid.width = 32
+    objective.proposer.convs = 1
+    objective.box_head.update(dict(convs=1, hidden=128))
+    objective.mask_head.convs = 1
+    # Anchors of 8 to 128 pixels.
+    objective.proposals.update(
+        dict(side=4.0, samples=64, before=64, before_eval=100, after=64)
+    )
+    objective.regions.samples = 32
+    objective.answers.update(dict(candidates=200, most=30))
+    c.batch_size = 16
+    c.steps = 2400
+    c.epochs = 10.0
+    c.optim.base_lr = 2.4e-2
+    c.optim.warmup_epochs = 0.5
+
+
 def cifar10(c: config.Tree) -> None:
     """ViT-Ti with patches of 4 on CIFAR-10, prepared by tfds, 64 patches each; for one
     GPU or TPU. The epochs and the learning rate stay the recipe's."""
@@ -223,6 +266,7 @@ _PRESETS = {
     "digits": digits,
     "cues": cues,
     "hierarchy": hierarchy,
+    "scenes": scenes,
     "cifar10": cifar10,
     "tiny": tiny,
     "small": small,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mim_jax import config, evaluate, presets, train
+from mim_jax.data.sources.coco import Coco
 from mim_jax.data.sources.tfds import Tfds
 from mim_jax.plan import Plan
 from mim_jax.trees import VariantError
@@ -19,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Studies that do not run on handwritten digits, and their sizes.
 SIZES = {
     "study_p2_table2": ("cues", "digits"),
+    "study_p2_table3": ("scenes",),
     "study_p2_theorem2": ("hierarchy",),
 }
 # file: the variants to try besides none. A preset that its file knows must be here.
@@ -34,10 +36,11 @@ FILES = {
         "digits",
         "cues",
         "hierarchy",
+        "scenes",
         *presets.OWN,
     ),
-    "rmae.py": ("mnist", "photos", "digits", "hierarchy", "cifar10", "tiny"),
-    "cmae.py": ("mnist", "digits", "cifar10", "masking=none", *presets.OWN),
+    "rmae.py": ("mnist", "photos", "digits", "hierarchy", "scenes", "cifar10", "tiny"),
+    "cmae.py": ("mnist", "digits", "scenes", "cifar10", "masking=none", *presets.OWN),
     "mocov3.py": ("mnist", "digits", "tiny"),
     "dino.py": ("mnist", "digits", "tiny"),
     "supervised.py": ("mnist", "digits", "hierarchy", "cifar10", "tiny"),
@@ -55,6 +58,8 @@ FILES = {
         *("10pct", "1pct", "mnist-10pct", "digits-10pct", *presets.OWN),
     ),
     "linear_probe.py": ("mnist", "digits", "cues", "cifar10", "tiny"),
+    "detect.py": ("scenes", "source=tfds"),
+    "detection.py": (),
     "knn.py": (),
     "latents.py": (),
     "linear.py": (),
@@ -67,7 +72,7 @@ FILES = {
     "shape_bias.py": (),
     "compare.py": (),
     "explore.py": (),
-    "study.py": ("mnist", "cues", "digits", "hierarchy"),
+    "study.py": ("mnist", "cues", "digits", "hierarchy", "scenes"),
     **{
         path.name: SIZES.get(path.stem, ("mnist", "digits"))
         for path in (ROOT / "configs").glob("study_*.py")
@@ -96,8 +101,18 @@ def imagenet(monkeypatch):
     monkeypatch.setattr(Tfds, "channels", 3)
     monkeypatch.setattr(Tfds, "classes", property(classes))
     monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"split": self.split})
+    monkeypatch.setattr(Tfds, "object_classes", tuple(map(str, range(80))))
     black = {"image": np.zeros((300, 400, 3), np.uint8), "label": 0}
+    box = {"bbox": np.array([[0.1, 0.1, 0.5, 0.5]], np.float32), "label": np.zeros(1)}
+    black["objects"] = box
     monkeypatch.setattr(Tfds, "__getitem__", lambda self, index: black)
+    # COCO's folder: as many classes.
+    monkeypatch.setattr(Coco, "__post_init__", lambda self: None)
+    monkeypatch.setattr(Coco, "__len__", lambda self: 117266)
+    monkeypatch.setattr(Coco, "object_classes", tuple(map(str, range(80))))
+    monkeypatch.setattr(Coco, "fingerprint", lambda self: {"split": self.split})
+    monkeypatch.setattr(Coco, "note", "")
+    monkeypatch.setattr(Coco, "__getitem__", lambda self, index: black)
 
 
 @pytest.fixture(autouse=True)

@@ -46,9 +46,21 @@ MAY_IMPORT = {
     "data.transforms": (),
     "data.randaugment": (),
     "data.sources": ("data.sources.base", "data.sources.packaged", "data.fields"),
-    "data.sources.scenes": ("theory.grammar",),
+    "data.sources.drawings": ("theory.grammar",),
+    "data.segments": (),
+    # Objects in images: digits of MNIST and drawn shapes over the photographs.
+    "data.sources.scenes": (
+        *("data.sources.base", "data.sources.mnist", "data.sources.photos"),
+        "data.segments",
+    ),
+    "data.sources.coco": ("data.sources.base", "data.segments"),
+    "data.examples.instances": (
+        *("data.examples.base", "data.decoding", "data.fields", "data.geometry"),
+        *("data.segments", "data.transforms"),
+    ),
+    "data.coco": ("data.decoding", "data.segments", "data.sources"),
     "data.sources.hierarchy": (
-        *("data.sources.base", "data.sources.scenes", "data.fields"),
+        *("data.sources.base", "data.sources.drawings", "data.fields"),
         *("theory.grammar", "theory.trees"),
     ),
     "data.geometry": ("data.randaugment", "data.sources.base", "data.transforms"),
@@ -69,7 +81,7 @@ MAY_IMPORT = {
     ),
     "data.passes": (
         *("data.decoding", "data.fields", "data.input", "data.pipeline", "data.sets"),
-        "data.workers",
+        *("data.segments", "data.sources.base", "data.workers"),
     ),
     "data.trial": (
         *("data.decoding", "data.fields", "data.input", "data.pipeline"),
@@ -262,7 +274,7 @@ ROOMS = {
 USED_BY_PLUG_INS = {
     "evals": {"features", "figures", "images", "logits", "occluded", "report"},
     "objectives": {"t2"},
-    "data.sources": {"packaged", "scenes"},
+    "data.sources": {"packaged", "drawings"},
 }
 # Another package's module: the only rooms that may import it.
 ONLY_IN = {

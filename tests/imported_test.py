@@ -291,6 +291,15 @@ def test_a_model_without_a_decoder_fills_in_nothing():
     assert np.abs(random.features(images()) - model.features(images())).max() > 0.1
 
 
+def test_a_file_is_loaded_with_the_heads_that_are_said(home):
+    run, file = mim_jax.load(home / "mae"), FOLDER / "mae.pth"
+    same = mim_jax.load(file, heads=2, decoder_heads=3)
+    other = mim_jax.load(file, heads=2, decoder_heads=1)
+    want, found, apart = (m.reconstruct(images()) for m in (run, same, other))
+    np.testing.assert_array_equal(want.images, found.images)
+    assert np.abs(want.images - apart.images).max() > 1e-3
+
+
 def test_a_file_of_ours_is_loaded_as_the_run_that_it_is_of(tmp_path):
     run = ROOT / "tests" / "fixtures" / "old_runs" / "mocov3" / "run"
     file = tmp_path / "x.safetensors"

@@ -265,3 +265,14 @@ def test_an_optimiser_that_does_not_know_late_parameters_says_so():
 def test_settings_out_of_range(fields, message):
     with pytest.raises(ValueError, match=message):
         AdamW(**fields)
+
+
+def test_the_rate_drops_to_a_tenth_after_shares_of_the_run():
+    optimiser = AdamW(base_lr=4e-4, warmup_epochs=1.0, drops=(8 / 9, 26 / 27))
+    rate = optimiser.schedule(batch_size=64, epochs=10.0, total=2700)
+    want = {0: 0, 135: 0.5, 270: 1, 2399: 1, 2400: 0.1, 2599: 0.1, 2600: 0.01}
+    for step, share in want.items():
+        assert float(rate(step)) == pytest.approx(share * 1e-4, rel=1e-5), step
+        assert float(jax.jit(rate)(step)) == pytest.approx(share * 1e-4, rel=1e-5)
+    with pytest.raises(ValueError, match="warmup_epochs"):
+        optimiser.schedule(batch_size=64, epochs=1.0, total=2700)

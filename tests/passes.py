@@ -27,6 +27,11 @@ class Given:
     training: list = dataclasses.field(default_factory=list)
     classes: tuple[str, ...] = ()
     sets: dict[str, GivenSet] = dataclasses.field(default_factory=dict)
+    given: dict[int, Any] = dataclasses.field(default_factory=dict)  # by index
+    object_classes: tuple[str, ...] = ()
+
+    def objects(self, split, index, shape):
+        return self.given[index]
 
     def held_out(self, spread=False):
         del spread  # batches come as they are given

@@ -12,6 +12,8 @@ from tables import restored
 from tiny import tree_of
 
 from mim_jax import config
+from mim_jax.data.examples.base import Examples
+from mim_jax.data.sources.base import Source
 from mim_jax.evals.base import Eval
 from mim_jax.kernels import FORMS
 from mim_jax.kernels.base import Form, Site
@@ -294,3 +296,25 @@ def test_a_report_that_cannot_measure_the_objective_says_how_to_choose_another()
         "Supervised run: want an objective that predicts pixels, a PixelObjective, or "
         "another report, such as --config=configs/FILE.py:eval=knn"
     )
+
+
+def test_objects_need_a_source_that_has_them_and_enough_classes():
+    tree = tree_of("detection", objective__classes=13)
+    with pytest.raises(config.ConfigError, match="classes=13: .*want .*classes=14"):
+        Plan.of(tree)
+    bare = tree_of("detection")
+    with bare.data.unlocked():
+        bare.data.source = config.choose(Source, "digits")
+    with pytest.raises(
+        config.ConfigError, match="and no objects|no objects with class"
+    ):
+        Plan.of(bare)
+    with bare.data.unlocked():
+        bare.data.examples = config.choose(Examples, "crops")
+    with pytest.raises(config.ConfigError, match="data has no 'size'.*Detection reads"):
+        Plan.of(bare)
+
+
+def test_a_run_that_finds_objects_is_measured_by_detection_while_it_trains():
+    built = config.build(tree_of("detection", evaluate_every=5))
+    assert built.evaluations.keys() == {"detection"}

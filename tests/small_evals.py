@@ -13,6 +13,7 @@ from small_run import CLASSES, batches
 from tiny import tree_of
 
 from mim_jax import config
+from mim_jax.data.segments import Objects, box_of, runs_of
 from mim_jax.evals import EVALS
 from mim_jax.evals.base import Eval, Run
 
@@ -29,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tsne": dict(classes=3, images=8, perplexity=5.0),
     "robustness": dict(mistakes=2),
     "shape_bias": dict(examples=2),
+    "detection": dict(shown=2, least=0.0),
     "latents": dict(fields=("label",), images=20, held_out=20, masks=8),
 }
 
@@ -94,5 +96,26 @@ def passes_of(size: int, labels: bool = True) -> Given:
     if not labels:
         for batch in (*held_out, *training):
             batch["label"][:] = -1
+    for batch in (*held_out, *training):
+        shapes = np.full((len(batch["label"]), 2), SIDE, np.int32)
+        batch.update(size=shapes, shape=shapes)
     sets = {"cues": GivenSet(Conflicts(), cues)}
-    return Given(held_out, training, CLASSES if labels else (), sets)
+    classes = CLASSES if labels else ()
+    given = {index: objects(index) for index in range(24)}
+    names = tuple(map(str, range(14)))
+    return Given(held_out, training, classes, sets, given, names)
+
+
+def objects(index: int) -> Objects:
+    """Two objects of an image, one of them with a hole in its mask."""
+    masks = np.zeros((2, SIDE, SIDE), bool)
+    masks[0, 1:7, 2:6] = masks[1, 4:12, 5 : 9 + index % 4] = True
+    masks[1, 6, 7] = False
+    return Objects(
+        boxes=np.array([box_of(one) for one in masks], np.float32),
+        classes=np.array([index % 3, 5], np.int32),
+        crowd=np.zeros(2, bool),
+        areas=masks.sum(axis=(1, 2)).astype(np.float64),
+        segments=[runs_of(one) for one in masks],
+        ids=[0, 1],
+    )

@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 from mim_jax import config
+from mim_jax.data.sources.coco import Coco
 from mim_jax.data.sources.tfds import Tfds
 from mim_jax.evals.base import Eval
 from mim_jax.evals.report import Number
@@ -119,7 +120,7 @@ some_cells = pytest.mark.parametrize(
 
 
 @some_cells
-@pytest.mark.parametrize("size", ["mnist", "cues", "hierarchy"])
+@pytest.mark.parametrize("size", ["mnist", "cues", "hierarchy", "scenes"])
 def test_every_cell_of_every_study_has_a_plan(size, step):
     """Or is not defined, which only units that are too few can cause."""
     for cell in [*distinct(size)][::step]:
@@ -141,11 +142,15 @@ def test_every_cell_has_a_plan_at_the_size_of_the_paper(monkeypatch, step):
     monkeypatch.setattr(Tfds, "fingerprint", lambda self: {"dataset": self.dataset})
     labels = np.arange(1281167) % 1000
     monkeypatch.setattr(Tfds, "labels", lambda self: labels)
+    monkeypatch.setattr(Coco, "__post_init__", lambda self: None)
+    monkeypatch.setattr(Coco, "__len__", lambda self: 117266)
+    monkeypatch.setattr(Coco, "object_classes", tuple(map(str, range(80))))
     assert len(all_cells("full").by_key) > 100
     for cell in [*distinct("full")][::step]:
         assert not cell.undefined, cell.name
         plan = Plan.of(cell.tree, jax.devices()[:1], stand_in=True)
-        assert plan.settings.data.image_size == (224, 224), cell.name
+        side = 1024 if "detect" in cell.name else 224
+        assert plan.settings.data.image_size == (side, side), cell.name
 
 
 def test_an_mae_that_many_studies_name_is_one_cell():
@@ -166,7 +171,10 @@ def test_each_study_has_a_file_that_names_it_at_its_sizes():
     assert files == {f"study_{name}" for name in STUDIES}
     assert len(files) >= 15
     for name, study in STUDIES.items():
-        for size in ("full", study.small, "digits") if study.full else (study.small,):
+        sizes = ("full", study.small) if study.full else (study.small,)
+        if study.full and study.small != "scenes":
+            sizes = (*sizes, "digits")
+        for size in sizes:
             variant = "" if size == "full" else f":{size}"
             built = config.build(config.read(f"configs/study_{name}.py{variant}"))
             assert (built.study, built.size) == (name, size)

@@ -34,6 +34,7 @@ class Tiny:
         objective: leaves of its config, groups as dicts; encoder and data's mean and
             deviation are the same for all.
         data: leaves of config.data.
+        plugins: source and examples by name, in place of digits and their crops.
         optimiser: by its name.
         base_lr: with which the loss falls in STEPS steps.
         falls: to less than this share of what it was.
@@ -45,6 +46,7 @@ class Tiny:
 
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    plugins: dict[str, str] = dataclasses.field(default_factory=dict)
     optimiser: str = "adamw"
     base_lr: float = 0.1
     falls: float = 0.88
@@ -101,6 +103,28 @@ TINY: dict[str, Tiny] = {
         base_lr=0.3,
         falls=0.95,
     ),
+    "detection": Tiny(
+        objective=dict(
+            encoder=_ENCODER | dict(drop_path=0.1, positions="learned"),
+            classes=14,
+            pyramid=dict(width=8),
+            proposer=dict(convs=1),
+            box_head=dict(convs=1, hidden=16),
+            mask_head=dict(convs=1),
+            proposals=dict(samples=32, before=20, before_eval=20, after=20, side=4.0),
+            regions=dict(samples=16),
+            answers=dict(candidates=20, most=5),
+        ),
+        data=dict(
+            source=dict(images=32, held_out_images=8, side=16, channels=1),
+            image_size=(12, 12),
+            examples=dict(most=4, mask_side=14, jitter=(0.8, 1.25)),
+        ),
+        plugins=dict(source="scenes", examples="instances"),
+        base_lr=0.05,
+        falls=0.7,
+        rounding=0.4,  # which regions are sampled goes by the scores
+    ),
     "probe": Tiny(
         objective=dict(classes=10),
         optimiser="lars",
@@ -114,9 +138,8 @@ TINY: dict[str, Tiny] = {
 def tree_of(name: str, **changes) -> config.Tree:
     """The config of a tiny objective; `changes` has paths as `mesh__fsdp=2`."""
     row = TINY[name]
-    tree = config.experiment(
-        "train", source="digits", objective=name, optimiser=row.optimiser
-    )
+    plugins = dict(source="digits", objective=name, optimiser=row.optimiser)
+    tree = config.experiment("train", **(plugins | row.plugins))
     tree.steps, tree.batch_size, tree.dtype, tree.remat = STEPS, ROWS, "float32", "none"
     tree.scan = False
     tree.data.update(dict(image_size=(8, 8), workers=0, threads=1) | row.data)

@@ -20,8 +20,10 @@ from mim_jax.data.pipeline import (
     filled_row,
     positions_of_host,
 )
+from mim_jax.data.segments import Objects, objects_of
 from mim_jax.data.sets import SETS
 from mim_jax.data.sets.base import EvaluationSet
+from mim_jax.data.sources.base import Source
 from mim_jax.data.workers import Batch, Batches, read_ahead
 
 
@@ -88,10 +90,33 @@ class EvalPasses:
         source = self.data.source
         return (source if split == "train" else source.held_out()).name_of(index)
 
+    def objects(
+        self,
+        split: Literal["train", "held_out"],
+        index: int,
+        shape: tuple[int, int],
+    ) -> Objects:
+        """The objects of a record whose image has so many rows and columns.
+
+        Raises:
+            ValueError: the record says nothing of objects.
+        """
+        source = self.data.source if split == "train" else self._held_out
+        return objects_of(source[index], shape)
+
+    @functools.cached_property
+    def _held_out(self) -> Source:
+        return self.data.source.held_out()
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; () if unlabelled."""
         return self.data.source.classes
+
+    @property
+    def object_classes(self) -> tuple[str, ...]:
+        """Names of the classes of objects; () if there are no objects."""
+        return self.data.source.object_classes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from mim_jax.evals.attention import Attention
 from mim_jax.evals.base import Eval
 from mim_jax.evals.cka import CKA
+from mim_jax.evals.detection import DetectionAP
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.latents import Latents
 from mim_jax.evals.linear import Linear
@@ -26,4 +27,5 @@ EVALS: dict[str, type[Eval]] = {
     "robustness": Robustness,
     "shape_bias": ShapeBias,
     "latents": Latents,
+    "detection": DetectionAP,
 }

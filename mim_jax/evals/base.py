@@ -120,9 +120,25 @@ class Passes(Protocol):
         """What a reader finds the record with this value of "index" by."""
         ...
 
+    def objects(self, split: Split, index: int, shape: tuple[int, int]) -> Any:
+        """The objects of a record, a `mim_jax.data.segments.Objects`.
+
+        Args:
+            index: its value of "index".
+            shape: rows and columns of its image.
+        Raises:
+            ValueError: the record says nothing of objects.
+        """
+        ...
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of labels; () if unlabelled."""
+        ...
+
+    @property
+    def object_classes(self) -> tuple[str, ...]:
+        """Names of the classes of objects; () if there are no objects."""
         ...
 
 
@@ -317,7 +333,9 @@ class _Noting:
         self.evaluation_set = passes.evaluation_set
         self.known = passes.known
         self.name_of = passes.name_of
+        self.objects = passes.objects
         self.classes = passes.classes
+        self.object_classes = passes.object_classes
 
     def train(self, spread: bool = False) -> AbstractContextManager[Iterable[Batch]]:
         return self._noted("train", self._passes.train(spread))

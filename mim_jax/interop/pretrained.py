@@ -272,6 +272,7 @@ def load(
     step: int | None = None,
     weights: str = "trained",
     heads: int | None = None,
+    decoder_heads: int | None = None,
 ) -> Pretrained:
     """A trained model of images, of a run or of weights. No data need be there.
 
@@ -291,7 +292,8 @@ def load(
         step: which checkpoint of a run directory; None is the newest.
         weights: "trained"; "teacher", the averaged ones of methods that have them; or
             "initial", new ones by the run's seed: the random baseline.
-        heads: number of attention heads, where weights of another program do not tell.
+        heads, decoder_heads: number of attention heads of encoder and decoder, where
+            weights of another program do not tell.
     Raises:
         ConfigError: (a ValueError) nothing there can be read, no such checkpoint,
             unknown weights, or there is no teacher.
@@ -309,7 +311,7 @@ def load(
                 f"step={step}: {path} has one set of weights; want None"
             )
         read = _read_file
-    config, objective, found, params = read(path, step, weights, heads)
+    config, objective, found, params = read(path, step, weights, heads, decoder_heads)
     if weights == "initial":
         found, params = 0, initial_params(config, objective)
     rows, cols = config.data.image_size
@@ -340,10 +342,14 @@ def load_encoder(
 
 
 def _read_run(
-    path: files.Place, step: int | None, weights: str, heads: int | None
+    path: files.Place,
+    step: int | None,
+    weights: str,
+    heads: int | None,
+    decoder_heads: int | None,
 ) -> tuple[configs.Tree, Objective, int, Any]:
     """(config, objective, step, parameters) of a run directory."""
-    del heads  # a run knows them
+    del heads, decoder_heads  # a run knows them
     config = rundir.read_config(path, f"run={str(path)!r}")
     objective = configs.build_objective(config)
     # Even where no parameters are read, the run must have the checkpoint.
@@ -353,7 +359,11 @@ def _read_run(
 
 
 def _read_file(
-    path: pathlib.Path, step: int | None, weights: str, heads: int | None
+    path: pathlib.Path,
+    step: int | None,
+    weights: str,
+    heads: int | None,
+    decoder_heads: int | None,
 ) -> tuple[configs.Tree, Objective, int, Any]:
     """(config, objective, step, parameters) of a file or folder of weights."""
     del step  # a file has one
@@ -361,7 +371,9 @@ def _read_file(
         about, found = native.read(path)
         config, number = configs.filled(about["config"], str(path)), about["step"]
     else:
-        converted = foreign.convert(reading.read(path), foreign.Said(heads=heads))
+        converted = foreign.convert(
+            reading.read(path), foreign.Said(heads=heads, decoder_heads=decoder_heads)
+        )
         config, number = converted.config, 0
         found = {"params": traverse_util.unflatten_dict(converted.params, sep="/")}
     if weights == "teacher":

@@ -3,6 +3,7 @@
 
 from mim_jax.maskings.affinity import Affinity
 from mim_jax.maskings.block import Block
+from mim_jax.maskings.box import Box
 from mim_jax.maskings.grid import GridMasking
 from mim_jax.maskings.none import Nothing
 from mim_jax.maskings.random import Random
@@ -14,5 +15,6 @@ MASKINGS = {
     "grid": GridMasking,
     "subtrees": Subtrees,
     "affinity": Affinity,
+    "box": Box,
     "none": Nothing,
 }

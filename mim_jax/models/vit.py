@@ -7,7 +7,7 @@ e.g. `block00/attn/qkv/kernel`. If the parameters of all blocks are stacked unde
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -46,11 +46,52 @@ Scales = Float[Array, "2 b"] | None
 Offsets = Float[Array, "#b a n n"] | None
 
 
+class Windows(NamedTuple):
+    """Attention within squares of patches, arXiv:2203.16527, section 3.
+
+    Attributes:
+        side: of a square, in patches; it divides both sides of the grid.
+        whole: numbers of the blocks that attend everywhere. In the others the class
+            token, which lies in no square, stays as it is.
+        grid: of the patches.
+    """
+
+    side: int
+    whole: tuple[int, ...]
+    grid: Grid
+
+    def split(self, x: Float[Array, "b n d"]) -> Float[Array, "w m d"]:
+        """The patch tokens of each square, square by square."""
+        rows, cols = self.grid.rows // self.side, self.grid.cols // self.side
+        x = x.reshape(len(x), rows, self.side, cols, self.side, -1)
+        return jnp.swapaxes(x, 2, 3).reshape(-1, self.side**2, x.shape[-1])
+
+    def join(self, x: Float[Array, "w m d"]) -> Float[Array, "b n d"]:
+        """The inverse of `split`."""
+        rows, cols = self.grid.rows // self.side, self.grid.cols // self.side
+        x = x.reshape(-1, rows, cols, self.side, self.side, x.shape[-1])
+        return jnp.swapaxes(x, 2, 3).reshape(-1, self.grid.size, x.shape[-1])
+
+    def run(self, block: Any, x: Float[Array, "b t d"], scales: Scales, offsets: Any):
+        """What a block returns that sees one square at a time."""
+        if offsets is not None:
+            raise ValueError(
+                "relative_positions=True with windows: want relative_positions=False"
+            )
+        patches = self.split(x[:, 1:])
+        if scales is not None:
+            scales = jnp.repeat(scales, len(patches) // len(x), axis=1)
+        patches, _ = block(patches, scales, None)
+        x = jnp.concatenate([x[:, :1], self.join(patches)], axis=1)
+        return x, {"blocks": x}
+
+
 def run_blocks(
     network: Any,
     x: Float[Array, "b n d"],
     taps: Sequence[str] = (),
     each: Sequence[Float[Array, "l ..."] | None] = (),
+    windows: Windows | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
     """The blocks of an Encoder or Decoder, one after the other.
 
@@ -60,18 +101,31 @@ def run_blocks(
             blocks.
         each: the further arguments of a block, each with a leading axis over the
             blocks, or None.
+        windows: squares within which most blocks attend; None: all attend everywhere.
+    Raises:
+        ValueError: there are windows, and the blocks are one loop or weights of
+            attention are asked for.
     """
     fields = {name: getattr(network, name) for name in _OF_A_BLOCK}
     fields["taps"] = tuple(taps)
     cls, stacked = Block, network.has_variable("params", "blocks")
     if network.remat != "none":
         cls = _rematerialised(network.remat, stacked)
+    if windows is not None and (stacked or "attention" in taps):
+        raise ValueError(
+            "windows: blocks differ, and so do their weights of attention; want "
+            "config.scan=False and no tap 'attention'"
+        )
     if stacked:
         return _scanned(cls, network.depth, fields, x, each)
     seen = []
     for i in range(network.depth):
         own = [None if one is None else one[i] for one in each]
-        x, tap = cls(name=f"block{i:02d}", **fields)(x, *own)
+        block = cls(name=f"block{i:02d}", **fields)
+        if windows is None or i in windows.whole:
+            x, tap = block(x, *own)
+        else:
+            x, tap = windows.run(block, x, *own)
         seen.append(tap)
     return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
 
@@ -352,6 +406,7 @@ class Encoder(nn.Module):
         taps: Sequence[str] = (),
         hidden: Bool[Array, "b n"] | None = None,
         keys: Key[Array, " b"] | None = None,
+        windows: Windows | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
         """Class token and patch tokens, after the final norm if norm="tokens".
 
@@ -365,6 +420,8 @@ class Encoder(nn.Module):
             hidden: True where a learned mask token replaces the embedded patch. The
                 parameter exists only if `init` was called with `hidden`.
             keys: one key per image, for drop path; None drops nothing.
+            windows: squares of patches within which most blocks attend; it sees all
+                patches.
         Returns:
             (tokens, taps) with t = 1 + k, the class token first. With norm="pooled" the
             taps also hold "pooled" "b d", the final norm of the mean patch token.
@@ -386,7 +443,7 @@ class Encoder(nn.Module):
         scales = None if keys is None else drop_path(keys, self.depth, self.drop_path)
         offsets = self._offsets(grid, keep) if self.relative_positions else None
         x = jnp.concatenate([cls, x], axis=1)
-        x, seen = run_blocks(self, x, taps, (scales, offsets))
+        x, seen = run_blocks(self, x, taps, (scales, offsets), windows)
         norm = LayerNorm(self.dtype, self.epsilon, name="norm")
         if self.norm == "tokens":
             return norm(x), seen

@@ -4,6 +4,7 @@
 from mim_jax.objectives.base import Objective
 from mim_jax.objectives.beit import BEiT
 from mim_jax.objectives.cmae import CMAE
+from mim_jax.objectives.detection import Detection
 from mim_jax.objectives.dino import DINO
 from mim_jax.objectives.encoder import EncoderOnly
 from mim_jax.objectives.mae import MAE
@@ -22,4 +23,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "supervised": Supervised,
     "probe": Probe,
     "encoder": EncoderOnly,
+    "detection": Detection,
 }

@@ -129,6 +129,11 @@ class Objective(abc.ABC):
         """Which tokens represent an image: the class token, or the patches' mean."""
         return "cls"
 
+    @property
+    def drops_paths(self) -> bool:
+        """Whether the loss lets the encoder drop paths."""
+        return False
+
     def for_run(self, total_steps: int) -> "Objective":
         """This objective for a run of `total_steps`; its schedules may need them."""
         del total_steps
@@ -341,13 +346,14 @@ class Objective(abc.ABC):
         """ValueError if encoder, standardisation or maskings do not fit the images."""
         channels = image_shape[2]
         self.encoder.check_sizes()
-        labels, pooled = isinstance(self, LabelObjective), self.encoder.norm == "pooled"
+        labels = isinstance(self, LabelObjective)
+        pooled = self.encoder.norm == "pooled"
         if pooled and not (labels and self.feature == "avg"):
             raise ValueError(
                 "encoder.norm='pooled': want 'tokens', or an objective with labels "
                 "that reads the mean of the patch tokens"
             )
-        if self.encoder.drop_path and not labels:
+        if self.encoder.drop_path and not self.drops_paths:
             raise ValueError(
                 f"encoder.drop_path={self.encoder.drop_path}: want 0, or an objective "
                 "with labels"
@@ -375,6 +381,10 @@ class LabelObjective(Objective):
 
     classes: int
 
+    @property
+    def drops_paths(self) -> bool:
+        return True
+
     @abc.abstractmethod
     def logits(
         self,
@@ -387,6 +397,52 @@ class LabelObjective(Objective):
         Args:
             stats: running statistics, as `TrainState.stats`.
             images: uint8, or in 0..1.
+        """
+
+
+class Found(NamedTuple):
+    """Objects that were found in each image of a batch, the best first.
+
+    Attributes:
+        boxes: left, top, right, bottom in pixels.
+        scores: in 0..1.
+        classes: positions in the source's object classes.
+        valid: which entries are answers.
+        masks: probabilities, each in the frame of its box.
+    """
+
+    boxes: Float[Array, "b k 4"]
+    scores: Float[Array, "b k"]
+    classes: Int[Array, "b k"]
+    valid: Bool[Array, "b k"]
+    masks: Float[Array, "b k m m"]
+
+
+class Detector(Objective):
+    """An objective that finds objects in images.
+
+    Attributes:
+        classes: number of classes of objects.
+    """
+
+    classes: int
+
+    @property
+    def drops_paths(self) -> bool:
+        return True
+
+    @abc.abstractmethod
+    def detect(
+        self,
+        params: Params,
+        images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"],
+        size: Int[Array, "b 2"],
+    ) -> Found:
+        """The objects that images show, computed without randomness.
+
+        Args:
+            images: uint8, or in 0..1.
+            size: rows and columns of the picture in each image; the rest is padding.
         """
 
 

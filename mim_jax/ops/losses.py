@@ -25,3 +25,23 @@ def cross_entropy(
 ) -> Float[Array, " b"]:
     """Cross-entropy of each image in nats, for targets that need not sum to 1."""
     return -(targets * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1)
+
+
+def sigmoid_cross_entropy(
+    logits: Float[Array, "*shape"], targets: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Cross-entropy of each logit in nats, for targets in 0..1."""
+    return (
+        jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    )
+
+
+def smooth_l1(
+    errors: Float[Array, "*shape"], beta: float = 0.0
+) -> Float[Array, "*shape"]:
+    """Absolute errors, but half their squares by beta where they are below beta,
+    arXiv:1504.08083, equation 3; beta=0 takes absolute errors everywhere."""
+    sizes = jnp.abs(errors)
+    if not beta:
+        return sizes
+    return jnp.where(sizes < beta, 0.5 * sizes**2 / beta, sizes - 0.5 * beta)

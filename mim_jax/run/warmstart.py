@@ -82,7 +82,8 @@ def counted(config: configs.Tree) -> configs.Tree:
     """
     if not config.count_classes or "classes" not in config.objective:
         return config
-    classes = configs.build_source(config).classes
+    source = configs.build_source(config)
+    classes = source.classes or source.object_classes
     if not classes:
         return config  # the plan refuses it, and says why
     filled = copy.deepcopy(config)

@@ -64,6 +64,17 @@ def probe(parent: Training) -> Training:
     return Training(recipe="linear_probe", parent=parent)
 
 
+def detect(parent: Training) -> Training:
+    """Finding objects, from a run."""
+    return Training(recipe="detect", parent=parent)
+
+
+# All layers of an encoder that was not pre-trained learn at the same rate.
+SCRATCH_DETECT = Training(
+    recipe="detect", leaves={"optim.layer_decay": 1.0}, called="detect-scratch"
+)
+
+
 ACCURACY = Measure(name="accuracy", eval="robustness", settings=dict(mistakes=0))
 ROBUSTNESS = Measure(
     name="robustness", eval="robustness", settings=dict(sets=Shifts(), mistakes=0)
@@ -95,6 +106,12 @@ SHAPE_BIAS = Measure(
     eval="shape_bias",
     settings=dict(set="cues", examples=0),
     full=dict(set="cue_conflict=cue-conflict"),
+)
+DETECTION = Measure(
+    name="detection",
+    eval="detection",
+    settings=dict(shown=1),
+    keep=("class_names", "ap_box_by_class", "ap_mask_by_class"),
 )
 LATENTS = Measure(
     name="latents",

@@ -16,12 +16,12 @@ _STEPS, _LABEL_STEPS, _PROBE_STEPS = 1000, 300, 150
 
 def shrink(tree: config.Tree, size: str) -> None:
     """Sets what all embedded runs of a size share; the recipe's variant decides the
-    rest. At the paper's size, and on `hierarchy`, nothing changes.
+    rest. At the paper's size, on `hierarchy` and on `scenes`, nothing changes.
 
     An encoder of width 64 and 3 blocks and a decoder of one block learn in 1,000 steps
     of 128 images, fine-tuning has 300 steps, and a probe 150 of 256 images.
     """
-    if size in ("full", "hierarchy"):  # whose variants have the study's size
+    if size in ("full", "hierarchy", "scenes"):  # whose variants have the study's size
         return
     side, patch = _IMAGES[size]
     tree.data.image_size = (side, side)
@@ -46,6 +46,8 @@ def quiet(tree: config.Tree) -> None:
     if "decoder" in tree.objective:
         few = dict(images=8, draws=1, inpainted=0, rows=2)
         report = config.choose(Eval, "reconstruction", **few)
+    elif tree.objective.name == "detection":
+        report = config.choose(Eval, "detection", images=8, shown=1)
     elif "classes" in tree.objective:
         report = config.choose(Eval, "robustness", mistakes=0)
     else:

@@ -106,7 +106,7 @@ def test_transparent_pixels_lie_over_white(mode):
     image = pattern(6, 5, len(mode))
     colour, alpha = image[..., :-1].astype(float), image[..., -1:] / 255
     want = np.broadcast_to(colour * alpha + 255 * (1 - alpha), (6, 5, 3))
-    got = decode(encoded(Image.fromarray(image, mode)), 3)
+    got = decode(encoded(Image.fromarray(image)), 3)
     np.testing.assert_allclose(got, want, atol=1)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mim_jax import config
 from mim_jax.data.pipeline import train_batches
-from mim_jax.data.sources import scenes
+from mim_jax.data.sources import drawings
 from mim_jax.data.sources.hierarchy import Hierarchy
 
 KINDS = ("symbols", "scene", "cascade")
@@ -133,14 +133,14 @@ def test_a_cascade_keeps_its_share_of_the_parent():
 
 
 def test_tokens_of_scenes_are_told_apart():
-    grammar, textures = scenes.grammar()
+    grammar, textures = drawings.grammar()
     values = 8 * textures
     apart = ((values[:, None] - values[None]) ** 2).sum(axis=-1) ** 0.5
     np.fill_diagonal(apart, np.inf)
     assert apart.min() / 2 > 3 * 0.3  # half the way, in deviations of the noise
     for rule in grammar.rules[:1]:  # different scenes never have the same things
         assert len({tuple(one) for one in rule.reshape(-1, 4).tolist()}) == 18
-    assert grammar.tokens == 8 and len(scenes.SCENES) == len(grammar.rules[0])
+    assert grammar.tokens == 8 and len(drawings.SCENES) == len(grammar.rules[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

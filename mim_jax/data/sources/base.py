@@ -39,6 +39,12 @@ class Source(abc.ABC):
         """Names of the classes, in the order of their labels; () if unlabelled."""
 
     @property
+    def object_classes(self) -> tuple[str, ...]:
+        """Names of the classes of the objects in the images, where records have these
+        (`mim_jax.data.segments`); () without."""
+        return ()
+
+    @property
     @abc.abstractmethod
     def channels(self) -> int:
         """Channels of a decoded image."""

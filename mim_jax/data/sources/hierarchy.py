@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from mim_jax.data.fields import Fields, FieldSpec
-from mim_jax.data.sources import scenes
+from mim_jax.data.sources import drawings
 from mim_jax.data.sources.base import Source, check_split
 from mim_jax.schema import check_ranges, within
 from mim_jax.theory.grammar import Bounds, Grammar, ancestors
@@ -74,7 +74,7 @@ class Hierarchy(Source):
         if self.kind == "scene" and (self.levels, self.token) != (3, 4):
             raise ValueError(
                 f"levels={self.levels}, token={self.token} of kind='scene': want "
-                f"levels={scenes.LEVELS} and token={scenes.TOKEN}"
+                f"levels={drawings.LEVELS} and token={drawings.TOKEN}"
             )
         if self.kind == "symbols" and self.synonyms > self.symbols**3:
             raise ValueError(
@@ -94,7 +94,7 @@ class Hierarchy(Source):
                 "kind='cascade' has no grammar: want kind='symbols' or 'scene'"
             )
         if self.kind == "scene":
-            return scenes.grammar()[0]
+            return drawings.grammar()[0]
         draw = _Stream(2, self.seed).uniform
         return Grammar.random(self.levels, self.symbols, self.synonyms, draw)
 
@@ -102,7 +102,7 @@ class Hierarchy(Source):
     def textures(self) -> Float[np.ndarray, "symbols p"]:
         """The mean pixel values of each symbol of a token."""
         if self.kind == "scene":
-            return (scenes.grammar()[1] - MEAN) / STD
+            return (drawings.grammar()[1] - MEAN) / STD
         drawn = _Stream(3, self.seed).normal(self.symbols * 3 * self.token**2)
         return drawn.reshape(self.symbols, -1)
 
@@ -228,7 +228,7 @@ class Hierarchy(Source):
         if self.kind == "cascade":
             return ()
         if self.kind == "scene":
-            return scenes.SCENES
+            return drawings.SCENES
         return tuple(map(str, range(self.symbols)))
 
     @property

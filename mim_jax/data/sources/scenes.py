@@ -1,216 +1,223 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small scenes as a hierarchy: scene, things, parts, and tokens of 4 x 4 pixels.
+"""Scenes: handwritten digits and drawn shapes over photographs, with boxes and masks.
 
-A scene has four things, one in each quarter. A thing has one of two looks, a look has
-four parts, and each part is bright or dim. A person can read the pictures, and still
-every choice is one of a `Grammar`, so that inference is exact.
+Each object is painted in one colour with a hard edge, so that its mask is exactly the
+pixels that it shows, and its box exactly those of its mask.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
+from PIL import Image
 
-from mim_jax.theory.grammar import Grammar
+from mim_jax.data.segments import box_of, runs_of
+from mim_jax.data.sources.base import Source, check_split
+from mim_jax.data.sources.mnist import Mnist
+from mim_jax.data.sources.photos import Photos
+from mim_jax.schema import check_ranges, within
 
-TOKEN, LEVELS = 4, 3
-_SIDE = 16  # pixels along the side of a thing
-# The four things of each scene: top left, top right, bottom left, bottom right.
-_SCENES = {
-    "village": (
-        *("sun cloud house house", "cloud bird house tree"),
-        "bird sun tree house",
-    ),
-    "harbour": (
-        *("sun bird boat boat", "bird cloud boat house"),
-        "cloud sun house boat",
-    ),
-    "forest": (
-        *("cloud bird tree tree", "sun cloud tree hill"),
-        "bird cloud hill tree",
-    ),
-    "mountains": (
-        *("cloud sun hill hill", "bird sun hill tree"),
-        "sun bird house hill",
-    ),
-    "fair": (
-        *("balloon sun house tree", "sun balloon tree house"),
-        "bird balloon boat tree",
-    ),
-    "lake": (
-        *("sun cloud boat hill", "cloud balloon hill boat"),
-        "balloon bird boat tree",
-    ),
+_DIGITS = tuple("0123456789")
+
+
+def _disc(y, x):
+    return np.hypot(y, x) < 1
+
+
+def _square(y, x):
+    return (np.abs(y) < 0.85) & (np.abs(x) < 0.85)
+
+
+def _triangle(y, x):
+    return (y < 0.8) & (np.abs(x) < (y + 1) * 0.55)
+
+
+def _star(y, x):
+    angle = np.arctan2(x, -y)
+    part = np.abs((angle * 5 / (2 * math.pi) + 0.5) % 1 - 0.5) * 2  # 0 at the points
+    return np.hypot(y, x) < 1 - 0.6 * part
+
+
+# From places in -1..1, down and to the right, to whether they are inside.
+_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "disc": _disc,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
 }
-SCENES = tuple(_SCENES)
-# So chosen that no two tokens look alike under the default noise.
-_COLOURS = {
-    "sky": (0.62, 0.8, 0.95),
-    "ground": (0.45, 0.68, 0.35),
-    "water": (0.25, 0.45, 0.75),
-    "white": (0.92, 0.92, 0.92),
-    "dark": (0.42, 0.42, 0.48),
-    "yellow": (0.92, 0.8, 0.2),
-    "red": (0.8, 0.25, 0.2),
-    "brown": (0.5, 0.33, 0.18),
-    "green": (0.15, 0.45, 0.2),
-    "grey": (0.4, 0.37, 0.42),
-    "cream": (0.9, 0.82, 0.62),
-}
-_DIM = 0.6  # how bright a dim part is
-
-Number = int | float
-Layer = tuple[Bool[np.ndarray, "16 16"], str]
 
 
-@functools.cache
-def grammar() -> tuple[Grammar, Float[np.ndarray, "symbols 48"]]:
-    """The rules of the scenes, and the pixels of each token in 0..1: 4 x 4 x 3."""
-    tokens, parts = _Table(), _Table()
-    part_rules: list[list[list[int]]] = []
-    looks = []
-    for layers_of in _THINGS.values():
-        looks.append([])
-        for look in (0, 1):
-            shades = [_painted(layers_of(look), shade) for shade in (1.0, _DIM)]
-            looks[-1].append([])
-            for both in zip(*(_cut(shade, 8) for shade in shades), strict=True):
-                place = parts.place(np.concatenate(both))
-                looks[-1][-1].append(place)
-                if place == len(part_rules):
-                    synonyms = [map(tokens.place, _cut(one, TOKEN)) for one in both]
-                    part_rules.append([list(one) for one in synonyms])
-    names = list(_THINGS)
-    scenes = [
-        [[names.index(thing) for thing in text.split()] for text in texts]
-        for texts in _SCENES.values()
-    ]
-    rules = tuple(np.array(rule) for rule in (scenes, looks, part_rules))
-    return Grammar(rules), np.array(tokens.rows).reshape(len(tokens.rows), -1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenes(Source):
+    """Images of `side` x `side` pixels with one to `most` objects of 14 classes: the
+    ten digits, disc, square, triangle and star.
+
+    Digits come from MNIST's and backgrounds are crops of the photographs inside the
+    installed packages; the held-out scenes use those digits and photographs that
+    `mnist` and `photos` hold out. Objects overlap, but each shows at least `visible`
+    of its pixels.
+
+    Attributes:
+        images: of the training split.
+        held_out_images: of the other.
+        side: rows and columns, in pixels.
+        most: objects of an image.
+        sides: least and greatest side of an object, as a share of the image's.
+        visible: least share of an object's pixels that later ones leave uncovered.
+        split: "train" or "held_out".
+        channels: 1 makes all scenes grey.
+    """
+
+    images: int = within(5000, least=1, most=2**24)
+    held_out_images: int = within(500, least=1, most=2**24)
+    side: int = within(64, least=16, most=1024)
+    most: int = within(5, least=1, most=100)
+    sides: tuple[float, float] = within((0.18, 0.6), above=0, most=1)
+    visible: float = within(0.5, above=0, most=1)
+    split: str = "train"
+    # This field implements the property.
+    channels: Literal[1, 3] = 3  # pyright: ignore
+
+    def __post_init__(self):
+        check_split(self.split)
+        check_ranges(self)
+        if self.sides[0] > self.sides[1]:
+            raise ValueError(f"sides={self.sides}: want least <= greatest")
+        _ = self._digits, self._photos  # raises if their files are not installed
+
+    @functools.cached_property
+    def _digits(self) -> Mnist:
+        return Mnist(split=self.split)
+
+    @functools.cached_property
+    def _photos(self) -> Photos:
+        return Photos(split=self.split)
+
+    @functools.cached_property
+    def _by_digit(self) -> list[np.ndarray]:
+        """Positions of the digits of each class."""
+        labels = self._digits.labels()
+        return [np.flatnonzero(labels == digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return self.images if self.split == "train" else self.held_out_images
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        rng = np.random.default_rng([index, self.split == "train"])
+        image = self._background(rng)
+        masks, classes, whole = [], [], []
+        wanted = int(rng.integers(1, self.most + 1))
+        for _ in range(4 * wanted):
+            if len(masks) == wanted:
+                break
+            label = int(rng.integers(len(self.object_classes)))
+            mask = self._placed(label, rng)
+            rest = [one & ~mask for one in masks]
+            shown = zip(rest, whole, strict=True)
+            if any(one.sum() < self.visible * count for one, count in shown):
+                continue
+            image[mask] = _colour(image[mask].mean(axis=0), rng)
+            masks, classes = [*rest, mask], [*classes, label]
+            whole.append(int(mask.sum()))
+        if self.channels == 1:
+            image = np.array(Image.fromarray(image).convert("L"))[..., None]
+        return {
+            "image": image,
+            "label": -1,
+            "boxes": np.array([box_of(one) for one in masks], np.float32),
+            "classes": np.array(classes, np.int32),
+            "crowd": np.zeros(len(masks), bool),
+            "areas": np.array([one.sum() for one in masks], np.float64),
+            "segments": [runs_of(one) for one in masks],
+            "ids": list(range(len(masks))),
+        }
+
+    def _background(self, rng: np.random.Generator) -> np.ndarray:
+        photos = self._photos
+        pixels = photos[int(rng.integers(len(photos)))]["image"]
+        rows, cols = pixels.shape[:2]
+        least = min(self.side, rows, cols)
+        side = int(rng.integers(least, min(rows, cols) + 1))
+        top, left = (int(rng.integers(n - side + 1)) for n in (rows, cols))
+        cut = Image.fromarray(pixels[top : top + side, left : left + side])
+        cut = cut.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return np.array(cut)
+
+    def _placed(self, label: int, rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
+        """The mask of a new object, all of it inside of the image."""
+        low, high = (math.log(share * self.side) for share in self.sides)
+        side = max(4, round(math.exp(rng.uniform(low, high))))
+        if label < len(_DIGITS):
+            shape = self._digit(label, side, rng)
+        else:
+            shape = _drawn(label - len(_DIGITS), side, rng)
+        left, top, right, bottom = box_of(shape)
+        shape = shape[top:bottom, left:right]
+        rows, cols = shape.shape
+        mask = np.zeros((self.side, self.side), bool)
+        top, left = (int(rng.integers(self.side - n + 1)) for n in (rows, cols))
+        mask[top : top + rows, left : left + cols] = shape
+        return mask
+
+    def _digit(self, digit: int, side: int, rng: np.random.Generator) -> np.ndarray:
+        """A digit that is `side` pixels high, or wide if that is more."""
+        pixels = self._digits[int(rng.choice(self._by_digit[digit]))]["image"][..., 0]
+        left, top, right, bottom = box_of(pixels > 127)
+        cut = Image.fromarray(pixels[top:bottom, left:right])
+        zoom = side / max(cut.size)
+        size = [max(1, round(zoom * n)) for n in cut.size]
+        found = np.array(cut.resize((size[0], size[1]), Image.Resampling.BICUBIC)) > 127
+        return found if found.any() else np.ones_like(found)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ()  # of a whole image
+
+    @property
+    def object_classes(self) -> tuple[str, ...]:
+        return (*_DIGITS, *_SHAPES)
+
+    def labels(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int32)
+
+    def held_out(self) -> "Scenes":
+        return dataclasses.replace(self, split="held_out")
+
+    def fingerprint(self) -> dict[str, Any]:
+        # The number of training images is no part of a held-out image, nor the other
+        # way round.
+        own = dataclasses.asdict(self)
+        del own["images"], own["held_out_images"]
+        return {"name": "scenes", "count": len(self), **_plain(own)}
 
 
-class _Table:
-    """Different arrays, each with its place."""
-
-    def __init__(self):
-        self.rows: list[np.ndarray] = []
-        self._places: dict[bytes, int] = {}
-
-    def place(self, row: np.ndarray) -> int:
-        """The place of an array, which is added if it is new."""
-        place = self._places.setdefault(row.tobytes(), len(self.rows))
-        if place == len(self.rows):
-            self.rows.append(row)
-        return place
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
-def _cut(picture: np.ndarray, side: int) -> list[np.ndarray]:
-    """The four quarters of a picture, of so many pixels a side."""
-    halves = slice(0, side), slice(side, 2 * side)
-    return [picture[rows, cols] for rows in halves for cols in halves]
+def _drawn(number: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A shape that was turned by up to a twelfth of a circle."""
+    inside = list(_SHAPES.values())[number]
+    ends = (np.arange(side) + 0.5) / side * 2 - 1
+    y, x = np.meshgrid(ends, ends, indexing="ij")
+    angle = rng.uniform(-1, 1) * math.pi / 6
+    turned = inside(
+        y * math.cos(angle) - x * math.sin(angle),
+        y * math.sin(angle) + x * math.cos(angle),
+    )
+    return turned if turned.any() else np.ones_like(turned)
 
 
-def _painted(layers: list[Layer], shade: Number) -> Float[np.ndarray, "16 16 3"]:
-    """Layers one over the other; all but the backgrounds are as bright as `shade`."""
-    found = np.full((_SIDE, _SIDE, 3), _COLOURS["sky"])
-    for inside, colour in layers:
-        bright = 1.0 if colour in ("ground", "water") else shade
-        found[inside] = bright * np.array(_COLOURS[colour])
-    return found
-
-
-_Y, _X = np.meshgrid(np.arange(_SIDE) + 0.5, np.arange(_SIDE) + 0.5, indexing="ij")
-
-
-def _box(top: Number, bottom: Number, left: Number, right: Number):
-    return (_Y > top) & (_Y < bottom) & (_X > left) & (_X < right)
-
-
-def _disc(row: Number, col: Number, radius: Number):
-    return np.hypot(_Y - row, _X - col) < radius
-
-
-def _peak(top: Number, bottom: Number, col: Number, half: Number):
-    """A triangle with its point up, `half` as wide as its base."""
-    inside = np.abs(_X - col) < half * (_Y - top) / (bottom - top)
-    return inside & (_Y > top) & (_Y < bottom)
-
-
-def _land() -> Layer:
-    return _Y > 13, "ground"
-
-
-def _sun(look: int) -> list[Layer]:
-    angle = np.arctan2(_Y - 8, _X - 8)
-    rays = (np.cos(8 * angle) > 0.3) & _disc(8, 8, 7.6) & ~_disc(8, 8, 5.2)
-    return [(rays & (look == 1), "yellow"), (_disc(8, 8, 4.2), "yellow")]
-
-
-def _cloud(look: int) -> list[Layer]:
-    col = (5, 11)[look]
-    low = _disc(9, 4, 2.8) | _disc(9, 12, 2.8) | _box(8, 11.8, 4, 12)
-    return [(low | _disc(7.2, col, 3.7) | _disc(8, 8, 3), "white")]
-
-
-def _bird(look: int) -> list[Layer]:
-    def wings(row, col):
-        arc = np.abs(_Y - row - 0.12 * (np.abs(_X - col) - 3) ** 2) < 0.9
-        return arc & (np.abs(_X - col) < 5)
-
-    inside = wings(7, 8) if look == 0 else wings(3.5, 5.5) | wings(10.5, 10.5)
-    return [(inside, "dark")]
-
-
-def _balloon(look: int) -> list[Layer]:
-    ball, basket = _disc(6, 8, 5), _box(12.5, 15, 6.5, 9.5)
-    ropes = (np.abs(np.abs(_X - 8) - 2.2) < 0.6) & _box(10, 13, 0, 16)
-    stripes = ball & (_X.astype(int) // 2 % 2 == 0) & (look == 1)
-    found = [(ropes, "dark"), (basket, "brown"), (ball, "red"), (stripes, "white")]
-    return found
-
-
-def _house(look: int) -> list[Layer]:
-    door, window = ((4, 6.9), (9, 12)) if look == 0 else ((9, 11.9), (4, 7))
-    return [
-        _land(),
-        (_box(7, 14, 3, 13), "cream"),
-        (_peak(1, 7.5, 8, 6.5), "red"),
-        (_box(9, 14, *door), "brown"),
-        (_box(8.9, 12, *window), "dark"),
-    ]
-
-
-def _tree(look: int) -> list[Layer]:
-    crown = _disc(6, 8, 5) if look == 0 else _peak(0, 11.5, 8, 5.5)
-    return [_land(), (_box(9, 15, 7, 9), "brown"), (crown, "green")]
-
-
-def _boat(look: int) -> list[Layer]:
-    hull = _box(10.5, 13.5, 2, 14) & (np.abs(_X - 8) < 6.5 - 0.8 * (_Y - 10.5))
-    side = _X > 8 if look == 0 else _X < 8
-    return [
-        (_Y > 12, "water"),
-        (_box(1, 11, 7.4, 8.6), "brown"),
-        (hull, "brown"),
-        (_peak(1, 10, 8, 6) & side, "white"),
-    ]
-
-
-def _hill(look: int) -> list[Layer]:
-    found = [_land(), (_peak(2, 14, 8, 7.5), "grey")]
-    if look == 1:
-        found.append((_peak(2, 14, 8, 7.5) & (_Y < 6.5), "white"))
-    return found
-
-
-_THINGS: dict[str, Callable[[int], list[Layer]]] = {
-    "sun": _sun,
-    "cloud": _cloud,
-    "bird": _bird,
-    "balloon": _balloon,
-    "house": _house,
-    "tree": _tree,
-    "boat": _boat,
-    "hill": _hill,
-}
+def _colour(behind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A colour that differs from what it covers by at least 80 of 255 in brightness,
+    on average."""
+    for _ in range(20):
+        colour = rng.integers(0, 256, 3)
+        if abs(float(colour.mean() - behind.mean())) >= 80:
+            return colour.astype(np.uint8)
+    return np.full(3, 0 if behind.mean() > 127 else 255, np.uint8)

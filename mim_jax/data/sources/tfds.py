@@ -239,6 +239,13 @@ class Tfds(Source):
         return tuple(getattr(features[self.label_key], "names", None) or ())
 
     @property
+    def object_classes(self) -> tuple[str, ...]:
+        features = self._builder.info.features
+        objects = features["objects"] if "objects" in features else {}
+        label = objects["label"] if "label" in objects else None
+        return tuple(getattr(label, "names", None) or ())
+
+    @property
     def channels(self) -> int:
         return self._builder.info.features[self.image_key].shape[-1] or 3
 
