@@ -9,7 +9,7 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 from tables import restored
-from tiny import tree_of
+from tiny import plan_of, tree_of
 
 from mim_jax import config
 from mim_jax.data.examples.base import Examples
@@ -22,6 +22,7 @@ from mim_jax.maskings.base import Masking
 from mim_jax.ops.attention import attention
 from mim_jax.ops.masking import from_scores
 from mim_jax.plan import Plan
+from mim_jax.run import summary
 
 frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -318,3 +319,18 @@ def test_objects_need_a_source_that_has_them_and_enough_classes():
 def test_a_run_that_finds_objects_is_measured_by_detection_while_it_trains():
     built = config.build(tree_of("detection", evaluate_every=5))
     assert built.evaluations.keys() == {"detection"}
+
+
+def test_a_short_run_of_batches_larger_than_the_data_has_a_hint(tmp_path):
+    """The probe's recipe, batches of 16384, on a folder of 270 images is two steps."""
+    count = len(plan_of("mae").settings.data.source)
+    want = f"every image 2 times: want a config.batch_size below {count}"
+
+    def shown(**changes):
+        plan = plan_of("mae", **changes)
+        return summary.summarise(plan, plan.abstract_state(), tmp_path, [])
+
+    twice = dict(batch_size=2 * count)
+    assert want in shown(**twice, steps=27)
+    for changes in (dict(**twice, steps=100), dict(batch_size=count, steps=27)):
+        assert "each batch has" not in shown(**changes)

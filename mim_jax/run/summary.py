@@ -13,6 +13,8 @@ from mim_jax.plan import Plan
 from mim_jax.run import files
 from mim_jax.state import TrainState
 
+_SHORT = 100  # steps: a run of fewer hardly learns
+
 
 def summarise(
     plan: Plan, state: TrainState, workdir: files.Place, changes: list[str]
@@ -56,12 +58,23 @@ def summarise(
         f"source      {type(data.source).__name__.lower()}: {len(data.source)} images, "
         f"read as {rows}x{cols}x{channels}{note}\n"
         f"{_decided(settings)}"
-        f"length      {plan.total} steps of {settings.batch_size} images"
+        f"length      {plan.total} steps of {settings.batch_size} images{_few(plan)}"
         + ("" if plan.stop == plan.total else f", stopping after {plan.stop}")
         + "".join(f"\nchanged     {line}" for line in changes)
     )
     print(text, flush=True)
     return text
+
+
+def _few(plan: Plan) -> str:
+    """A hint where a batch is larger than the data, and so the run is short."""
+    batch, images = plan.settings.batch_size, len(plan.settings.data.source)
+    if batch <= images or plan.total >= _SHORT:
+        return ""
+    return (
+        f"; each batch has every image {batch / images:.0f} times: want a "
+        f"config.batch_size below {images}, or a variant such as :tiny"
+    )
 
 
 def _decided(settings: configs.Train) -> str:
