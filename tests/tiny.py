@@ -123,7 +123,7 @@ TINY: dict[str, Tiny] = {
         plugins=dict(source="scenes", examples="instances"),
         base_lr=0.05,
         falls=0.7,
-        rounding=0.4,  # which regions are sampled goes by the scores
+        rounding=0.95,  # which regions are sampled goes by the scores
     ),
     "probe": Tiny(
         objective=dict(classes=10),

@@ -96,6 +96,12 @@ class DetectionAP(Eval):
             for batch, rows in valid_images(batches, "detection", self.images):
                 given = (jnp.asarray(batch[name]) for name in ("image", "size"))
                 found = jax.device_get(detect(run.params, *given))
+                lost = ~np.isfinite(found.scores[rows]).all(axis=1)
+                if lost.any():
+                    raise ValueError(
+                        f"detection: scores of {lost.sum()} of {len(rows)} images are "
+                        "not finite; want a run whose parameters are sound"
+                    )
                 for row in rows.tolist():
                     shape = tuple(batch["shape"][row].tolist())
                     index = int(batch["index"][row])

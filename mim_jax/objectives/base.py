@@ -405,7 +405,7 @@ class Found(NamedTuple):
 
     Attributes:
         boxes: left, top, right, bottom in pixels.
-        scores: in 0..1.
+        scores: in 0..1; NaN for images of which a logit is not finite.
         classes: positions in the source's object classes.
         valid: which entries are answers.
         masks: probabilities, each in the frame of its box.

@@ -269,6 +269,11 @@ class Detection(Detector):
         logits, moves = self._boxes_of(params, regions)
         answers = jax.vmap(self._answers)(boxes, real, logits, moves, sizes)
         boxes, scores, classes, valid = answers
+        # A logit that is not finite would look like an image without objects.
+        logits = logits.reshape(len(images), -1)
+        every = jnp.concatenate([logits, *(one for one, _ in scored)], axis=1)
+        finite = jnp.isfinite(every).all(axis=1, keepdims=True)
+        scores = jnp.where(finite, scores, jnp.nan)
         masks = self._masks_of(params, self._regions(maps, boxes, MASK_SIDE))
         shown = jax.vmap(jax.vmap(lambda mask, one: mask[..., one]))(masks, classes)
         return Found(boxes, scores, classes, valid, jax.nn.sigmoid(shown))

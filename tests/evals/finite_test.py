@@ -26,7 +26,7 @@ PACKAGE = pathlib.Path(__file__).parents[2] / "mim_jax"
 
 def accepted(name: str) -> str:
     """An objective whose runs an evaluation measures."""
-    for objective in ("mae", "supervised"):
+    for objective in ("mae", "supervised", "detection"):
         try:
             small(name).check_objective(objective_of(objective))
         except ValueError:

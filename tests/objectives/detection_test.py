@@ -175,6 +175,15 @@ def test_answers_lie_in_the_picture_in_order_and_do_not_overlap():
     assert ((found.masks >= 0) & (found.masks <= 1)).all()
 
 
+def test_a_logit_that_is_not_finite_is_no_image_without_objects():
+    batch, broken = batch_of(), jax.tree.map(lambda x: x, params())
+    kernel = broken["box_head"]["score"]["kernel"]
+    broken["box_head"]["score"]["kernel"] = kernel.at[0, 0].set(jnp.inf)
+    found = jax.jit(objective().detect)(broken, batch["image"], batch["size"])
+    assert np.isnan(found.scores).all()
+    assert np.isfinite(detected().scores).all()
+
+
 def test_the_parts_of_the_work_are_those_that_the_compiler_counts():
     one = objective()
     images = jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32)
