@@ -26,3 +26,13 @@ napoleon_custom_sections = [("Source", "notes_style")]
 napoleon_use_ivar = True
 # Several classes have an attribute of one name, such as `width`: no fault of a page.
 suppress_warnings = ["ref.python"]
+
+
+def setup(app):
+    """Leaves out what says nothing: "Alias for field number 0"."""
+
+    def skipped(app, what, name, obj, skip, options):
+        del app, what, name, options
+        return True if type(obj).__name__ == "_tuplegetter" else skip
+
+    app.connect("autodoc-skip-member", skipped)

@@ -42,14 +42,27 @@ REFERENCE = {
 # The list of contents: caption, pages.
 CONTENTS = {
     "": ("concepts",),
-    "The papers": ("studies", "claims", "theory", "occlusion", "deviations"),
+    "The papers": (
+        *("papers", "studies", "claims", "theory", "occlusion", "deviations"),
+    ),
     "Guides": (
-        *("readme", "explore", "data", "contributing", "weights", "pods"),
+        *(
+            "Everything at a glance <readme>",
+            "explore",
+            "data",
+            "contributing",
+            "weights",
+            "pods",
+        ),
         *("reliability", "security"),
     ),
-    "Results": ("mnist", "digits", "photos", "performance"),
+    "Results": ("mnist", "digits", "photos", "detection", "performance"),
     "The code": ("architecture", "reference", "changelog"),
 }
+# Without the titles that some have in the list of contents.
+PAGES = [
+    one.rpartition("<")[2].rstrip(">") for below in CONTENTS.values() for one in below
+]
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _LANGUAGES = {".py": "python", ".sh": "bash", ".ipynb": "json"}
 
@@ -81,7 +94,7 @@ def staged(folder: pathlib.Path) -> None:
     done["index.md"] += "\n" + "\n".join(_toctree(*item) for item in CONTENTS.items())
     for name, text in done.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        listed = name.removesuffix(".md") in sum(CONTENTS.values(), ())
+        listed = name.removesuffix(".md") in PAGES
         if not listed and name != "index.md" and not name.startswith("reference/"):
             text = f"---\norphan: true\n---\n\n{text}"
         (folder / name).write_text(text)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import types
 import urllib.request
 
 import audit
@@ -410,32 +411,25 @@ def test_a_port_that_is_taken_is_told(address, app):
             pass
 
 
-def test_what_cannot_be_explored_is_refused(folders, tmp_path, monkeypatch):
+def test_one_run_or_two_are_explored(folders, tmp_path):
     with pytest.raises(config.ConfigError, match="want one or two run directories"):
         job.run(tree_of([]), tmp_path)
     with pytest.raises(config.ConfigError, match="want one or two run directories"):
         job.run(tree_of([*folders, "runs/third"]), tmp_path)
-    other = shutil.copytree(folders[1], tmp_path / "other")
-    values = json.loads((other / "config.json").read_text())
-    values["objective"]["encoder"]["patch"] = 4
-    (other / "config.json").write_text(json.dumps(values))
-    runs = loading.load_all([str(folders[0])])
-    coarse = loading.load_all([str(folders[1])])
-    ((title, one),) = coarse.items()
-    objective = config.build_objective(config.load(other / "config.json"))
-    monkeypatch.setattr(models.Model, "_features", None, raising=False)
-    fake = loading.Loaded(
-        one.folder,
-        one.run.__class__(**(vars(one.run) | {"objective": objective})),
-        one.training,
-    )
-    monkeypatch.setattr(models, "extract", lambda *_: server_features())
-    with pytest.raises(config.ConfigError, match="patches of 2 pixels, .* of 4: want"):
-        server.App(runs | {title: fake}, 10, 5, MOST)
 
 
-def server_features():
-    return models.Features(np.ones((1, 1)), np.zeros(1, int), np.zeros(1, int))
+def test_patches_of_two_sizes_fit_no_common_mask(folders, monkeypatch):
+    sides = iter((2, 4))
+
+    def model(one, bank):
+        side = next(sides)
+        grid = Grid(8 // side, 8 // side, side)
+        return types.SimpleNamespace(title=one.run.name, grid=grid)
+
+    monkeypatch.setattr(server, "Model", model)
+    runs = loading.load_all(map(str, folders))
+    with pytest.raises(config.ConfigError, match="mae has patches of 2 .* of 4: want"):
+        server.App(runs, 10, 5, MOST)
 
 
 def test_without_the_extra_the_error_names_it(folders, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ e.g. `block00/attn/qkv/kernel`. If the parameters of all blocks are stacked unde
 `blocks` (see `mim_jax.state.stack_blocks`), the network runs its blocks as one loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -72,7 +72,36 @@ class Windows(NamedTuple):
         x = x.reshape(-1, rows, cols, self.side, self.side, x.shape[-1])
         return jnp.swapaxes(x, 2, 3).reshape(-1, self.grid.size, x.shape[-1])
 
-    def run(self, block: Any, x: Float[Array, "b t d"], scales: Scales, offsets: Any):
+    def run_blocks(
+        self,
+        network: Any,
+        x: Float[Array, "b n d"],
+        taps: Sequence[str] = (),
+        each: Sequence[Float[Array, "l ..."] | None] = (),
+    ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
+        """As the function `run_blocks`, but most blocks see one square at a time.
+
+        Raises:
+            ValueError: the blocks are one loop, or positions are relative, or weights
+                of attention are asked for.
+        """
+        if network.has_variable("params", "blocks") or "attention" in taps:
+            raise ValueError(
+                "windows: blocks differ, and so do their weights of attention; want "
+                "config.scan=False and no tap 'attention'"
+            )
+        remat = network.remat
+        cls = Block if remat == "none" else _rematerialised(remat, stacked=False)
+        given = {name: getattr(network, name) for name in _OF_A_BLOCK}
+        seen = []
+        for i in range(network.depth):
+            block = cls(name=f"block{i:02d}", taps=tuple(taps), **given)
+            own = [None if one is None else one[i] for one in each]
+            x, tap = block(x, *own) if i in self.whole else self._run(block, x, *own)
+            seen.append(tap)
+        return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
+
+    def _run(self, block: Any, x: Float[Array, "b t d"], scales: Scales, offsets: Any):
         """What a block returns that sees one square at a time."""
         if offsets is not None:
             raise ValueError(
@@ -91,7 +120,6 @@ def run_blocks(
     x: Float[Array, "b n d"],
     taps: Sequence[str] = (),
     each: Sequence[Float[Array, "l ..."] | None] = (),
-    windows: Windows | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[str, Float[Array, "l ..."]]]:
     """The blocks of an Encoder or Decoder, one after the other.
 
@@ -101,31 +129,18 @@ def run_blocks(
             blocks.
         each: the further arguments of a block, each with a leading axis over the
             blocks, or None.
-        windows: squares within which most blocks attend; None: all attend everywhere.
-    Raises:
-        ValueError: there are windows, and the blocks are one loop or weights of
-            attention are asked for.
     """
     fields = {name: getattr(network, name) for name in _OF_A_BLOCK}
     fields["taps"] = tuple(taps)
     cls, stacked = Block, network.has_variable("params", "blocks")
     if network.remat != "none":
         cls = _rematerialised(network.remat, stacked)
-    if windows is not None and (stacked or "attention" in taps):
-        raise ValueError(
-            "windows: blocks differ, and so do their weights of attention; want "
-            "config.scan=False and no tap 'attention'"
-        )
     if stacked:
         return _scanned(cls, network.depth, fields, x, each)
     seen = []
     for i in range(network.depth):
         own = [None if one is None else one[i] for one in each]
-        block = cls(name=f"block{i:02d}", **fields)
-        if windows is None or i in windows.whole:
-            x, tap = block(x, *own)
-        else:
-            x, tap = windows.run(block, x, *own)
+        x, tap = cls(name=f"block{i:02d}", **fields)(x, *own)
         seen.append(tap)
     return x, {name: jnp.stack([tap[name] for tap in seen]) for name in taps}
 
@@ -406,7 +421,7 @@ class Encoder(nn.Module):
         taps: Sequence[str] = (),
         hidden: Bool[Array, "b n"] | None = None,
         keys: Key[Array, " b"] | None = None,
-        windows: Windows | None = None,
+        through: Callable = run_blocks,
     ) -> tuple[Float[Array, "b t d"], dict[str, Float[Array, "..."]]]:
         """Class token and patch tokens, after the final norm if norm="tokens".
 
@@ -420,8 +435,8 @@ class Encoder(nn.Module):
             hidden: True where a learned mask token replaces the embedded patch. The
                 parameter exists only if `init` was called with `hidden`.
             keys: one key per image, for drop path; None drops nothing.
-            windows: squares of patches within which most blocks attend; it sees all
-                patches.
+            through: what passes the tokens through the blocks; `Windows.run_blocks`
+                lets most blocks attend within squares, and wants all patches.
         Returns:
             (tokens, taps) with t = 1 + k, the class token first. With norm="pooled" the
             taps also hold "pooled" "b d", the final norm of the mean patch token.
@@ -443,7 +458,7 @@ class Encoder(nn.Module):
         scales = None if keys is None else drop_path(keys, self.depth, self.drop_path)
         offsets = self._offsets(grid, keep) if self.relative_positions else None
         x = jnp.concatenate([cls, x], axis=1)
-        x, seen = run_blocks(self, x, taps, (scales, offsets), windows)
+        x, seen = through(self, x, taps, (scales, offsets))
         norm = LayerNorm(self.dtype, self.epsilon, name="norm")
         if self.norm == "tokens":
             return norm(x), seen

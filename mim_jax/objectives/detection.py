@@ -250,7 +250,7 @@ class Detection(Detector):
             return super().encode(params, images, keep, hidden, taps, keys)
         patches, grid = self.patches(images)
         windows = Windows(self.window, self.global_blocks, grid)
-        given = dict(taps=taps, hidden=hidden, keys=keys, windows=windows)
+        given = dict(taps=taps, hidden=hidden, keys=keys, through=windows.run_blocks)
         return apply(self.encoder, params["encoder"], patches, grid, **given)
 
     def detect(

@@ -94,7 +94,9 @@ PARAMS = NET.init(jax.random.key(0), PATCHES, GRID)
 
 
 def tokens(patches, windows=None, **more):
-    return NET.apply(PARAMS, patches, GRID, windows=windows, **more)[0]
+    if windows is not None:
+        more["through"] = windows.run_blocks
+    return NET.apply(PARAMS, patches, GRID, **more)[0]
 
 
 def test_windows_are_squares_of_the_grid():
@@ -130,9 +132,13 @@ def test_a_window_is_an_image_of_its_own():
     """Without positions, the blocks see the patches of a window as they would see a
     small image, but for the class token."""
     windows = Windows(2, (), GRID)
-    seen = NET.apply(PARAMS, PATCHES, GRID, taps=("blocks",), windows=windows)[1]
+    seen = NET.apply(
+        PARAMS, PATCHES, GRID, taps=("blocks",), through=windows.run_blocks
+    )[1]
     moved = jnp.roll(PATCHES, 1, axis=0)
-    again = NET.apply(PARAMS, moved, GRID, taps=("blocks",), windows=windows)[1]
+    again = NET.apply(
+        PARAMS, moved, GRID, taps=("blocks",), through=windows.run_blocks
+    )[1]
     rolled = jnp.roll(seen["blocks"], 1, axis=1)
     np.testing.assert_allclose(again["blocks"], rolled, atol=1e-6)
 
@@ -144,4 +150,4 @@ def test_windows_refuse_what_they_cannot_do():
     net = Encoder(patch=2, width=8, depth=1, heads=2, relative_positions=True)
     params = net.init(jax.random.key(0), PATCHES, GRID)
     with pytest.raises(ValueError, match="want relative_positions=False"):
-        net.apply(params, PATCHES, GRID, windows=windows)
+        net.apply(params, PATCHES, GRID, through=windows.run_blocks)
