@@ -3,11 +3,13 @@
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from passes import Given, GivenSet
 from small_run import CLASSES, batches
 from tiny import tree_of
@@ -119,3 +121,16 @@ def objects(index: int) -> Objects:
         segments=[runs_of(one) for one in masks],
         ids=[0, 1],
     )
+
+
+# pycocotools is in the extras `test` and `detection`; an older environment lacks it.
+ALL = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "detection" and importlib.util.find_spec("pycocotools") is None,
+            reason="no pycocotools",
+        ),
+    )
+    for name in EVALS
+]

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from small_evals import SMALL, objective_of, passes_of, run_of, small
+from small_evals import ALL, SMALL, objective_of, passes_of, run_of, small
 from small_run import CLASSES
 from tiny import TINY
 
@@ -23,7 +23,7 @@ from mim_jax.evals.report import Number, Report, save
 
 # Images per batch. Neither divides 24 or 40, so there is padding.
 SIZE, OTHER_SIZE = 7, 50
-each = pytest.mark.parametrize("name", EVALS)
+each = pytest.mark.parametrize("name", ALL)
 
 
 @functools.cache

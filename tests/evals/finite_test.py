@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_evals import objective_of, passes_of, run_of, small
+from small_evals import ALL, objective_of, passes_of, run_of, small
 
-from mim_jax.evals import EVALS
 from mim_jax.evals.base import Eval, measured
 from mim_jax.evals.features import extract
 from mim_jax.evals.logits import predict
@@ -36,7 +35,7 @@ def accepted(name: str) -> str:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", EVALS)
+@pytest.mark.parametrize("name", ALL)
 def test_parameters_that_are_not_finite_are_not_measured(name, value):
     run = run_of(accepted(name))
     params = jax.tree.map(lambda leaf: leaf, run.params)
@@ -124,7 +123,7 @@ def test_records_that_cannot_be_read_are_counted_and_named():
     assert numbers.keys() == {"nan", "inf", "fine"}
 
 
-@pytest.mark.parametrize("name", EVALS)
+@pytest.mark.parametrize("name", ALL)
 def test_images_of_one_grey_and_unreadable_ones_give_numbers_or_none(name):
     """Deviations are zero, differences are none: what has no value is NaN, no error."""
     passes = passes_of(7)
