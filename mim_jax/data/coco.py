@@ -43,7 +43,7 @@ def write(source: Source, folder: pathlib.Path) -> dict[str, int]:
         (folder / name).mkdir(exist_ok=True)
         found = _written(part, folder / name)
         partial = file.with_suffix(".incomplete")
-        partial.write_text(json.dumps(found))
+        partial.write_text(json.dumps(found, allow_nan=False))
         partial.rename(file)  # a file that is there is whole
         counts[split] = len(found["images"])
     return counts
