@@ -2,6 +2,7 @@
 """Commands that pages show are understood: config file, variant, flags, leaves and the
 types of their values. Nothing is run."""
 
+import copy
 import importlib.util
 import pathlib
 import re
@@ -52,7 +53,9 @@ def parsed(arguments: str) -> config.Tree:
         if name in (main.__name__, commandline.__name__):
             for flag in known:
                 if flag.name not in values:
-                    values[flag.name] = flag
+                    values[flag.name] = copy.deepcopy(
+                        flag
+                    )  # the program's keeps its value
     rest = values(argv)
     assert rest == ["main"], f"not understood: {rest[1:]}"
     return values["config"].value

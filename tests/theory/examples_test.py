@@ -33,7 +33,7 @@ def test_an_example_gives_what_it_says(module, name, text):
 
 def test_the_page_says_what_its_examples_give():
     text = (ROOM.parents[1] / "docs" / "theory.md").read_text()
-    located, bounded = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    located, bounded, estimated = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(located, names)
     found = names["found"]
@@ -44,3 +44,6 @@ def test_the_page_says_what_its_examples_give():
     bounds = eval(last, names)
     said = re.search(r"# optimum (\S+), floor (\S+)", last)
     assert said and said.groups() == (f"{bounds.optimum:.2f}", f"{bounds.floor:.2f}")
+    *lines, last = estimated.strip().splitlines()
+    exec("\n".join(lines), names)
+    assert f"{eval(last, names)}: " in last
