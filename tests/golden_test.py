@@ -122,7 +122,9 @@ def base():
     return stored("base")
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float64", marks=pytest.mark.slow), "float32"]
+)
 def test_stored_samples_at_the_size_of_vit_b(dtype, base):
     case, (expected, inputs) = CASES["base"], base
     actual = ours(case, inputs, dtype, scan=True, gradients=False)

@@ -91,11 +91,10 @@ def test_objects_overlap_and_keep_the_share_that_is_promised():
         area = (high - low).clip(0).prod(axis=2)
         covered += (area[~np.eye(len(boxes), dtype=bool)] > 0).any()
     assert covered > 5
+    apart = dataclasses.replace(SCENES, visible=1.0)
     discs = [
         area / (np.pi / 4 * (box[2] - box[0]) * (box[3] - box[1]))
-        for one in (
-            dataclasses.replace(SCENES, visible=1.0)[index] for index in range(40)
-        )
+        for one in (apart[index] for index in range(40))
         for box, area, label in zip(
             one["boxes"], one["areas"], one["classes"], strict=True
         )

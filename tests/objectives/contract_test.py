@@ -40,6 +40,14 @@ from mim_jax.run.checkpoint import Checkpointer
 from mim_jax.sharding import Mesh
 
 each = pytest.mark.parametrize("name", TINY)
+# Of what has the largest program to compile, these are slow.
+most = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "detection" else name
+        for name in OBJECTIVES
+    ],
+)
 
 
 def test_every_objective_has_a_row():
@@ -126,7 +134,7 @@ def test_every_parameter_learns_or_is_named(name):
         assert any(below(leaf, [path]) for leaf in held), f"nothing is {path}"
 
 
-@each
+@most
 def test_frozen_parameters_are_so_in_a_scanned_and_spread_run_too(name):
     after, _ = one_step(name, spread_plan(name))
     old, new = bits(first_state(name).params), bits(after.params)
@@ -194,7 +202,7 @@ def test_no_setup_changes_anything(name, mesh, scan, remat):
     check_same(name, plan_of(name, devices, **changes))
 
 
-@each
+@most
 def test_micro_batches_are_the_whole_batch_or_are_refused(name):
     plan = plan_of(name)
     if not plan.settings.objective.batch_coupled:
