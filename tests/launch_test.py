@@ -810,9 +810,10 @@ def local(fakes, count, program, *words, **env) -> subprocess.Popen:
 
 def test_processes_know_who_they_are(fakes):
     program = (
-        "import json, os, sys; print(json.dumps([os.environ[name] for name in ("
-        "'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS')]"
-        " + sys.argv[1:]))"
+        "import json, os, sys; found = [os.environ[name] for name in ("
+        "'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS')];"
+        # One write for each line: the processes share the pipe.
+        "os.write(1, (json.dumps(found + sys.argv[1:]) + chr(10)).encode())"
     )
     out, error = local(fakes, 2, program, *HARD).communicate(timeout=30)
     assert error == ""
