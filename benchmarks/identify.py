@@ -25,28 +25,24 @@ import dataclasses
 import json
 import pathlib
 import platform
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import GridSearchCV
 
 from mim_jax import config, train
 from mim_jax.data.sources.hierarchy import Hierarchy
+from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Dense
-from mim_jax.objectives.base import Batch, Params, Stats, apply
+from mim_jax.objectives.base import Params
 from mim_jax.objectives.mae import MAE
-from mim_jax.ops.masking import Mask, unshuffle
-from mim_jax.ops.patches import (
-    Grid,
-    denormalise,
-    patch_statistics,
-    to_float,
-    unpatchify,
-)
+from mim_jax.ops.masking import Mask
+from mim_jax.ops.patches import Grid, to_float
 from mim_jax.run import loading
 from mim_jax.schema import within
 from mim_jax.studies.sizes import quiet
@@ -59,38 +55,11 @@ BOXES = {"one token": (1, 1, 1), "one square": (2, 2, 2)}
 TRAINING, HELD_OUT = 2000, 1000
 
 
-class Bottleneck(nn.Module):
-    """Two linear layers around a code.
+class CodeDecoder(Decoder):
+    """The decoder of MAE, which sees the encoder's tokens through a code alone.
 
-    Attributes:
-        code: length of the code.
-        dtype: of the products.
-    """
-
-    code: int
-    dtype: str
-
-    @nn.compact
-    def __call__(
-        self, tokens: Float[Array, "b t d"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b {self.code}"]]:
-        """(the same vector at every place, the code of which it is made).
-
-        Args:
-            tokens: the encoder's, of which the class token makes the code.
-        """
-        code = Dense(self.code, self.dtype, name="squeeze")(tokens[:, 0])
-        seen = Dense(tokens.shape[-1], self.dtype, name="widen")(code)
-        return jnp.broadcast_to(seen[:, None], tokens.shape), code
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CodeMAE(MAE):
-    """MAE through a code of `code` numbers, for one mask.
-
-    The direct test of Theorem 2 of arXiv:2306.04898: with masking `box` and a code of
-    the dimension of c, the code should hold c, all of it and nothing else. The decoder
-    gets the code at every visible place and nothing of the tokens.
+    The class token becomes `code` numbers, and these the same vector at the class
+    token and at every visible patch.
 
     Attributes:
         code: numbers between encoder and decoder.
@@ -98,48 +67,40 @@ class CodeMAE(MAE):
 
     code: int = within(4, least=1, most=2**14)
 
-    @property
-    def bottleneck(self) -> Bottleneck:
-        return Bottleneck(self.code, self.encoder.dtype)
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "b t d"],
+        mask: Mask,
+        grid: Grid,
+        outputs: int,
+        predict: Literal["hidden", "visible", "all"] = "hidden",
+    ) -> Float[Array, "b m {outputs}"]:
+        code = Dense(self.code, self.dtype, name="squeeze")(tokens[:, 0])
+        self.sow("codes", "code", code)
+        seen = Dense(tokens.shape[-1], self.dtype, name="widen")(code)
+        seen = jnp.broadcast_to(seen[:, None], tokens.shape)
+        return super().__call__(seen, mask, grid, outputs, predict)
 
-    def init(self, key: Key[Array, ""], batch: Batch) -> tuple[Params, Stats]:
-        made_key, code_key = jax.random.split(key)
-        made = self.init_networks(made_key, batch)
-        tokens, _ = self.encode(made, to_float(batch["image"][:1]))
-        found = self.bottleneck.init(code_key, tokens)
-        return made | {"code": found["params"]}, {}
 
-    def predict(
-        self, params: Params, patches: Float[Array, "b n p"], grid: Grid, mask: Mask
-    ) -> tuple[Float[Array, "b m p"], Int[Array, "b m"]]:
-        filled = self._decoded(params, patches, grid, mask, "hidden")
-        return filled, mask.drop
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodeMAE(MAE):
+    """MAE through a code: Theorem 2 of arXiv:2306.04898 is about such a model, with one
+    mask and a code of the dimension of c."""
 
-    def reconstruct(
-        self, params: Params, batch: Batch, mask: Mask
-    ) -> Shaped[Array, "b h w c"]:
-        patches, grid = self.patches(to_float(batch["image"]))
-        filled = self._decoded(params, patches, grid, mask, "all")
-        filled = unshuffle(filled.astype(patches.dtype), mask)
-        if self.normalise_target:
-            mean, deviation = patch_statistics(patches)
-            filled = filled * deviation + mean
-        return denormalise(unpatchify(filled, grid), self.mean, self.std)
+    decoder: CodeDecoder = CodeDecoder()
 
     def codes(
         self, params: Params, images: Float[Array, "b h w c"], mask: Mask
-    ) -> Float[Array, "b {self.code}"]:
-        """The codes of images in 0..1 of which the encoder sees the visible patches."""
+    ) -> Float[Array, "b k"]:
+        """The codes of images in 0..1, from their visible patches."""
+        patches, grid = self.patches(images)
         tokens, _ = self.encode(params, images, keep=mask.keep)
-        return apply(self.bottleneck, params["code"], tokens)[1]
-
-    def _decoded(self, params: Params, patches, grid: Grid, mask: Mask, where: str):
-        tokens, _ = apply(self.encoder, params["encoder"], patches, grid, mask.keep)
-        seen, _ = apply(self.bottleneck, params["code"], tokens)
-        outputs = patches.shape[-1]
-        return apply(
-            self.decoder, params["decoder"], seen, mask, grid, outputs, predict=where
+        given = (tokens, mask, grid, patches.shape[-1])
+        _, found = self.decoder.apply(
+            {"params": params["decoder"]}, *given, mutable=["codes"]
         )
+        return found["codes"]["code"][0]
 
 
 def tree_of(box: str, seed: int, steps: int) -> config.Tree:
@@ -150,7 +111,7 @@ def tree_of(box: str, seed: int, steps: int) -> config.Tree:
     tree.seed, tree.steps, tree.compile_cache = seed, steps, False
     tree.data.source.update(dict(kind="cascade", levels=LEVELS))
     tree.data.image_size = (4 * 2**LEVELS,) * 2
-    tree.objective.code = DIMENSION
+    tree.objective.decoder.code = DIMENSION
     tree.objective.masking.update(dict(rows=rows, cols=cols))
     quiet(tree)
     return tree

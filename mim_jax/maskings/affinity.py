@@ -77,5 +77,7 @@ class Affinity(Masking):
             near = jnp.where(place[None] < self.groups, memory + 1e-4 * ties, -jnp.inf)
             return jnp.argmax(near, axis=1)  # the position of its centre
 
-        group = jax.vmap(grouped)(jax.vmap(jax.random.fold_in, (0, None))(keys, 2000))
+        # Far from the numbers of splits, which are those of fold_in too.
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, 2000)
+        group = jax.vmap(grouped)(own)
         return from_groups(group.astype(jnp.int32), keys, self.visible_count(grid))
