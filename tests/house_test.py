@@ -72,7 +72,9 @@ MAY_IMPORT = {
     # ObjectNet and the cue conflicts have the classes of ImageNet.
     "data.sets.objectnet": ("data.sets.base", "data.sets.imagenet", "data.sources"),
     "data.sets.conflicts": ("data.sets.base", "data.sets.imagenet", "data.sources"),
-    "data.examples.regions": ("data.examples", "data.fields", "data.geometry"),
+    "data.examples.regions": (
+        *("data.examples", "data.fields", "data.geometry", "theory.trees"),
+    ),
     "data.input": ("data.examples", "data.fields", "data.geometry"),
     "data.workers": ("data.fields", "data.input"),
     "data.pipeline": (

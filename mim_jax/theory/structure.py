@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, Real
 from scipy.cluster.hierarchy import average, cut_tree
 from scipy.spatial.distance import squareform
 
+from mim_jax.theory.trees import numbered
+
 Patches = Real[np.ndarray, "images n p"]
 _LEAST = 1e-6  # a correlation that counts as this much, so that logarithms are finite
 
@@ -68,7 +70,7 @@ def estimate(patches: Patches, levels: int, branching: int = 4) -> Structure:
     np.fill_diagonal(distances, 0)
     merged = average(squareform(distances, checks=False))
     groups = [-(-count // branching**level) for level in range(1, levels + 1)]
-    tree = [_numbered(cut_tree(merged, number)[:, 0]) for number in groups]
+    tree = [numbered(cut_tree(merged, number)[:, 0]) for number in groups]
     return Structure(rank, distances, np.stack(tree))
 
 
@@ -111,9 +113,3 @@ def agreement(found: Int[np.ndarray, " n"], truth: Int[np.ndarray, " n"]) -> flo
     from sklearn.metrics import adjusted_rand_score
 
     return float(adjusted_rand_score(truth, found))
-
-
-def _numbered(group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The same groups, numbered in the order of their first members."""
-    first, inverse = np.unique(group, return_index=True, return_inverse=True)[1:]
-    return np.argsort(np.argsort(first)).astype(np.int32)[inverse]

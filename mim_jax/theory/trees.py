@@ -248,6 +248,17 @@ def mean_levels(
     return np.where(empty, np.nan, mean), np.where(empty, np.nan, top)
 
 
+def numbered(group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The same groups, numbered in the order of their first members.
+
+    Example:
+        >>> numbered(np.array([7, 7, 2, 7, 5])).tolist()
+        [0, 0, 1, 0, 2]
+    """
+    first, inverse = np.unique(group, return_index=True, return_inverse=True)[1:]
+    return np.argsort(np.argsort(first)).astype(np.int32)[inverse]
+
+
 def _packed(bits: Bool[np.ndarray, "masks k"]) -> UInt64[np.ndarray, " k"]:
     """A word for each column, whose bit i is row i."""
     words = np.zeros(bits.shape[1], np.uint64)

@@ -14,6 +14,7 @@ from mim_jax.data.examples.crops import Crops
 from mim_jax.data.fields import Example, Fields, FieldSpec
 from mim_jax.data.geometry import Geometry
 from mim_jax.schema import check_ranges, within
+from mim_jax.theory.trees import numbered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,7 @@ def region_tree(
         node = np.arange(2 * count - 1)
         for number in range(count - regions - 1, -1, -1):
             node[merges[number]] = node[count + number]
-        first, named = np.unique(node[:count], return_index=True, return_inverse=True)[
-            1:
-        ]
-        tree[level - 1] = np.argsort(np.argsort(first))[named]
+        tree[level - 1] = numbered(node[:count])
     return tree.reshape(levels, rows, cols)
 
 
