@@ -3,12 +3,15 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import pathlib
 import re
 import resource
 import shutil
+import sys
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -355,6 +358,28 @@ def test_a_failed_save_is_told_soon_and_the_next_one_works(fill, tmp_path, capfd
         checkpointer.save(6, placed(make(6)), EXTRA)
     assert sorted(path.name for path in folder.glob("[0-9]")) == ["6"]
     assert_same_bits(restore(tmp_path)[1], placed(make(6)))
+
+
+def test_what_a_failed_save_gave_up_is_not_told(monkeypatch):
+    """Python warns of each coroutine that nobody awaited: hundreds, of a failed save."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    async def write():
+        pass
+
+    writer = storage.Writer()
+    given_up = [write()]
+    given_up.append(given_up)  # only the garbage collector finds it
+    del given_up
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        writer.close(stay_silent=True)
+        gc.collect()
+    assert warned == []
+    late = write()  # a thread of TensorStore still held it
+    del late  # warnings are errors here, so Python hands it to the hook
+    assert told == []
 
 
 def fail_at(tmp_path, steps, error=None, **settings):

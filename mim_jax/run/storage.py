@@ -29,6 +29,8 @@ ORBAX_VERSION: str = ocp.__version__
 _UNFINISHED = (".orbax-checkpoint-tmp", files.GOING)
 # The file that Orbax writes last.
 _SEAL = "commit_success.txt"
+# What Python says of the parts of a save or restore that Orbax gave up.
+_DROPPED = ("Event loop is closed", "was never awaited")
 _ASYNCIO_LOG, _ABSL_LOG = logging.getLogger("asyncio"), logging.getLogger("absl")
 
 
@@ -75,7 +77,9 @@ class Writer:
         """
         self._waiter.shutdown()
         self._orbax.close()
-        if not stay_silent:
+        if stay_silent:
+            _collect_dropped()
+        else:
             self._silence.__exit__()
 
 
@@ -139,8 +143,7 @@ def read_tree(folder: files.Place, step: int, like: dict) -> dict[str, Any]:
         partial_restore=True,
     )
     failure = ""
-    with OrbaxSilence(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+    with OrbaxSilence():
         try:
             with _reader_of_this_host() as reader:
                 found = reader.restore(folder / str(step) / "state", args=arguments)
@@ -149,8 +152,7 @@ def read_tree(folder: files.Place, step: int, like: dict) -> dict[str, Any]:
             raise  # no fault of the file
         except Exception as error:  # Orbax raises whatever its parsers raise
             failure = first_line(error)
-        # Collect what Orbax dropped now, while asyncio's messages are suppressed.
-        gc.collect()
+        _collect_dropped()
     files.exists(folder)  # a bucket that does not answer is no damage: this raises
     raise DamageError(failure)
 
@@ -255,11 +257,18 @@ class OrbaxSilence:
         _ABSL_LOG.removeFilter(self._is_not_orbax)
 
     def _unraisable(self, unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).endswith(_DROPPED):
             self._hook(unraisable)
 
     def _is_not_orbax(self, record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
+
+
+def _collect_dropped() -> None:
+    """Free what Orbax gave up, so that Python's warnings about it come now, unseen."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+        gc.collect()
 
 
 def _reader_of_this_host() -> ocp.Checkpointer:
