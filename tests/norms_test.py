@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The norms that a step logs: those of NumPy on the states, at no bit's cost."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,10 @@ from mim_jax import optim, train
 AS_USERS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
 }
+# Later versions have no other emitters, and refuse the option.
+if importlib.metadata.version("jaxlib") < "0.11":
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def length(tree) -> float:

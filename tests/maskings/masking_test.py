@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mim_jax.maskings import MASKINGS
 from mim_jax.maskings.block import Block
@@ -118,7 +118,9 @@ def test_bits_are_those_of_any_number_of_devices_of_jit_and_of_vmap(masking):
     one_by_one = jax.vmap(lambda key: draw(masking, key[None]))(keys)
     assert same([leaf[:, 0] for leaf in one_by_one], expected)
     for count in (1, 2, 4, 8):
-        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        mesh = jax.make_mesh(
+            (count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count]
+        )
         rows = NamedSharding(mesh, PartitionSpec("data"))
         spread = jax.device_put(keys, rows)
         mask = jax.jit(drawer(masking), out_shardings=rows)(spread)
