@@ -361,7 +361,7 @@ def test_a_failed_save_is_told_soon_and_the_next_one_works(fill, tmp_path, capfd
 
 
 def test_what_a_failed_save_gave_up_is_not_told(monkeypatch):
-    """Python warns of each coroutine that nobody awaited: hundreds, if a save failed."""
+    """Python warns of each coroutine that nobody awaited. A save has hundreds."""
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
 
