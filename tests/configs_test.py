@@ -22,6 +22,7 @@ SIZES = {
     "study_p2_table2": ("cues", "digits"),
     "study_p2_table3": ("scenes",),
     "study_p2_theorem2": ("hierarchy",),
+    "study_p2_proposals": ("hierarchy",),
 }
 # file: the variants to try besides none. A preset that its file knows must be here.
 FILES = {

@@ -624,6 +624,163 @@ THEOREM2 = Study(
     ),
 )
 
+# Section 3.6: proposals without numbers. Tokens of `hierarchy` and of `mnist` have a
+# side of 4 pixels, of which a hard boundary may ignore one.
+_HARD = {"objective.ignore_boundary": 1}
+_SOFT = {"objective.ignore_boundary": 3, "objective.boundary": "soft"}
+# A random shift moves the squares of the hierarchy away from those of the grid.
+_MOVED = {"data.source.shift": True}
+_ALONG = {"objective.masking.level": 2}
+_BY_LEVEL = (*(column.title for column in _R2.values()), _CENTROID.title)
+_PLAIN, _PLAIN_4 = _THEORY[0.75, 1], _THEORY[0.75, 4]
+PROPOSALS = Study(
+    name="p2_proposals",
+    title="Two proposals: ignore the boundary, mask along the structure",
+    paper=P2,
+    small="hierarchy",
+    full=False,
+    columns=THEOREM2.columns,
+    rows=tuple(
+        Row(name=name, runs={"pretrain": training}, note=note)
+        for name, training, note in (
+            ("MAE", _PLAIN, "ratio 0.75, units of one token, here and below."),
+            ("hard boundary", _PLAIN.but(leaves=_HARD), "1 pixel of 4 is ignored."),
+            ("soft boundary", _PLAIN.but(leaves=_SOFT), "weights 1/4 to 1."),
+            ("unit 4", _PLAIN_4, "squares of 4 x 4 tokens."),
+            (
+                "unit 4, hard boundary",
+                _PLAIN_4.but(leaves={"objective.ignore_boundary": 4}),
+                "the outer tokens of a hidden square are ignored.",
+            ),
+            ("affinity", _PLAIN.but(choices="masking=affinity"), ""),
+            ("moved", _PLAIN.but(leaves=_MOVED), "images are shifted by whole tokens."),
+            ("moved, unit 4", _PLAIN_4.but(leaves=_MOVED), ""),
+            (
+                "moved, subtrees",
+                Training(
+                    recipe="mae", leaves=_MOVED | _ALONG, choices="masking=subtrees"
+                ),
+                "hides what lies below latents of level 2: 4 x 4 tokens of the image's "
+                "own hierarchy.",
+            ),
+        )
+    ),
+    claims=(
+        Claim(
+            text="A loss that ignores the boundary raises the level of what is "
+            "learned.",
+            where="section 3.6, as a proposal",
+            compares=tuple(
+                Difference(first=first, second=second, column=_CENTROID.title)
+                for first, second in (
+                    ("hard boundary", "MAE"),
+                    ("soft boundary", "MAE"),
+                    ("unit 4, hard boundary", "unit 4"),
+                )
+            ),
+        ),
+        Claim(
+            text="A loss that ignores the boundary raises what is learned of the root.",
+            where="section 3.6, as a proposal",
+            compares=tuple(
+                Difference(first=first, second=second, column=_R2[3].title)
+                for first, second in (
+                    ("hard boundary", "MAE"),
+                    ("soft boundary", "MAE"),
+                    ("unit 4, hard boundary", "unit 4"),
+                )
+            ),
+        ),
+        Claim(
+            text="Masks along the hierarchy raise the level of what is learned.",
+            where="section 3.6, as a proposal",
+            compares=(
+                *_above("affinity", ("MAE",), _CENTROID.title),
+                *_above("moved, subtrees", ("moved", "moved, unit 4"), _CENTROID.title),
+            ),
+        ),
+        Claim(
+            text="Masks along the hierarchy raise what is learned of the root.",
+            where="section 3.6, as a proposal",
+            compares=(
+                *_above("affinity", ("MAE",), _R2[3].title),
+                *_above("moved, subtrees", ("moved", "moved, unit 4"), _R2[3].title),
+            ),
+        ),
+    ),
+    notes=THEOREM2.notes,
+)
+
+
+def _proposed(**changes) -> dict[str, Training]:
+    pretrain = _SWEEP[0.75, 1].but(**changes)
+    return {
+        "pretrain": pretrain,
+        "probe": probe(pretrain),
+        "10pct": runs.finetune_tenth(pretrain),
+    }
+
+
+_TENTH = Column(
+    title="10 % of the labels, %",
+    run="10pct",
+    measure=runs.ACCURACY,
+    keys=("accuracy_held_out",),
+)
+_CHANGED = ("hard boundary", "soft boundary", "regions", "affinity")
+PROPOSALS_LABELS = Study(
+    name="p2_proposals_labels",
+    title="Two proposals: what they do to accuracy",
+    paper=P2,
+    columns=(_HELD_OUT, _GRID_NN, _TENTH, _SSIM, _PSNR),
+    rows=(
+        Row(name="MAE", runs=_proposed()),
+        Row(
+            name="hard boundary",
+            runs=_proposed(full={"objective.ignore_boundary": 4}, small=_HARD),
+            note="a quarter of a patch's side is ignored.",
+        ),
+        Row(
+            name="soft boundary",
+            runs=_proposed(
+                full={"objective.ignore_boundary": 15, "objective.boundary": "soft"},
+                small=_SOFT,
+            ),
+        ),
+        Row(
+            name="regions",
+            runs=_proposed(
+                choices="masking=subtrees,examples=regions",
+                full={"data.examples.patch": 16},
+                small={"data.examples.patch": 4},
+            ),
+            note="hides groups of neighbouring patches that look alike.",
+        ),
+        Row(
+            name="affinity",
+            runs=_proposed(choices="masking=affinity"),
+            note="hides positions whose tokens change together.",
+        ),
+    ),
+    claims=tuple(
+        Claim(
+            text=f"{what} raise{end} the accuracy.",
+            where="section 3.6, as a proposal",
+            compares=tuple(
+                one
+                for name in names
+                for title in (_HELD_OUT.title, _GRID_NN.title, _TENTH.title)
+                for one in _above(name, ("MAE",), title)
+            ),
+        )
+        for what, end, names in (
+            ("A loss that ignores the boundary", "s", _CHANGED[:2]),
+            ("Masks along the structure of images", "", _CHANGED[2:]),
+        )
+    ),
+)
+
 STUDIES = (
     *(TABLE1, TABLE2, TABLE3, FIGURE5, FIGURE6, FIGURE7, FIGURE8, GRID, THEOREM2),
+    *(PROPOSALS, PROPOSALS_LABELS),
 )
