@@ -38,7 +38,8 @@ from etils import epath
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY = 24, 4
-PATIENCE = 300  # seconds for one start of a run
+# Seconds for one start of a run, of which an idle machine takes a minute at most.
+PATIENCE = 1200
 KILLS = 5  # of one run, at most
 _TASKS = pathlib.Path("/proc/self/task")
 _WITH_PARENT = 1  # PR_SET_PDEATHSIG: who ends this command ends its runs
