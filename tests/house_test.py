@@ -528,3 +528,13 @@ def test_modules_that_annotate_arrays_are_checked_at_run_time():
             continue
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         assert any(f"{module}.".startswith(f"{one}.") for one in wrapped), module
+
+
+def test_a_start_imports_nothing_slow_that_most_jobs_do_not_need():
+    slow = ("sklearn", "scipy.stats", "skimage", "tensorboardX", "tensorflow_datasets")
+    told = "import sys, mim_jax.main; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not set(slow) & set(done.stdout.split())

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 from matplotlib.figure import Figure
-from sklearn.linear_model import RidgeCV
 
 from mim_jax.evals.base import Batch, Eval, Headline, Passes, Run
 from mim_jax.evals.features import check_finite
@@ -311,6 +310,8 @@ def _predicted(
     x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray
 ) -> dict[str, Any]:
     """R2 on the test rows; for symbols also which rows are right ("right")."""
+    from sklearn.linear_model import RidgeCV  # slow to import
+
     symbols = y.dtype.kind in "iub"
     if symbols:  # -1 is unknown
         x, y = x[y[:, 0] >= 0], y[y[:, 0] >= 0]

@@ -12,7 +12,6 @@ from typing import Any
 import tqdm
 
 from mim_jax.run import files
-from mim_jax.run.events import Events
 from mim_jax.run.wandb_run import Wandb
 from mim_jax.schema import check_ranges, to_json, within
 
@@ -177,6 +176,9 @@ class Writer:
                 files.write(self._path, b"".join(line for _, line in rows))
             self._file = files.append(self._path)
             if log.tensorboard:
+                # TensorBoard's writer takes half as long to import as JAX.
+                from mim_jax.run.events import Events
+
                 self._events = Events(workdir / "tensorboard", step)
         except OSError as error:
             raise MetricsError(f"the log could not be written: {error}") from error
