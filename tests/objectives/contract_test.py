@@ -179,7 +179,7 @@ def test_a_teacher_is_used_and_follows_and_gets_no_gradient(name):
 # What may not matter.
 
 
-@each
+@most
 def test_eight_devices_fsdp_scan_and_remat_change_nothing(name):
     check_same(name, spread_plan(name))
 
@@ -214,7 +214,7 @@ def test_micro_batches_are_the_whole_batch_or_are_refused(name):
     plan_of(name, 2, accumulate=2, accumulate_coupled=True)
 
 
-@each
+@most
 def test_bfloat16_is_near(name):
     plan = plan_of(name, 1, dtype="bfloat16", scan=True, remat="dots")
     after, metrics = one_step(name, plan)
