@@ -204,7 +204,7 @@ MAY_IMPORT = {
     ),
     "weights": ("config", "interop", "run.checkpoint", "run.files"),
     "compare": (
-        *("config", "evals.base", "evals.report"),
+        *("config", "evals.base", "evals.report", "evals.side_by_side"),
         *("run.files", "run.loading", "run.log", "run.notes", "run.rundir"),
     ),
     "explore.models": (

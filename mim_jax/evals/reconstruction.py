@@ -64,7 +64,25 @@ class Reconstruction(Eval):
             "higher",
             "How close hidden pixels come to the true ones: 10 dB more is a tenth of "
             "the squared error. Models that predict patches with mean and contrast "
-            "removed are helped by the true values of these two.",
+            "removed are helped by the true values of these two. Each model hides what "
+            "it hid in training.",
+        ),
+        Headline(
+            "psnr_visible_mean_db",
+            "PSNR, one colour",
+            "dB",
+            "neither",
+            "What no learning gives, on the same images and masks: every hidden pixel "
+            "gets the mean colour of the visible pixels of its image. A model that "
+            "learned something is above it.",
+        ),
+        Headline(
+            "psnr_patch_mean_db",
+            "PSNR, true patch means",
+            "dB",
+            "neither",
+            "The fair baseline of models that are helped by the true mean and contrast "
+            "of each hidden patch: every hidden patch gets its true mean colour.",
         ),
         Headline(
             "full_ssim",
