@@ -274,7 +274,10 @@ ROOMS = {
 }
 # What several plug-ins of a room share, besides its base.
 USED_BY_PLUG_INS = {
-    "evals": {"features", "figures", "images", "logits", "occluded", "report"},
+    "evals": {
+        *("features", "figures", "images", "logits", "occluded", "report"),
+        "side_by_side",
+    },
     "objectives": {"t2"},
     "data.sources": {"packaged", "drawings"},
 }
