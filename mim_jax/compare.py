@@ -3,6 +3,7 @@
 
 import base64
 import collections
+import dataclasses
 import hashlib
 import html
 import inspect
@@ -239,12 +240,13 @@ def _section(
         word = _full_title(headline, headline.title.format("..."))
         text = f"{headline.meaning} {_BETTER[headline.better].capitalize()}."
         columns = headline.columns(keys)
-        sizes = {
+        measured = (
             report.numbers[key].n
             for report in reports.values()
             for key in columns
             if key in report.numbers
-        } - {None}
+        )
+        sizes = {n for n in measured if n is not None}
         if not columns:
             text += " Not measured here."
         elif sizes:
@@ -339,7 +341,7 @@ def _gallery(shown: Shown, alike: bool) -> str:
     lines += [f"<th scope='col'>{html.escape(head)}</th>" for head in heads]
     lines.append("</tr></thead><tbody>")
     for i, label in enumerate(shown.classes):
-        name = f"{label or 'image'} (no. {shown.index[i]})"
+        name = f"{label or 'image'} (no. {shown.records[i]})"
         cells = [
             _small(shown.original[i], f"{name}: original"),
             _small(shown.seen[i], f"{name}: the visible patches; hidden ones are grey"),
@@ -349,7 +351,7 @@ def _gallery(shown: Shown, alike: bool) -> str:
             text = f"{name}, filled in by {run}: {score}"
             cells.append(f"{_small(images[i], text)}<small>{score}</small>")
         row = "".join(f"<td>{cell}</td>" for cell in cells)
-        small = f"<small>no. {shown.index[i]}</small>"
+        small = f"<small>no. {shown.records[i]}</small>"
         head = f"<th scope='row'>{html.escape(label or 'image')}{small}</th>"
         lines.append(f"<tr>{head}{row}</tr>")
     lines.append("</tbody></table></div>")
@@ -423,12 +425,14 @@ def _noted(scale: str) -> str:
 def _loss_of(one: Loaded) -> tuple:
     """What has to be equal for two losses to be the same function: the method, and
     every setting of it but the sizes of its networks."""
-    flat = _flat((rundir.saved_config(one.folder) or {}).get("objective", {}))
-    return type(one.run.objective).__name__, tuple(
-        (name, repr(value))
-        for name, value in sorted(flat.items())
-        if not name.startswith(("encoder.", "decoder."))
-    )
+    objective = one.training.objective
+    values = {
+        # A concrete objective is a dataclass.
+        field.name: getattr(objective, field.name)
+        for field in dataclasses.fields(objective)  # pyright: ignore[reportArgumentType]
+        if field.name not in ("encoder", "decoder")
+    }
+    return type(objective).__name__, repr(values)
 
 
 def _losses(trained: dict[str, Loaded], curves: Figure | None) -> str:

@@ -148,7 +148,7 @@ def shown(odd: str) -> Shown:
         masked_as=odd,
         original=images,
         hidden=np.ones((1, 8, 8), bool),
-        index=np.array([3]),
+        records=np.array([3]),
         classes=(odd,),
         filled={odd: images},
         psnr={odd: np.array([1.0])},

@@ -28,7 +28,7 @@ class Shown(NamedTuple):
         masked_as: the model that drew the masks, as it did in training.
         original: the images, in 0..1.
         hidden: True at hidden pixels.
-        index: of each image in its source.
+        records: the number of each image in its source.
         classes: of each image; "" if unknown.
         filled: by model, the images with their hidden pixels filled in, in 0..1.
         psnr: by model, in dB over the hidden pixels of each image.
@@ -39,7 +39,7 @@ class Shown(NamedTuple):
     masked_as: str
     original: Float[np.ndarray, "r h w c"]
     hidden: Bool[np.ndarray, "r h w"]
-    index: np.ndarray
+    records: np.ndarray
     classes: tuple[str, ...]
     filled: dict[str, np.ndarray]
     psnr: dict[str, np.ndarray]
@@ -54,7 +54,7 @@ class Shown(NamedTuple):
     @property
     def reports(self) -> dict[str, Report]:
         """The arrays of each model, as `save_arrays` takes them."""
-        same = {"original": self.original, "hidden": self.hidden, "index": self.index}
+        same = {"original": self.original, "hidden": self.hidden, "index": self.records}
         return {
             title: Report(
                 numbers={},
@@ -116,7 +116,7 @@ def side_by_side(
         masked_as=first,
         original=original,
         hidden=region,
-        index=batch["index"],
+        records=batch["index"],
         classes=tuple(map(str, names[batch["label"]])),
         filled=filled,
         psnr=psnr,
