@@ -4,9 +4,10 @@
 python -m mim_jax.main --config=configs/compare.py \
     --config.runs='("runs/mae-digits","runs/cmae-digits")' --workdir=runs/compare
 
-A table of numbers, reconstructions, neighbours, CKA, attention, t-SNE, training curves
-and what differs in the configs. --config.also='("ridge",)' adds other evaluations. Runs
-must read the same images, or those that `:source=NAME` and config.data.source name.
+A table of numbers that a click sorts, the same images through all models, neighbours,
+CKA, attention, t-SNE, training losses, the commands of the runs, and what differs in
+their configs. --config.also='("ridge",)' adds other evaluations. Runs must read the
+same images, or those that `:source=NAME` and config.data.source name.
 """
 
 from mim_jax import config

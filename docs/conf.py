@@ -28,8 +28,16 @@ napoleon_use_ivar = True
 suppress_warnings = ["ref.python"]
 
 
+# The index of the search is a script, which browsers load from disk, too. The excerpts
+# below the hits are read from pages, which they do not allow there: each is an error.
+_FROM_DISK = """
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+"""
+
+
 def setup(app):
     """Leaves out what says nothing: "Alias for field number 0"."""
+    app.add_js_file(None, body=_FROM_DISK)
 
     def skipped(app, what, name, obj, skip, options):
         del app, what, name, options

@@ -295,7 +295,7 @@ class Compare:
     skip: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     data: Images = Images()
-    reconstruction: Reconstruction = Reconstruction(draws=1, inpainted=0)
+    reconstruction: Reconstruction = Reconstruction(draws=1, inpainted=0, rows=10)
     knn: KNN = KNN(k=(10,), rows=5)
     cka: CKA = CKA(images=2000, occlusion="model")
     attention: Attention = Attention(rows=4)

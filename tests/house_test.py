@@ -204,7 +204,7 @@ MAY_IMPORT = {
     ),
     "weights": ("config", "interop", "run.checkpoint", "run.files"),
     "compare": (
-        *("config", "evals.base", "evals.report"),
+        *("config", "evals.base", "evals.report", "evals.side_by_side"),
         *("run.files", "run.loading", "run.log", "run.notes", "run.rundir"),
     ),
     "explore.models": (
@@ -274,7 +274,10 @@ ROOMS = {
 }
 # What several plug-ins of a room share, besides its base.
 USED_BY_PLUG_INS = {
-    "evals": {"features", "figures", "images", "logits", "occluded", "report"},
+    "evals": {
+        *("features", "figures", "images", "logits", "occluded", "report"),
+        "side_by_side",
+    },
     "objectives": {"t2"},
     "data.sources": {"packaged", "drawings"},
 }

@@ -11,6 +11,7 @@ import re
 import shutil
 
 import audit
+import numpy as np
 import pytest
 
 import mim_jax
@@ -18,6 +19,7 @@ from mim_jax import compare, config, evaluate, train
 from mim_jax.evals.base import Run
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.report import Number, Report
+from mim_jax.evals.side_by_side import Shown
 from mim_jax.interop import native
 from mim_jax.run import loading, warmstart
 from mim_jax.run.loading import Loaded
@@ -139,9 +141,27 @@ class Tags(html.parser.HTMLParser):
         self.found |= {tag, *(name for name, _ in attributes)}
 
 
+def shown(odd: str) -> Shown:
+    """A gallery in which every text is somebody else's."""
+    images = np.zeros((1, 8, 8, 1), np.float32)
+    return Shown(
+        masked_as=odd,
+        original=images,
+        hidden=np.ones((1, 8, 8), bool),
+        records=np.array([3]),
+        classes=(odd,),
+        filled={odd: images},
+        psnr={odd: np.array([1.0])},
+        helped=(odd,),
+        reasons={odd: odd},
+    )
+
+
 def test_a_name_is_no_tag_of_the_compare_page(tmp_path):
     odd = "<script>x</script><img src=x onerror='x'>&\"'<!--TABLE-->"
     (tmp_path / "config.json").write_text(json.dumps({"job": "train", odd: odd}))
+    (tmp_path / "summary.txt").write_text(f"command     {odd}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"job": "train"}))
     training = config.build(config.read(str(ROOT / "configs/mae.py:digits")))
@@ -153,8 +173,14 @@ def test_a_name_is_no_tag_of_the_compare_page(tmp_path):
         compare._table({odd: one}, {"knn": KNN()}, {"knn": {odd: report}}),
         compare._section("knn", KNN(), {odd: report}, {}, {odd: odd}),
         compare._differences({odd: one, "b": other}),
+        compare._losses({odd: one}, compare._curves({odd: one})),
+        compare._commands({odd: one}),
+        compare._gallery(shown(odd), alike=False),
     ]
     assert all(html.escape(odd) in part for part in parts)
     text = "\n".join(parts)
-    usual = {"tr", "th", "td", "small", "h2", "id", "p", "ul", "li", "b", "class"}
+    usual = {"thead", "tbody", "tr", "th", "td", "small", "p", "ul", "li", "b", "div"}
+    usual |= {"table", "h2", "h3", "dl", "dt", "dd", "pre", "img", "alt", "src"}
+    usual |= {"id", "class", "scope", "data-better", "data-value"}
+    usual |= {"tabindex", "role", "aria-label"}
     assert Tags(text).found <= usual and "<!--" not in text

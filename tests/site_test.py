@@ -4,9 +4,12 @@ is dead, and it fetches nothing from elsewhere."""
 
 import html.parser
 import importlib.util
+import json
 import os
 import pathlib
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import urllib.parse
@@ -107,7 +110,11 @@ def test_five_questions_are_answered_within_one_click(built):
     for question, target, answer in (
         ("What is it?", "concepts", "masked autoencoder"),
         ("Does it run here?", "README", "--doctor"),
+        ("Does it run here?", "gpu", "training or evaluation on a GPU"),
+        ("Does it run here?", "colab", "After a disconnect"),
+        ("Does it run here?", "limits", "anything on a TPU"),
         ("What did it find out about the papers?", "claims", "A claim holds if"),
+        ("What did it find out about the papers?", "limits", "training on ImageNet"),
         ("How do I use it on mine?", "data", "source=folder"),
         ("How fast, and how big does it go?", "performance", "images a second"),
     ):
@@ -115,6 +122,67 @@ def test_five_questions_are_answered_within_one_click(built):
         assert f"{target}.md" in text
         assert answer in pages[f"{target.lower()}.html"].text
         assert question in pages["index.html"].text
+
+
+# The scripts of the search page, in the order in which it loads them, with what they
+# want of a browser; then a search, as the page makes one.
+SEARCH = """
+const [folder, protocol, query, ...scripts] = process.argv.slice(1);
+const fs = require("fs"), path = require("path"), vm = require("vm");
+const nothing = { addEventListener() {}, documentElement: { dataset: {} } };
+const context = vm.createContext({
+  ...nothing,
+  document: { ...nothing, readyState: "loading", getElementById: () => null },
+  location: { protocol, search: "" }, localStorage: { setItem() {}, getItem() {} },
+  URLSearchParams, console,
+});
+context.window = context;
+for (const one of scripts) {
+  const inline = one.startsWith("\\n");
+  const text = inline ? one : fs.readFileSync(path.join(folder, one), "utf8");
+  vm.runInContext(text, context);
+}
+context.query = query;
+const found = vm.runInContext(`
+  const [asked, words, excluded, highlights, objects] = Search._parseQuery(query);
+  const hits = Search._performSearch(asked, words, excluded, highlights, objects);
+  ({
+    pages: hits.map(hit => hit[0]),
+    excerpts: DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY,
+  })`, context);
+console.log(JSON.stringify(found));
+"""
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.every_change
+@pytest.mark.parametrize("protocol, excerpts", [("file:", False), ("https:", True)])
+def test_the_search_works_from_disk(built, protocol, excerpts):
+    """No script of it reads a page there, which browsers do not allow."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on the PATH, which runs the search")
+    _, folder = built
+    text = (folder / "search.html").read_text()
+    tags = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
+    scripts = []
+    for attributes, body in tags:
+        source = re.search(r'src="([^"?]*)', attributes)
+        if source and "furo.js" not in source[1]:  # colours and scrolling
+            scripts.append(source[1])
+        elif "DOCUMENTATION_OPTIONS" in body:
+            scripts.append("\n" + body)
+    assert "searchindex.js" in scripts
+    done = subprocess.run(
+        [node, "-e", SEARCH, folder, protocol, "checkpoint lost", *scripts],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "reliability" in found["pages"] and found["excerpts"] is excerpts
 
 
 @needs_extra

@@ -18,6 +18,7 @@ from mim_jax.data.pipeline import (
     eval_batches,
     eval_example,
     filled_row,
+    interleaved,
     positions_of_host,
 )
 from mim_jax.data.segments import Objects, objects_of
@@ -62,6 +63,32 @@ class EvalPasses:
         """Those training records as one batch."""
         fields = self.data.examples.eval_fields(self.data)
         rows = [eval_example(self.data, fields, index) for index in indices]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def some_held_out(self, count: int) -> Batch:
+        """That many held-out records at most, as one batch, in the order of classes.
+
+        All classes alike, if the source knows its labels without a read of every
+        record; else from places that are evenly spaced.
+
+        Example:
+            >>> from mim_jax.data.sources.digits import Digits
+            >>> data = Input(source=Digits(), image_size=(8, 8), workers=0)
+            >>> EvalPasses(data).some_held_out(10)["label"].tolist()
+            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+        """
+        source = self._held_out
+        known = type(source).labels is not Source.labels
+        labels = source.labels() if known else np.full(len(source), -1)
+        if len(np.unique(labels)) > 1:
+            chosen = interleaved(labels)[:count]
+            chosen = chosen[np.lexsort((chosen, labels[chosen]))]
+        else:
+            last = len(source) - 1
+            chosen = np.unique(np.linspace(0, last, count).round().astype(int))
+        data = dataclasses.replace(self.data, source=source)
+        fields = data.examples.eval_fields(data)
+        rows = [eval_example(data, fields, int(index)) for index in chosen]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def evaluation_set(self, entry: str) -> "SetPasses":

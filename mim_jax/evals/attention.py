@@ -118,7 +118,13 @@ class Attention(Eval):
                     mark = report.arrays["place"] if key == "chosen_token" else None
                     overlay = functools.partial(_overlay, grey, weights, mark)
                     panels.append(Panel(grey, title=title, overlay=overlay))
-        return {"attention": gallery(panels, 1 + len(_TOKENS) * len(found))}
+        title = (
+            "Attention of the last block, mean over heads: bright patches get most of "
+            "it, each map on a scale of its own\nclass token: what it looks at; chosen "
+            "token: what the patch framed in red looks at"
+        )
+        columns = 1 + len(_TOKENS) * len(found)
+        return {"attention": gallery(panels, columns, title=title)}
 
 
 def last_attention(

@@ -159,9 +159,12 @@ class CKA(Eval):
             axis.set_xlabel("block")
             axis.set_xticks(blocks)
             axis.set_ylim(min(0.0, float(curves.min())), 1.02)
-        axes[0].set_ylabel(f"CKA ({self.estimator}), full against masked")
+        axes[0].set_ylabel(
+            f"CKA ({self.estimator}), full against masked\n(1: unchanged by hiding)",
+            fontsize=8,
+        )
         axes[-1].legend(
-            title="hidden",
+            title="share hidden",
             fontsize=7,
             title_fontsize=8,
             loc="center left",

@@ -332,7 +332,7 @@ def _by_class(found: dict[str, Report]) -> Figure:
     table = axis.table(cells, rowLabels=names, colLabels=columns, loc="center")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
-    axis.set_title("AP of each class, %", fontsize=8)
+    axis.set_title("AP of each class, %: higher is better", fontsize=8)
     return figure
 
 

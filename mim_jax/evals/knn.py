@@ -39,7 +39,7 @@ class KNN(Eval):
 
     description: ClassVar[str] = (
         "Held-out images, and beside each the training images whose features are most "
-        "similar to its own. A neighbour of another class is marked red."
+        "similar to its own. A neighbour of another class is marked by × and red."
     )
     headlines: ClassVar[tuple[Headline, ...]] = (
         Headline(
@@ -189,11 +189,15 @@ def _picture(name: str, report: Report) -> Figure:
             arrays["neighbour_class"][row],
             strict=True,
         ):
-            text = f"{other} {similarity:.2f}".strip()
+            text = f"{other} {similarity:.3f}".strip()
             wrong = label and other and label != other
-            colour = "tab:red" if wrong else "black"
+            # Also without colour.
+            text, colour = (f"× {text}", "tab:red") if wrong else (text, "black")
             panels.append(Panel(image, title=text, colour=colour))
     title = (
-        f"{name}: held-out image, then its nearest training images by cosine similarity"
+        f"{name}: held-out image, then the training images whose features are nearest\n"
+        "Above each: class and cosine similarity (1: the same direction)"
     )
+    if any(arrays["query_class"]):
+        title += "; × in red: another class than the held-out image's"
     return gallery(panels, 1 + arrays["similarity"].shape[1], (1.3, 1.5), title)

@@ -216,7 +216,11 @@ class Latents(Eval):
         axis.set_xticks(
             places, [str(name).replace("_", " ") for name in first["fields"]]
         )
-        axis.set_ylabel("R2 of a linear probe, held-out images")
+        axis.set_ylabel(
+            "R2 of a linear probe, held-out images\n(1: exactly; 0: no better than the "
+            "mean)",
+            fontsize=8,
+        )
         axis.legend(fontsize=7)
         return {"latents": figure}
 

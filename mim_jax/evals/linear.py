@@ -200,7 +200,9 @@ class Linear(Eval):
             )
         axis.set_xscale("log")
         axis.set_xlabel("learning rate per 256 images")
-        axis.set_ylabel("accuracy on training images held back", fontsize=8)
+        axis.set_ylabel(
+            "accuracy on training images held back\n(higher is better)", fontsize=8
+        )
         axis.legend(fontsize=7)
         figure.tight_layout()
         return {"linear": figure}

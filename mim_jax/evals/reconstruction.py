@@ -2,6 +2,7 @@
 """How well a model fills in hidden patches: numbers beside baselines, and pictures."""
 
 import dataclasses
+import textwrap
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -64,7 +65,25 @@ class Reconstruction(Eval):
             "higher",
             "How close hidden pixels come to the true ones: 10 dB more is a tenth of "
             "the squared error. Models that predict patches with mean and contrast "
-            "removed are helped by the true values of these two.",
+            "removed are helped by the true values of these two. Each model hides what "
+            "it hid in training.",
+        ),
+        Headline(
+            "psnr_visible_mean_db",
+            "PSNR, one colour",
+            "dB",
+            "neither",
+            "What no learning gives, on the same images and masks: every hidden pixel "
+            "gets the mean colour of the visible pixels of its image. A model that "
+            "learned something is above it.",
+        ),
+        Headline(
+            "psnr_patch_mean_db",
+            "PSNR, true patch means",
+            "dB",
+            "neither",
+            "The fair baseline of models that are helped by the true mean and contrast "
+            "of each hidden patch: every hidden patch gets its true mean colour.",
         ),
         Headline(
             "full_ssim",
@@ -157,15 +176,17 @@ class Reconstruction(Eval):
         """A column for each image: what the model sees, what it fills in, the truth."""
         one = len(found) == 1
         first = next(iter(found.values())).arrays
-        original, hidden = first["panel_original"], first["panel_hidden"][..., None]
-        rows = {"seen": np.where(hidden, np.float32(0.5), original)}
-        scores = {}
+        original, hidden = first["panel_original"], first["panel_hidden"]
+        masks = [report.arrays["panel_hidden"] for report in found.values()]
+        alike = all(np.array_equal(mask, hidden) for mask in masks)
+        rows, scores = {}, {}
         for name, report in found.items():
             title, arrays = "filled in" if one else name, report.arrays
-            gaps = arrays["panel_hidden"][..., None]
-            rows[title] = np.where(
-                gaps, arrays["panel_model"], arrays["panel_original"]
-            )
+            gaps, images = arrays["panel_hidden"][..., None], arrays["panel_original"]
+            if not rows or not alike:  # a row for each masking
+                seen = "seen" if alike else f"seen by\n{name}"
+                rows[seen] = np.where(gaps, np.float32(0.5), images)
+            rows[title] = np.where(gaps, arrays["panel_model"], images)
             scores[title] = arrays["panel_psnr"]
         rows["original"] = original
         if one:
@@ -179,13 +200,13 @@ class Reconstruction(Eval):
             for title, images in rows.items()
             for column, image in enumerate(images)
         ]
-        title = ""
+        title = "Held-out images. Below: PSNR of hidden pixels in dB, higher is better"
         if one:
             ((name, report),) = found.items()
-            title = (
-                f"{name}: held-out images\nPSNR of hidden pixels in dB: "
-                f"{_summary(report)}"
-            )
+            psnr = f"PSNR of hidden pixels in dB, higher is better: {_summary(report)}"
+            letters = max(80, 22 * len(hidden))  # that fit beside each other
+            lines = [textwrap.fill(one, letters) for one in (psnr, _explained(report))]
+            title = "\n".join([f"{name}: held-out images", *lines])
         return {"reconstruction": gallery(panels, len(hidden), (1.3, 1.55), title)}
 
 
@@ -324,11 +345,34 @@ def _inpainted(original: np.ndarray, hidden: np.ndarray) -> dict[str, Array]:
     return {"psnr_biharmonic_db": score}
 
 
+_WAYS = {
+    "untrained": "the network before training",
+    "visible_mean": "one colour, the mean of the visible pixels",
+    "patch_mean": "the true mean of each patch",
+    "biharmonic": "smooth inpainting",
+}
+
+
 def _summary(report: Report) -> str:
     """The PSNR of hidden pixels by each way to fill them in."""
-    values = {
-        key.removeprefix("psnr_").removesuffix("_db").replace("_", " "): value
-        for key, value in report.scalars.items()
-        if key.startswith("psnr_") and "where" not in key
-    }
-    return ", ".join(f"{key} {value:.2f}" for key, value in values.items())
+    values = report.scalars
+    shown = [
+        f"{name.replace('_', ' ')} {values[f'psnr_{name}_db']:.2f}"
+        for name in ("model", *_WAYS)
+        if f"psnr_{name}_db" in values
+    ]
+    there = "psnr_model_where_inpainted_db"
+    if there in values:  # inpainting is slow, and of some images only
+        count = report.numbers[there].n
+        shown[-1] += f" (of {count} images: model there {values[there]:.2f})"
+    return ", ".join(shown)
+
+
+def _explained(report: Report) -> str:
+    """What the names of `_summary` mean."""
+    ways = [
+        f"{name.replace('_', ' ')}: {words}"
+        for name, words in _WAYS.items()
+        if f"psnr_{name}_db" in report.scalars
+    ]
+    return "; ".join(ways)

@@ -129,7 +129,9 @@ class Ridge(Eval):
         axis.set_xticks(shots, [str(number) for number in shots])
         axis.minorticks_off()
         axis.set_xlabel("labelled images per class")
-        axis.set_ylabel(f"accuracy, mean of {self.draws} draws")
+        axis.set_ylabel(
+            f"accuracy, mean of {self.draws} draws\n(higher is better)", fontsize=8
+        )
         axis.legend(fontsize=7)
         figure.tight_layout()
         return {"ridge": figure}

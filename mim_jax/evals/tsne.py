@@ -132,12 +132,18 @@ class TSNE(Eval):
                 points = arrays["plane"][arrays["labels"] == label]
                 axis.scatter(*points.T, s=9, label=arrays["names"][number])
             axis.set_title(
-                f"{name}\nsilhouette {values['silhouette']:.2f}, linear "
-                f"{values['linear_accuracy']:.1%}",
+                f"{name}\nsilhouette {values['silhouette']:.2f}, linear accuracy "
+                f"{values['linear_accuracy']:.1%}\n(of the features; higher is better)",
                 fontsize=8,
             )
             axis.set_xticks([])
             axis.set_yticks([])
-        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes[-1].legend(
+            title="class",
+            fontsize=7,
+            title_fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
         figure.tight_layout()
         return {"tsne": figure}

@@ -13,6 +13,7 @@ from mim_jax.run import files
 
 _NAME = "summary.txt"
 _RESULT = "\nresult\n"
+_COMMAND, _LONGEST = "command", 4000  # characters that are shown
 _OF_OURS = {"main.py": "python -m mim_jax.main", "__main__.py": "python -m mim_jax"}
 
 
@@ -26,7 +27,7 @@ def begin(workdir: files.Place, what: str) -> None:
         return
     files.write(
         workdir / _NAME,
-        f"command     {command()}\n"
+        f"{_COMMAND}     {command()}\n"
         f"started     {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}\n"
         f"versions    mim_jax {mim_jax.__version__}, jax {jax.__version__}, Python "
         f"{sys.version.split()[0]}, {jax.devices()[0].device_kind}\n"
@@ -41,6 +42,20 @@ def end(workdir: files.Place, result: str) -> None:
     before = files.read(path).decode(errors="replace") if files.exists(path) else ""
     before = before.partition(_RESULT)[0]
     files.write(path, f"{before}{_RESULT}{result.rstrip()}\n")
+
+
+def command_of(workdir: files.Place) -> str:
+    """The command that a directory says it was made by; "" if it says nothing.
+
+    The text is whatever somebody wrote there: it is to be shown, and never to be run. A
+    character that cannot be seen, such as one that turns the direction of writing, is
+    replaced.
+    """
+    path = workdir / _NAME
+    text = files.read(path).decode(errors="replace") if files.exists(path) else ""
+    start, _, rest = text.partition("\n")[0].partition(" ")
+    found = rest.strip()[:_LONGEST] if start == _COMMAND else ""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in found)
 
 
 def command() -> str:

@@ -12,6 +12,7 @@ from passes import Given
 from mim_jax.evals import reconstruction
 from mim_jax.evals.base import Run
 from mim_jax.evals.reconstruction import Reconstruction
+from mim_jax.evals.report import Report
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Encoder
 from mim_jax.objectives.mae import MAE
@@ -166,3 +167,41 @@ def test_masks_do_not_depend_on_the_model():
     assert len(seen) == 4
     np.testing.assert_array_equal(seen[:2], seen[2:])
     assert (seen[0] != seen[1]).any()
+
+
+def _drawn(masks):
+    """Labels of the picture's rows, for reports whose models hid these pixels."""
+    images = np.zeros((2, 4, 4, 1), np.float32)
+    found = {}
+    for number, hidden in enumerate(masks):
+        arrays = {"panel_original": images, "panel_model": images + 1}
+        arrays |= {"panel_hidden": hidden, "panel_psnr": np.zeros(2)}
+        found[f"run {number}"] = Report(numbers={}, arrays=arrays)
+    figure = Reconstruction().draw(found)["reconstruction"]
+    rows = [axis for axis in figure.axes if axis.get_ylabel()]
+    return {axis.get_ylabel(): axis.images[0].get_array() for axis in rows}
+
+
+def test_a_picture_shows_each_masking_above_the_models_that_had_it():
+    left = np.zeros((2, 4, 4), bool)
+    left[:, :, :2] = True
+    rows = _drawn([left, left])
+    assert list(rows) == ["seen", "run 0", "run 1", "original"]
+    rows = _drawn([left, ~left])
+    names = ["seen by\nrun 0", "run 0", "seen by\nrun 1", "run 1", "original"]
+    assert list(rows) == names
+    np.testing.assert_array_equal(rows["seen by\nrun 0"] == 0.5, left[0])
+    np.testing.assert_array_equal(rows["seen by\nrun 1"] == 0.5, ~left[0])
+    np.testing.assert_array_equal(rows["run 1"] == 1, ~left[0])
+
+
+def test_the_title_names_baselines_and_the_images_that_were_inpainted():
+    report = Reconstruction(draws=1, inpainted=2, rows=2).measure(
+        _run(0.05), Given([_batch(5)])
+    )
+    title = Reconstruction().draw({"x": report})["reconstruction"].get_suptitle()
+    words = " ".join(title.split())
+    assert "higher is better: model 26.02, untrained" in words
+    assert "(of 2 images: model there 26.02)" in words
+    assert "untrained: the network before training" in words
+    assert "patch mean: the true mean of each patch" in words
