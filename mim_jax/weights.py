@@ -14,10 +14,12 @@ python -m mim_jax.weights inspect mae_pretrain_vit_base.pth
 import argparse
 import json
 import math
+import shlex
 import sys
 
 from mim_jax import config as configs
 from mim_jax.interop import foreign, native, reading, writing
+from mim_jax.run import files, notes
 from mim_jax.run.checkpoint import CheckpointError
 from mim_jax.run.files import DiskError
 
@@ -26,7 +28,9 @@ EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(words)
+    options.line = f"python -m mim_jax.weights {shlex.join(words)}"
     try:
         configs.load_plugins(filter(None, options.plugins.split(",")))
         return options.run(options)
@@ -72,6 +76,8 @@ def _import(options: argparse.Namespace) -> int:
         config = json.loads(configs.dumps(found.config))
         flat = {f"params/{name}": one for name, one in found.params.items()}
         native.write_run(options.rundir, reading.name_of(source), step, config, flat)
+    what = f"weights     of {reading.printable(options.source)}, step {step}\n"
+    notes.begin(files.place(options.rundir), what, options.line)
     print(f"{options.rundir} is a run directory with the checkpoint of step {step}")
     return 0
 

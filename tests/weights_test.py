@@ -57,6 +57,9 @@ def test_a_run_directory_is_made_that_is_read_as_the_old_one(run, file, tmp_path
     assert all(found[name].tobytes() == leaf.tobytes() for name, leaf in want.items())
     assert configs.load(again / "config.json") == configs.load(run / "config.json")
     assert read_parts(again)[0] == read_parts(run)[0]
+    line, *rest = (again / "summary.txt").read_text().splitlines()
+    assert line == f"command     python -m mim_jax.weights import {file} {again}"
+    assert f"weights     of {file}, step {read_parts(run)[0]}" in rest
     one, other = mim_jax.load_encoder(run), mim_jax.load_encoder(again)
     side = (*one.image_size, one.channels)
     images = np.random.default_rng(0).integers(0, 256, (3, *side), np.uint8)

@@ -17,17 +17,18 @@ _COMMAND, _LONGEST = "command", 4000  # characters that are shown
 _OF_OURS = {"main.py": "python -m mim_jax.main", "__main__.py": "python -m mim_jax"}
 
 
-def begin(workdir: files.Place, what: str) -> None:
+def begin(workdir: files.Place, what: str, line: str = "") -> None:
     """Write what a job is about to do, on the first host.
 
     Args:
         what: lines on its settings, data and devices.
+        line: the command line; "" is this process's.
     """
     if jax.process_index() != 0:
         return
     files.write(
         workdir / _NAME,
-        f"{_COMMAND}     {command()}\n"
+        f"{_COMMAND}     {line or command()}\n"
         f"started     {datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}\n"
         f"versions    mim_jax {mim_jax.__version__}, jax {jax.__version__}, Python "
         f"{sys.version.split()[0]}, {jax.devices()[0].device_kind}\n"
