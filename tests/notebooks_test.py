@@ -8,8 +8,10 @@ import re
 
 import environments
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -311,14 +313,12 @@ def test_photographs_are_filled_in_and_told_apart(tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_of_ones_own_needs_no_classes(tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "mine"
     folder.mkdir()
+    rng = np.random.default_rng(0)
     for number in range(12):
-        Image.new("RGB", (80, 60 + number), (20 * number, 90, 200)).save(
-            folder / f"{number}.jpg"
-        )
+        pixels = rng.integers(0, 256, (60 + number, 80, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
     values = "psnr", "accuracy", "len(training)"
     parameters = dict(FOLDER=str(folder), STEPS=10, TUNE_STEPS=5)
     _, found = executed("own_photographs", tmp_path, values, **parameters)
