@@ -305,7 +305,7 @@ def test_photographs_are_filled_in_and_told_apart(tmp_path):
     _, found = executed("own_photographs", tmp_path, values)
     psnr, results, accuracy, *counts = found
     assert counts == [290, 70]
-    assert psnr["model"] > psnr["untrained"] + 2
+    assert psnr["model"] > psnr["visible_mean"] + 0.5 > psnr["untrained"] + 5
     assert results["accuracy_model_k10"] > 0.2
     assert set(accuracy) == {"tuned", "scratch"}
     assert accuracy["tuned"] > 0.2  # a tenth by chance
