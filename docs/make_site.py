@@ -8,6 +8,8 @@ Pages of docs/ and README.md are read on GitHub, too, where a link may lead to a
 of the repository. On the site such a file is a page of its own. A warning is an error.
 """
 
+import base64
+import json
 import pathlib
 import posixpath
 import re
@@ -55,6 +57,11 @@ CONTENTS = {
         ),
         *("gpu", "colab", "pods", "reliability", "security", "limits"),
     ),
+    "Notebooks": (
+        *("notebooks/quickstart", "notebooks/own_photographs"),
+        *("notebooks/occlusion", "notebooks/masks_and_theory"),
+        *("notebooks/published_checkpoint", "notebooks/own_objective"),
+    ),
     "Results": ("mnist", "digits", "photos", "detection", "performance"),
     "The code": ("architecture", "reference", "changelog"),
 }
@@ -63,7 +70,8 @@ PAGES = [
     one.rpartition("<")[2].rstrip(">") for below in CONTENTS.values() for one in below
 ]
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
-_LANGUAGES = {".py": "python", ".sh": "bash", ".ipynb": "json"}
+_LANGUAGES = {".py": "python", ".sh": "bash"}
+_FENCE = "`" * 6  # no text has so many
 
 
 def staged(folder: pathlib.Path) -> None:
@@ -73,6 +81,8 @@ def staged(folder: pathlib.Path) -> None:
         for path in [*(ROOT / "docs").rglob("*.md"), *map(ROOT.joinpath, AT_ROOT)]
         if "cells" not in path.parts
     }
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        texts[path.relative_to(ROOT).as_posix()] = _read_notebook(path, folder)
     waiting, done = dict(texts), {}
     for source, text in waiting.items():
         name = _name(source)
@@ -131,6 +141,8 @@ def _name(path: str) -> str:
         return AT_ROOT[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
+    if path.endswith(".ipynb"):
+        return path.removesuffix("ipynb") + "md"
     return f"source/{path}.md"
 
 
@@ -140,8 +152,37 @@ def _shown(path: str) -> str:
     if place.is_dir():
         names = sorted(one.name for one in place.iterdir() if one.name[0] not in "._")
         return f"# {path}\n\n" + "\n".join(f"* `{name}`" for name in names) + "\n"
-    fence, language = "`" * 6, _LANGUAGES.get(place.suffix, "text")
-    return f"# {path}\n\n{fence}{language}\n{place.read_text()}\n{fence}\n"
+    language = _LANGUAGES.get(place.suffix, "text")
+    return f"# {path}\n\n" + _fenced(place.read_text(), language)
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    return f"{_FENCE}{language}\n{text.rstrip()}\n{_FENCE}\n"
+
+
+def _read_notebook(path: pathlib.Path, folder: pathlib.Path) -> str:
+    """A notebook with its stored outputs as Markdown; writes its pictures."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text + "\n")
+            continue
+        # Lines of IPython's own are no Python, and would be a warning.
+        magic = re.search(r"^\s*[%!]", text, re.MULTILINE)
+        parts.append(_fenced(text, "text" if magic else "python"))
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = pathlib.Path("notebooks", path.stem, f"{len(parts)}.png")
+                (folder / picture).parent.mkdir(parents=True, exist_ok=True)
+                (folder / picture).write_bytes(base64.b64decode(data["image/png"]))
+                where = picture.relative_to("notebooks").as_posix()
+                parts.append(f"![output of the cell above]({where})\n")
+            else:
+                shown = output.get("text") or data["text/plain"]
+                parts.append(_fenced("".join(shown)))
+    return "\n".join(parts)
 
 
 def _documented(title: str, modules: tuple[str, ...]) -> str:

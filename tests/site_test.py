@@ -200,6 +200,7 @@ def test_every_page_stands_in_the_contents_once():
     assert len(names) == len(set(names))
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     pages |= {name.removesuffix(".md") for name in site["AT_ROOT"].values()}
+    pages |= {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert set(names) == pages | {"reference"}
 
 
@@ -207,6 +208,20 @@ def test_the_map_of_the_papers_has_every_study():
     text = (ROOT / "docs" / "papers.md").read_text()
     for path in (ROOT / "configs").glob("study_*.py"):
         assert f"`configs/{path.name}`" in text, path.name
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.every_change
+def test_notebooks_show_what_they_printed_and_drew(built):
+    pages, folder = built
+    page = pages["notebooks/quickstart.html"]
+    assert "the same keys, the same masks: True" in page.text
+    pictures = [one for one in page.loaded if "_images/" in one]
+    assert len(pictures) == 5
+    for one in pictures:
+        data = (folder / "notebooks" / one).read_bytes()
+        assert data.startswith(b"\x89PNG")
 
 
 def test_modules_of_the_reference_are_there():
@@ -221,6 +236,16 @@ def test_links_lead_to_pages_of_the_site():
         ("docs/mnist.md", "[a](../README.md#use-it)", "[a](readme.md#use-it)"),
         ("README.md", "[a](docs/data.md)", "[a](data.md)"),
         ("README.md", "[a](configs/mae.py)", "[a](source/configs/mae.py.md)"),
+        (
+            "docs/index.md",
+            "[a](../notebooks/quickstart.ipynb)",
+            "[a](notebooks/quickstart.md)",
+        ),
+        (
+            "notebooks/quickstart.ipynb",
+            "[a](occlusion.ipynb) [b](../docs/data.md#x)",
+            "[a](occlusion.md) [b](../data.md#x)",
+        ),
         ("README.md", "[a](https://x.example/b)", "[a](https://x.example/b)"),
         ("README.md", "[a](nowhere.md)", "[a](nowhere.md)"),  # a warning, an error
     ):

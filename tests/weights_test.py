@@ -217,10 +217,10 @@ KEPT = sorted((OLD.parents[2] / "notebooks" / "weights").glob("*.safetensors"))
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_a_kept_file_is_small_and_gives_features(path, tmp_path):
-    assert path.stat().st_size < 4e6
+    assert path.stat().st_size < 4 * 2**20
     assert weights.main(["import", str(path), str(tmp_path / "run")]) == 0
     encoder = mim_jax.load_encoder(tmp_path / "run")
-    assert encoder.step >= 1000 and encoder.image_size == (28, 28)
+    assert encoder.step >= 200 and encoder.image_size == (28, 28)
     images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), np.uint8)
     features = encoder.features(images)
     assert features.shape == (2, encoder.width) and np.isfinite(features).all()
