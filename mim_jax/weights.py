@@ -21,6 +21,7 @@ from mim_jax import config as configs
 from mim_jax.interop import foreign, native, reading, writing
 from mim_jax.run import files, notes
 from mim_jax.run.checkpoint import CheckpointError
+from mim_jax.run.commandline import outlive_pipes
 from mim_jax.run.files import DiskError
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
@@ -165,4 +166,5 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
+    outlive_pipes()
     sys.exit(main())

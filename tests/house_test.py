@@ -202,7 +202,10 @@ MAY_IMPORT = {
         *("config", "evals.base", "evals.report", "sharding", "state"),
         *("run.files", "run.loading", "run.notes", "run.rundir"),
     ),
-    "weights": ("config", "interop", "run.checkpoint", "run.files", "run.notes"),
+    "weights": (
+        *("config", "interop"),
+        *("run.checkpoint", "run.commandline", "run.files", "run.notes"),
+    ),
     "compare": (
         *("config", "evals.base", "evals.report", "evals.side_by_side"),
         *("run.files", "run.loading", "run.log", "run.notes", "run.rundir"),

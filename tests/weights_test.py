@@ -2,9 +2,12 @@
 """Weights as one file and back: the same bits, the same features, clear refusals."""
 
 import json
+import os
 import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -224,3 +227,16 @@ def test_a_kept_file_is_small_and_gives_features(path, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), np.uint8)
     features = encoder.features(images)
     assert features.shape == (2, encoder.width) and np.isfinite(features).all()
+
+
+def test_a_list_that_nobody_reads_is_no_error(file):
+    command = f"{sys.executable} -m mim_jax.weights inspect {file} | true"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stderr == ""
