@@ -139,7 +139,15 @@ def on_mesh(count: int, data: int, fsdp: int, tensor: int = 1) -> Plan:
     return plan_of(count, scan=False, **shape)
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        # Two axes at a time are slow: the last one has all three.
+        pytest.param(mesh, marks=pytest.mark.slow if mesh in MESHES[2:4] else ())
+        for mesh in MESHES[1:]
+    ],
+    ids=str,
+)
 def test_loss_and_gradients_are_those_of_one_device(mesh):
     alone, alone_metrics = one_step(on_mesh(*MESHES[0]))
     spread, metrics = one_step(on_mesh(*mesh))

@@ -50,6 +50,18 @@ most = pytest.mark.parametrize(
 )
 
 
+# The papers' own, and a classifier, for every change; the others are slow.
+some = pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("mae", "rmae", "cmae", "supervised")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in TINY
+    ],
+)
+
+
 def test_every_objective_has_a_row():
     for name in TINY.keys() - {"encoder"}:  # which has no loss
         assert name in TINY, f"give {name!r} a row in TINY of tests/tiny.py"
@@ -214,7 +226,7 @@ def test_micro_batches_are_the_whole_batch_or_are_refused(name):
     plan_of(name, 2, accumulate=2, accumulate_coupled=True)
 
 
-@most
+@some
 def test_bfloat16_is_near(name):
     plan = plan_of(name, 1, dtype="bfloat16", scan=True, remat="dots")
     after, metrics = one_step(name, plan)
