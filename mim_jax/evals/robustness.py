@@ -226,7 +226,8 @@ def _bars(found: dict[str, Report]) -> Figure:
             places,
             100 * values,
             width,
-            yerr=100 * np.abs(ends.T - values),
+            # A list: matplotlib before 3.11 takes an array of one column for a number.
+            yerr=(100 * np.abs(ends.T - values)).tolist(),
             error_kw=dict(lw=0.8, capsize=2),
             label=run,
         )
