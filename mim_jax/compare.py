@@ -460,8 +460,8 @@ def _commands(trained: dict[str, Loaded]) -> str:
         lines.append(
             f"<dd><pre>{html.escape(command)}</pre></dd>"
             if command
-            else "<dd>Its directory names no command, as one that was made from a file "
-            "of weights; its config.json has every setting.</dd>"
+            else "<dd>Its directory names no command; its config.json has every "
+            "setting.</dd>"
         )
     lines += [
         "<dt>this page</dt>",

@@ -176,8 +176,7 @@ class Writer:
                 files.write(self._path, b"".join(line for _, line in rows))
             self._file = files.append(self._path)
             if log.tensorboard:
-                # TensorBoard's writer takes half as long to import as JAX.
-                from mim_jax.run.events import Events
+                from mim_jax.run.events import Events  # slow to import
 
                 self._events = Events(workdir / "tensorboard", step)
         except OSError as error:

@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -78,7 +79,8 @@ class Writer:
         self._waiter.shutdown()
         self._orbax.close()
         if stay_silent:
-            _collect_dropped()
+            with _unwarned():
+                gc.collect()  # what Orbax dropped
         else:
             self._silence.__exit__()
 
@@ -143,7 +145,7 @@ def read_tree(folder: files.Place, step: int, like: dict) -> dict[str, Any]:
         partial_restore=True,
     )
     failure = ""
-    with OrbaxSilence():
+    with OrbaxSilence(), _unwarned():
         try:
             with _reader_of_this_host() as reader:
                 found = reader.restore(folder / str(step) / "state", args=arguments)
@@ -152,7 +154,8 @@ def read_tree(folder: files.Place, step: int, like: dict) -> dict[str, Any]:
             raise  # no fault of the file
         except Exception as error:  # Orbax raises whatever its parsers raise
             failure = first_line(error)
-        _collect_dropped()
+        # Collect what Orbax dropped now, while messages about it are suppressed.
+        gc.collect()
     files.exists(folder)  # a bucket that does not answer is no damage: this raises
     raise DamageError(failure)
 
@@ -264,11 +267,12 @@ class OrbaxSilence:
         return "orbax" not in record.pathname
 
 
-def _collect_dropped() -> None:
-    """Free what Orbax gave up, so that Python's warnings about it come now, unseen."""
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Inside this block Python does not warn of coroutines that Orbax dropped."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-        gc.collect()
+        yield
 
 
 def _reader_of_this_host() -> ocp.Checkpointer:
