@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,8 +138,48 @@ class Plan:
             scan=settings.scan,
         )
 
+    @functools.cached_property
+    def initial(self) -> Callable[[], tuple[Any, Any]]:
+        """A compiled function without arguments that makes the parameters and the
+        statistics of the first state, each array in its shards."""
+        settings, like = self.settings, self.abstract_state()
+
+        def make():
+            trees = states.initial(
+                settings.objective,
+                seed=settings.seed,
+                image_shape=settings.data.image_shape,
+            )
+            return tuple(states.layout(tree, settings.scan) for tree in trees)
+
+        placed = sharding.shardings_of((like.params, like.stats))
+        return jax.jit(make, out_shardings=placed)
+
+    def first_state(self) -> TrainState:
+        """The first state, each array in its shards: what `create` makes."""
+        # The closing report makes the first parameters, too. So they have a program of
+        # their own, which is most of what there is to compile.
+        return self._begin(*self.initial())
+
+    @functools.cached_property
+    def _begin(self) -> Callable[..., TrainState]:
+        settings = self.settings
+        begin = functools.partial(
+            states.begun,
+            settings.objective,
+            self.tx,
+            seed=settings.seed,
+            image_shape=settings.data.image_shape,
+        )
+        placed = sharding.shardings_of(self.abstract_state())
+        return jax.jit(begin, donate_argnums=(0, 1), out_shardings=placed)
+
     def abstract_state(self) -> TrainState:
         """The state with a ShapeDtypeStruct (and sharding) in place of each array."""
+        return self._abstract_state
+
+    @functools.cached_property
+    def _abstract_state(self) -> TrainState:
         shapes = jax.eval_shape(self.create)
         return sharding.placed(shapes, sharding.by_path(shapes, self.mesh))
 

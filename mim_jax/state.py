@@ -53,9 +53,21 @@ def create(
         image_shape: rows, columns, channels.
         scan: stack the blocks' parameters, so that networks run the blocks as a loop.
     """
-    step = jnp.zeros((), jnp.int32)
     params, stats = initial(objective, seed=seed, image_shape=image_shape)
     params, stats = layout(params, scan), layout(stats, scan)
+    return begun(objective, tx, params, stats, seed=seed, image_shape=image_shape)
+
+
+def begun(
+    objective, tx, params, stats, *, seed: int, image_shape: tuple[int, int, int]
+) -> TrainState:
+    """The state before the first step, around its parameters and statistics.
+
+    Args:
+        params, stats: in the layout in which the networks run.
+        objective, tx, seed, image_shape: as for `create`.
+    """
+    step = jnp.zeros((), jnp.int32)
     return TrainState(
         step=step,
         params=params,

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import threading
-import types
 
 import jax
 import metrics_test
@@ -49,12 +48,8 @@ def tree_of(**changes) -> config.Tree:
 @pytest.fixture(scope="module")
 def compiled():
     """The step and what makes the first state: every run of this file has them."""
-    step = tiny.step_of(tiny.spread_plan("mae"))
-    made = tiny.create_of("mae")
     with pytest.MonkeyPatch.context() as patch:
-        lowered = types.SimpleNamespace(compile=lambda: step)
-        patch.setattr(train, "lowered", lambda _: lowered)
-        patch.setattr(Plan, "create", property(lambda _: made))
+        tiny.share(patch, tiny.spread_plan("mae"))
         yield
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts of launch/, with stand-ins for gcloud, kubectl, Slurm and tmux."""
 
+import ast
 import json
 import os
 import pathlib
@@ -32,19 +33,25 @@ HARD = [
 ]
 
 # Writes down its words and stdin. As gcloud it answers with the next line of a file,
-# the last one for ever; !3 is exit code 3, and commas are lines.
-FAKE = r"""#!{python} -S
-import json, os, pathlib, subprocess, sys
-name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
-home = pathlib.Path(os.environ["FAKE"])
+# the last one for ever; !3 is exit code 3, and commas are lines. Scripts call it
+# thousands of times, so it imports next to nothing.
+FAKE = r"""#!{python} -IS
+import os, sys
+name, words = sys.argv[0].rpartition("/")[2], sys.argv[1:]
+home = os.environ["FAKE"] + "/"
 text = sys.stdin.read() if name == "kubectl" else ""
-with open(home / "calls", "a") as calls:
-    calls.write(json.dumps([name, *words, *([text] if text else [])]) + "\n")
+with open(home + "calls", "a", encoding="utf-8") as calls:
+    calls.write(ascii([name, *words, *([text] if text else [])]) + "\n")
 line = " ".join(words)
+
+def run(*command, cwd="."):
+    import subprocess
+    sys.exit(subprocess.call(command, cwd=cwd))
+
 if name == "tmux" and words[0] == "new-session":
-    sys.exit(subprocess.call(words[words.index("mim") + 1:]))
+    run(*words[words.index("mim") + 1:])
 if name == "tmux":
-    sys.exit(not (home / "session").exists())
+    sys.exit(not os.path.exists(home + "session"))
 command = [word[10:] for word in words if word.startswith("--command=")]
 question = (
     "look" if command and "host running" in command[0] else
@@ -54,13 +61,14 @@ question = (
     "node" if "tpu-vm describe" in line else
     "remote" if command else name
 )
-if question == "remote" and (home / "host").exists():
-    sys.exit(subprocess.call(["bash", "-c", command[0]], cwd=home / "host"))
-answers = home / question
-if answers.exists():
-    answer, *rest = answers.read_text().split("\n")
+if question == "remote" and os.path.exists(home + "host"):
+    run("bash", "-c", command[0], cwd=home + "host")
+if os.path.exists(home + question):
+    with open(home + question, encoding="utf-8") as answers:
+        answer, *rest = answers.read().split("\n")
     if rest:
-        answers.write_text("\n".join(rest))
+        with open(home + question, "w", encoding="utf-8") as answers:
+            answers.write("\n".join(rest))
     if answer.startswith("!"):
         sys.exit(int(answer[1:]))
     print(answer.replace(",", "\n"))
@@ -113,7 +121,7 @@ class Fakes:
         path = self.home / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
-        return [json.loads(line) for line in lines]
+        return [ast.literal_eval(line) for line in lines]
 
     def asked(self, *words) -> list[list[str]]:
         """The calls that have all of these words one after the other."""
@@ -514,8 +522,8 @@ def test_watch_starts_again_after_75_and_after_a_lost_host(fakes, first):
 
 
 def test_watch_never_tires_of_75(fakes):
-    started, _ = watch(fakes, [*["75 75"] * 7, "0 0"], 0)
-    assert started.count("run") == 8
+    started, _ = watch(fakes, [*["75 75"] * 4, "0 0"], 0)
+    assert started.count("run") == 5
 
 
 def test_watch_gives_up_on_a_run_that_always_crashes(fakes):
@@ -537,9 +545,9 @@ def test_watch_gives_up_on_a_run_that_never_gets_further(fakes, step):
 
 
 def test_watch_lets_a_run_be_lost_as_often_as_it_gets_further(fakes):
-    fakes.answer(began=["", *(f"resumed from step {step}" for step in range(8))])
-    looks = [*[*["running"] * 10, "137"] * 7, "0"]
-    assert watch(fakes, looks, 0)[0].count("run") == 8
+    fakes.answer(began=["", *(f"resumed from step {step}" for step in range(5))])
+    looks = [*[*["running"] * 10, "137"] * 4, "0"]
+    assert watch(fakes, looks, 0)[0].count("run") == 5
 
 
 @pytest.mark.parametrize("end", ["SUSPENDED", "SUSPENDING", "FAILED"])

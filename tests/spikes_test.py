@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tables import restored
-from tiny import bits
+from tiny import bits, share_first_state
 
 from mim_jax import config, train
 from mim_jax.data.pipeline import train_batches
@@ -143,8 +143,8 @@ def program(acts: bool, nan: bool):
 
 
 @functools.cache
-def creator():
-    return Plan.of(tree_of("log")).create
+def logging_plan() -> Plan:
+    return Plan.of(tree_of("log"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -152,7 +152,7 @@ def quick(tables):
     """Runs compile nothing that another run has compiled, and draw no report."""
     lowered, measure = train.lowered, train.report.measure
     with pytest.MonkeyPatch.context() as patch:
-        creator(), program(True, False), program(True, True), program(False, False)
+        program(True, False), program(True, True), program(False, False)
 
         def known(plan):
             acts, nan = plan.settings.spikes.acts, plan.settings.objective.nan
@@ -160,7 +160,7 @@ def quick(tables):
 
         patch.setattr(train, "lowered", known)
         patch.setattr(train.report, "measure", lambda *_: None)
-        patch.setattr(Plan, "create", property(lambda _: creator()))
+        share_first_state(patch, logging_plan())
         yield lowered, measure
 
 
@@ -183,8 +183,7 @@ def trained(*parts: range, stop: int = STEPS) -> dict[str, bytes]:
     plan = Plan.of(tree_of("log"))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         step = program(False, False)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-        state = jax.jit(plan.create, out_shardings=shardings)()
+        state = plan.first_state()
     for part in parts:
         data = plan.settings.data
         ends = dict(start=part.start, stop=part.stop)
@@ -278,8 +277,7 @@ def test_a_loss_at_the_bound_changes_no_bit_of_the_state():
     batch = {"image": np.zeros((ROWS, 4, 4, 1), np.uint8)}
 
     def after(bound: float):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-        state = jax.jit(creator(), out_shardings=shardings)()
+        state = plan.first_state()
         rows = train.sharding.to_devices(batch, plan.mesh)
         limit = train.sharding.everywhere(np.asarray(bound, np.float32), plan.mesh)
         state, values = program(True, False)(state, rows, limit)

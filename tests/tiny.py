@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -174,18 +175,26 @@ def step_of(plan: Plan):
     return train.lowered(plan).compile()
 
 
-@functools.cache
-def create_of(name: str):
-    """What makes the first state of the spread plan: one function, compiled once."""
-    return spread_plan(name).create
+def share(patch, plan: Plan) -> None:
+    """While `patch` holds, runs have the plan's step and first state, so that they
+    compile neither again."""
+    step = step_of(plan)
+    lowered = types.SimpleNamespace(compile=lambda: step)
+    patch.setattr(train, "lowered", lambda _: lowered)
+    share_first_state(patch, plan)
+
+
+def share_first_state(patch, plan: Plan) -> None:
+    """As `share`, without the step."""
+    first, initial = plan.first_state, plan.initial
+    patch.setattr(Plan, "first_state", lambda _: first())
+    patch.setattr(Plan, "initial", property(lambda _: initial))
 
 
 @functools.cache
 def first_state(name: str):
     """Per block and on the host, so that donating a copy of it spoils nothing."""
-    plan = spread_plan(name)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-    state = jax.jit(create_of(name), out_shardings=placed)()
+    state = spread_plan(name).first_state()
     return states.unstack_blocks(jax.device_get(state))
 
 

@@ -172,10 +172,21 @@ def test_masks_have_the_bits_of_one_device(mesh):
 def test_a_state_is_born_sharded_and_with_the_same_bits():
     plan = on_mesh(8, 2, 4)
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-    state = jax.jit(plan.create, out_shardings=placed)()
+    state = plan.first_state()
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == placed
     # The xavier bound may be rounded otherwise on another mesh; draws may not.
     close(jax.device_get(state.params), first_state().params, 1e-6)
+
+
+def test_the_first_state_is_what_create_makes():
+    plan = on_mesh(8, 2, 4)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
+    made = jax.jit(plan.create, out_shardings=placed)()
+    state, (params, stats) = plan.first_state(), plan.initial()
+    assert jax.tree.structure(state) == jax.tree.structure(made)
+    assert bits(state) == bits(made)
+    # The programs run again: what was given away is made anew.
+    assert bits(params) == bits(made.params) and bits(stats) == bits(made.stats)
 
 
 def test_every_device_holds_its_share_of_the_state():

@@ -225,8 +225,7 @@ class _Training:
             NonFiniteError: its loss or gradient is not finite.
         """
         plan = self._plan
-        create = jax.jit(plan.create, out_shardings=sharding.shardings_of(self._like))
-        state = create()
+        state = plan.first_state()
         if self._settings.init_from.run:
             state, account = warmstart.begun(state, self._like, self._settings)
             _say(*account.split("  ", 1))

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from mim_jax import config as configs
-from mim_jax import sharding
 from mim_jax.plan import Plan
 from mim_jax.run import warmstart
 from mim_jax.run.checkpoint import Checkpointer
@@ -30,7 +29,7 @@ def begin(
         checkpointer.go_back()
     found = checkpointer.restore(like)
     if found is None:
-        state = jax.jit(plan.create, out_shardings=sharding.shardings_of(like))()
+        state = plan.first_state()
         if plan.settings.init_from.run:
             state, account = warmstart.begun(state, like, plan.settings)
             if jax.process_index() == 0:

@@ -21,7 +21,6 @@ class DamageError(Exception):
     """This checkpoint is not what was saved."""
 
 
-@jax.jit
 def leaf_digests(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A digest of every leaf, and whether all numbers of every float leaf are finite.
 
@@ -32,13 +31,15 @@ def leaf_digests(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
         ({name: uint32}, {name: bool}), names as `params/encoder/norm/bias`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    digests = {path_name(path): _digest(leaf) for path, leaf in leaves}
-    finite = {
-        path_name(path): jnp.isfinite(leaf).all()
-        for path, leaf in leaves
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    digests, finite = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        # A program for each shape compiles sooner than one with all leaves. Each is
+        # waited for: CPU devices deadlock in the sums of many programs at once.
+        found = jax.block_until_ready(_digest_and_finite(leaf))
+        digests[name] = found[0]
+        if found[1] is not None:
+            finite[name] = found[1]
     return digests, finite
 
 
@@ -154,6 +155,14 @@ def first_line(error: Exception) -> str:
     """The class of an error and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+@jax.jit
+def _digest_and_finite(leaf: Any) -> tuple[Any, Any]:
+    """The digest of a leaf; whether all its numbers are finite, None if they cannot be
+    otherwise."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return _digest(leaf), jnp.isfinite(leaf).all() if floats else None
 
 
 def _digest(leaf: Any) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from mim_jax import sharding
-from mim_jax import state as states
 from mim_jax.data.fields import DataError
 from mim_jax.data.passes import EvalPasses
 from mim_jax.evals.base import Eval, Run, caption, drawn, measured
@@ -36,24 +35,18 @@ class InMemory:
             settings.objective, settings.attention, shape
         )
 
-        def make():
-            first, _ = states.initial(
-                settings.objective, seed=settings.seed, image_shape=shape
-            )
-            return states.layout(first, settings.scan)
-
         everywhere = sharding.replicated(plan.mesh)
         self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
-        self._initial = jax.jit(make, out_shardings=everywhere)
 
     def run(self, state: TrainState) -> Run | None:
         """The run as evaluations read it, on the first host; None on the others.
 
         All hosts must call this, since they gather the parameters together.
         """
-        tree = (state.params, state.stats, state.memory)
         with hosts.deadline("all hosts to gather the parameters"):
-            gathered = *map(self._gather, tree), self._initial()
+            initial, _ = self.plan.initial()
+            tree = (state.params, state.stats, state.memory, initial)
+            gathered = [*map(self._gather, tree)]
             jax.block_until_ready(gathered)
         if jax.process_index() != 0:
             return None

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import types
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from tiny import (
     one_step,
     place,
     plan_of,
+    share,
     spread_plan,
     step_of,
     tree_of,
@@ -305,14 +305,11 @@ def check_resume(name: str, folder) -> None:
     ],
 )
 def test_stop_and_resume_is_the_straight_run(name, tmp_path, monkeypatch, capsys):
-    made, step = plan_of(name).create, step_of(plan_of(name))
     # The run is real, but for what is compiled once.
+    share(monkeypatch, plan_of(name))
     build = Mesh.build
     one_device = lambda mesh, _=None: build(mesh, jax.devices()[:1])  # noqa: E731
     monkeypatch.setattr(Mesh, "build", one_device)
-    lowered = types.SimpleNamespace(compile=lambda: step)
-    monkeypatch.setattr(train, "lowered", lambda _: lowered)
-    monkeypatch.setattr(Plan, "create", property(lambda _: made))
     monkeypatch.setattr(train.report, "measure", lambda *_: None)
     check_resume(name, tmp_path)
     assert "resumed from step 3" in capsys.readouterr().out
