@@ -355,6 +355,7 @@ def test_signals_at_every_stage_and_the_same_bits(straight, tmp_path):
     assert_same_run(workdir, straight)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_workers_start_is_no_error(straight, tmp_path):
     workdir = fresh(straight, tmp_path / "run")
     process = Process(workdir, {"data.workers": 2})

@@ -134,6 +134,11 @@ class Browser:
         }
         self._call("POST", "/actions", {"actions": [mouse]})
 
+    def devtools(self, command: str, parameters: dict[str, Any]) -> None:
+        """Sends a command of Chromium's own protocol."""
+        body = {"cmd": command, "params": parameters}
+        self._call("POST", "/goog/cdp/execute", body)
+
     def log(self) -> list[str]:
         """What the console says since the last call: errors, and what is forbidden."""
         rows = self._call("POST", "/se/log", {"type": "browser"})

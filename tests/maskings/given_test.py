@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import leaves, tree_of
+from tiny import leaves, share, tree_of
 
 from mim_jax import config, train
 from mim_jax.maskings.base import Masking
@@ -119,6 +119,7 @@ def trained(made, workdir):
 def test_a_memory_is_refreshed_when_due_saved_and_resumed(known, tmp_path, monkeypatch):
     monkeypatch.setattr(train.report, "measure", lambda *_: None)
     quiet = dict(log__tensorboard=False, log__progress="none")
+    share(monkeypatch, Plan.of(tree("remembering")))
     straight = trained(tree("remembering", stop_after=7, **quiet), tmp_path / "one")
     for steps in (4, 7):
         parts = trained(
