@@ -59,7 +59,7 @@ def test_a_click_sorts_and_the_third_restores(page):
         page.click(f"{head} button")
         said = page.run(f"return document.querySelector('{head}').ariaSort")
         orders.append((said, page.run(ROWS)))
-    # Ten steps hardly differ from none, so the values decide: rows without one are last.
+    # Rows without a value are last.
     values = (
         "return [...document.querySelectorAll('table')[0].tBodies[0].rows]"
         f".map(row => parseFloat(row.cells[{COLUMN - 1}].textContent));"

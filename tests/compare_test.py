@@ -19,10 +19,12 @@ import pytest
 from PIL import Image
 
 from mim_jax import compare, config, train
+from mim_jax.compare import losses, origins, table
 from mim_jax.evals import EVALS
 from mim_jax.evals.base import Eval, Headline, Run
 from mim_jax.evals.figures import Panel, gallery
 from mim_jax.evals.report import Number, Report, mean_of
+from mim_jax.run.loading import Loaded
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -237,9 +239,9 @@ def test_marks_of_numbers_that_cannot_be_ordered():
             {"a": "★ best"},
         ),
     ):
-        assert compare._marks(better, numbers) == want
-    assert "data-value='Infinity'" in compare._cell(Number(float("inf"), "dB"))
-    assert compare._cell(Number(nan, "dB")) == compare._cell(None) == "<td>–</td>"
+        assert table.marks(better, numbers) == want
+    assert "data-value='Infinity'" in table.cell(Number(float("inf"), "dB"))
+    assert table.cell(Number(nan, "dB")) == table.cell(None) == "<td>–</td>"
 
 
 def test_the_pages_policy_lets_its_own_script_run_and_no_other(written):
@@ -340,20 +342,20 @@ def test_the_pages_own_table_is_sorted(written):
     assert found[0] == want
 
 
-def loaded(folder: pathlib.Path, name: str, losses: list, **leaves) -> compare.Loaded:
+def loaded(folder: pathlib.Path, name: str, values: list, **leaves) -> Loaded:
     """A run of which only config and losses are there."""
     tree = config.read(str(ROOT / f"configs/{name}.py:digits"))
     tree.update_from_flattened_dict(leaves)
     folder.mkdir()
     (folder / "config.json").write_text(config.dumps(tree))
-    rows = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses, 1)]
+    rows = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(values, 1)]
     lines = [
         json.dumps(row) + "\n" for row in [*rows, {"step": 10, "knn/seconds": 1.0}]
     ]
     (folder / "metrics.jsonl").write_text("".join(lines))
     training = config.build(tree)
     run = Run(objective=training.objective, params={}, initial={}, step=1, name="")
-    return compare.Loaded(folder, run, training)
+    return Loaded(folder, run, training)
 
 
 def test_losses_share_axes_only_where_they_are_the_same_function(tmp_path):
@@ -368,7 +370,9 @@ def test_losses_share_axes_only_where_they_are_the_same_function(tmp_path):
         "other": loaded(tmp_path / "o", "supervised", [2.0, 1.9]),
         "silent": loaded(tmp_path / "s", "mae", []),
     }
-    figure = compare._curves(runs)
+    lines = {title: losses.logged(one.folder) for title, one in runs.items()}
+    figure = losses.curves(runs, lines)
+    assert figure is not None
     shown = [
         [text.get_text() for text in axis.get_legend().get_texts()]
         for axis in figure.axes
@@ -378,16 +382,16 @@ def test_losses_share_axes_only_where_they_are_the_same_function(tmp_path):
     scales = [axis.get_yscale() for axis in figure.axes if axis.lines]
     assert scales == ["log", "linear", "linear"]
     assert figure.axes[0].get_ylabel() == "loss, log scale"
-    text = compare._losses(runs, figure)
+    text = losses.section(lines, figure)
     assert "silent: no loss was logged" in text and "other: no loss" not in text
-    assert compare._curves({"silent": runs["silent"]}) is None
+    assert losses.curves({"silent": runs["silent"]}, lines) is None
 
 
 def test_the_page_names_the_commands_and_shows_them_as_text(tmp_path):
     one = loaded(tmp_path / "a", "mae", [])
     odd = "main --config=x '<script>' \u202e\x1b[2J"
     (one.folder / "summary.txt").write_text(f"command     {odd}\nstarted     now\n")
-    text = compare._commands({"a": one, "b": loaded(tmp_path / "b", "mae", [])})
+    text = origins.commands({"a": one, "b": loaded(tmp_path / "b", "mae", [])})
     shown = "main --config=x '<script>' \ufffd\ufffd[2J"
     assert f"<pre>{html.escape(shown)}</pre>" in text
     assert "started" not in text

@@ -17,7 +17,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from mim_jax import compare, config, train
+from mim_jax import config, train
+from mim_jax.compare.losses import curves, logged
 from mim_jax.evals.base import Eval
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.reconstruction import Reconstruction
@@ -356,7 +357,9 @@ def test_what_cannot_be_measured_is_refused_before_training(tree, message):
 
 def test_readers_of_the_log_pass_over_rows_of_evaluations(measured, loaded):
     (one,) = loaded.values()
-    figure = compare._curves({"$x^$, step 6": one})  # which is no formula
+    name = "$x^$, step 6"  # which is no formula
+    figure = curves({name: one}, {name: logged(one.folder)})
+    assert figure is not None
     (line,) = figure.axes[0].lines
     losses = [row["loss"] for row in split(measured[0])[0]]
     np.testing.assert_array_equal(line.get_xydata(), np.c_[[2, 4, 6], losses])

@@ -206,10 +206,21 @@ MAY_IMPORT = {
         *("config", "interop"),
         *("run.checkpoint", "run.commandline", "run.files", "run.notes"),
     ),
-    "compare": (
-        *("config", "evals.base", "evals.report", "evals.side_by_side"),
-        *("run.files", "run.loading", "run.log", "run.notes", "run.rundir"),
+    "compare.table": ("evals.base", "evals.report", "run.loading"),
+    "compare.sections": (
+        *("compare.table", "evals.base", "evals.report", "evals.side_by_side"),
     ),
+    "compare.losses": (
+        *("compare.sections", "evals.report"),
+        *("run.files", "run.loading", "run.log"),
+    ),
+    "compare.origins": ("run.loading", "run.notes", "run.rundir"),
+    "compare.job": (
+        *("compare.losses", "compare.origins", "compare.sections", "compare.table"),
+        *("config", "evals.base", "evals.report", "evals.side_by_side"),
+        *("run.files", "run.loading", "run.notes", "run.rundir", "schema"),
+    ),
+    "compare": ("compare.job",),
     "explore.models": (
         *("evals", "maskings.random", "objectives.base", "ops", "run.loading"),
     ),

@@ -16,6 +16,7 @@ import pytest
 
 import mim_jax
 from mim_jax import compare, config, evaluate, train
+from mim_jax.compare import losses, origins, sections, table
 from mim_jax.evals.base import Run
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.report import Number, Report
@@ -169,13 +170,14 @@ def test_a_name_is_no_tag_of_the_compare_page(tmp_path):
     one = Loaded(tmp_path, run, training)
     other = Loaded(tmp_path / "other", run, training)
     report = Report(numbers={"accuracy_model_k10": Number(0.5, odd)})
+    lines = {odd: losses.logged(tmp_path)}
     parts = [
-        compare._table({odd: one}, {"knn": KNN()}, {"knn": {odd: report}}),
-        compare._section("knn", KNN(), {odd: report}, {}, {odd: odd}),
-        compare._differences({odd: one, "b": other}),
-        compare._losses({odd: one}, compare._curves({odd: one})),
-        compare._commands({odd: one}),
-        compare._gallery(shown(odd), alike=False),
+        table.table({odd: one}, {"knn": KNN()}, {"knn": {odd: report}}),
+        sections.section("knn", KNN(), {odd: report}, {}, {odd: odd}),
+        origins.differences({odd: one, "b": other}),
+        losses.section(lines, losses.curves({odd: one}, lines)),
+        origins.commands({odd: one}),
+        sections.gallery(shown(odd), alike=False),
     ]
     assert all(html.escape(odd) in part for part in parts)
     text = "\n".join(parts)
