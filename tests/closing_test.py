@@ -27,6 +27,13 @@ def test_pixels_stand_beside_what_filled_in_the_same_images():
         "hidden pixels at 14.0 dB (biharmonic inpainting 10.0, untrained 8.0, "
         "visible mean 9.0)"
     )
+    # A model that was given the true mean and contrast says what the mean alone does.
+    found = dict(psnr_model_db=15.0, psnr_untrained_db=8.0, psnr_visible_mean_db=9.0)
+    found |= dict(psnr_patch_mean_db=13.7)
+    assert Reconstruction().sentence(report(**found)) == (
+        "hidden pixels at 15.0 dB (untrained 8.0, visible mean 9.0; with the true mean "
+        "and contrast of patches, mean alone 13.7)"
+    )
 
 
 def test_neighbours_stand_beside_those_of_the_untrained_model():

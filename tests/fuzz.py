@@ -354,6 +354,8 @@ def fuzz_images(
         path = folder / "train" / "ab"[i % 2] / f"{i}.png"  # whatever it holds
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+        # As many that can be read: a run gives up where nothing stands in for a record.
+        path.with_name(f"{i}-sound.png").write_bytes(sound["PNG rough"])
         try:
             end = one_image(f"case {i}: {name}", data)
         except Finding as error:
@@ -367,10 +369,10 @@ def fuzz_images(
     (folder / "val" / "a" / "0.png").write_bytes(sound["PNG rough"])
     source = Folder(path=str(folder))
     data = Input(source=source, image_size=(16, 16), workers=workers, threads=2)
-    with train_batches(data, seed=seed, batch_size=count, stop=1) as batches:
+    with train_batches(data, seed=seed, batch_size=2 * count, stop=1) as batches:
         (batch,) = [{name: np.array(it) for name, it in one.items()} for one in batches]
     told = {source.name_of(i) for i in batch["index"][batch["replaced"]].tolist()}
-    with eval_batches(data, batch_size=count, source=source) as batches:
+    with eval_batches(data, batch_size=2 * count, source=source) as batches:
         (shown,) = [{name: np.array(it) for name, it in one.items()} for one in batches]
     left = {source.name_of(i) for i in shown["index"][~shown["valid"]].tolist()}
     for word, names in (("replaced", told), ("left out", left)):

@@ -170,6 +170,12 @@ class Reconstruction(Eval):
         beside = ", ".join(
             f"{word} {values[f'psnr_{name}_db']:.1f}" for name, word in others.items()
         )
+        # The model was given them: without this number its own would say too much.
+        if "psnr_patch_mean_db" in values:
+            helped = values["psnr_patch_mean_db"]
+            beside += (
+                f"; with the true mean and contrast of patches, mean alone {helped:.1f}"
+            )
         return f"hidden pixels at {values[model]:.1f} dB ({beside})"
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:

@@ -73,7 +73,7 @@ def _few(plan: Plan) -> str:
         return ""
     return (
         f"; each batch has every image {batch / images:.0f} times: want a "
-        f"config.batch_size below {images}, or a variant such as :tiny"
+        f"config.batch_size below {images}"
     )
 
 
