@@ -161,7 +161,8 @@ def test_fine_tuning_begins_with_it(name, home, tmp_path, capsys):
     tree.report.mistakes, tree.compile_cache, tree.dtype = 0, False, "float32"
     train.run(tree, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "parameters taken; new: encoder/norm (2), head/linear (2)" in said
+    assert "parameters taken; new: head/linear (2)" in said
+    assert "; in both, but made anew: encoder/norm (2)" in said
     saved = config.load(tmp_path / "run" / "config.json").objective.encoder
     assert saved.relative_positions == (name == "beit") and saved.heads == 2
     if name == "beit":

@@ -215,10 +215,14 @@ def _merge(
             )
     merged = fresh | {name: np.asarray(offered[name]) for name in taken}
     new, unused = fresh.keys() - taken, source.keys() - taken
-    return merged, (
-        f"{len(taken)} parameters taken; new: {_short(new)}; not taken: "
-        f"{_short(unused)}"
+    apart = new & unused
+    account = (
+        f"{len(taken)} parameters taken; new: {_short(new - apart)}; not taken: "
+        f"{_short(unused - apart)}"
     )
+    if apart:
+        account += f"; in both, but made anew: {_short(apart)}"
+    return merged, account
 
 
 def _positions(
