@@ -111,7 +111,7 @@ class Process:
 
     def compiling(self) -> bool:
         """The program that makes the state is compiled: the step is next."""
-        return any(compiled(self.workdir).glob("jit_create-*-cache"))
+        return any(compiled(self.workdir).glob("jit_begun-*-cache"))
 
     def importing_workers(self) -> bool:
         """A worker process is there, and has hardly begun."""
