@@ -133,23 +133,24 @@ class Plan:
             states.create,
             settings.objective,
             self.tx,
-            seed=settings.seed,
-            image_shape=settings.data.image_shape,
             scan=settings.scan,
+            **self._origin,
         )
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        """What decides the first state, besides objective and optimiser."""
+        settings = self.settings
+        return dict(seed=settings.seed, image_shape=settings.data.image_shape)
 
     @functools.cached_property
     def initial(self) -> Callable[[], tuple[Any, Any]]:
-        """A compiled function without arguments that makes the parameters and the
+        """A jitted function without arguments that makes the parameters and the
         statistics of the first state, each array in its shards."""
         settings, like = self.settings, self.abstract_state()
 
         def make():
-            trees = states.initial(
-                settings.objective,
-                seed=settings.seed,
-                image_shape=settings.data.image_shape,
-            )
+            trees = states.initial(settings.objective, **self._origin)
             return tuple(states.layout(tree, settings.scan) for tree in trees)
 
         placed = sharding.shardings_of((like.params, like.stats))
@@ -163,13 +164,10 @@ class Plan:
 
     @functools.cached_property
     def _begin(self) -> Callable[..., TrainState]:
-        settings = self.settings
+        """A jitted function from what `initial` makes to the first state; it uses up
+        its arguments."""
         begin = functools.partial(
-            states.begun,
-            settings.objective,
-            self.tx,
-            seed=settings.seed,
-            image_shape=settings.data.image_shape,
+            states.begun, self.settings.objective, self.tx, **self._origin
         )
         placed = sharding.shardings_of(self.abstract_state())
         return jax.jit(begin, donate_argnums=(0, 1), out_shardings=placed)
