@@ -7,10 +7,13 @@ import os
 import signal
 import time
 
+from mim_jax.run import memory
+
 if __name__ == "__main__":
     # Ctrl-C during the imports ends the process without a traceback: there is no run
     # to save yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    memory.keep_freed()
 
 import jax
 from absl import app, flags, logging

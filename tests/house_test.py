@@ -104,6 +104,7 @@ MAY_IMPORT = {
     "run.files": ("run.buckets",),
     "run.notes": ("run.files",),
     "run.hosts": (),
+    "run.memory": (),
     "run.programs": (),
     "run.digests": ("sharding",),
     "run.storage": ("run.digests", "run.files", "run.hosts"),
@@ -259,9 +260,10 @@ MAY_IMPORT = {
         *("config", "evals.base", "run.files", "run.interrupt", "run.rundir"),
         *("schema", "studies"),
     ),
-    "__main__": ("main",),
+    "__main__": ("main", "run.memory"),
     # Programs: `main` runs a job, `aot` compiles what job "train" would run.
     "main": (
+        "run.memory",
         *("aot.doctor", "data.fields"),
         *("compare", "config", "evaluate", "explore.job", "studies.job", "train"),
         "sharding",

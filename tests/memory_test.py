@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freed memory stays with the process: page faults of a thread that allocates anew."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Two blocks of 40 MiB, each too large to share a heap of a thread (64 MiB) with the
+# other: 20,480 pages.
+_PROGRAM = """
+import ctypes, os, resource, threading
+{before}
+from mim_jax.run import memory
+print(memory.keep_freed())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def step():
+    blocks = [libc.malloc(40 * 2**20) for _ in range(2)]
+    for block in blocks:
+        ctypes.memset(block, 1, 40 * 2**20)
+    for block in blocks:
+        libc.free(block)
+def steps():
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=steps)
+thread.start()
+thread.join()
+"""
+
+
+def ran(before: str = "", **environment: str) -> tuple[str, int]:
+    """What `keep_freed` returned, and the page faults of ten steps."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(before=before)],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, faults = done.stdout.split()
+    return said, int(faults)
+
+
+pytestmark = pytest.mark.skipif(
+    os.confstr_names.get("CS_GNU_LIBC_VERSION") is None, reason="is for glibc"
+)
+
+
+def test_memory_that_a_step_freed_serves_the_next():
+    few = "os.sched_getaffinity = lambda _: set(range(2))"
+    said, faults = ran(few)
+    assert said == "True" and faults < 1000  # of 204,800 pages
+
+
+@pytest.mark.parametrize(
+    ("before", "environment"),
+    [
+        ("os.sched_getaffinity = lambda _: set(range(9))", {}),
+        ("", {"MALLOC_TOP_PAD_": "0"}),
+        ("", {"GLIBC_TUNABLES": "glibc.malloc.top_pad=0"}),
+        ("import sys; sys.platform = 'darwin'", {}),
+    ],
+)
+def test_many_cores_and_the_users_own_settings_stay(before, environment):
+    assert ran(before, **environment)[0] == "False"
