@@ -38,9 +38,8 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize(
-    "cases", [["MAE B/16"], pytest.param(list(gpu.CASES), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [["MAE B/16"], list(gpu.CASES)])
 def test_the_small_benchmark_measures_every_form_and_every_case(tmp_path, cases):
     out = tmp_path / "gpu.json"
     done = run("--small", "--rounds=1", f"--out={out}", "--cases", *cases)

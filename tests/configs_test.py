@@ -79,13 +79,15 @@ FILES = {
         for path in (ROOT / "configs").glob("study_*.py")
     },
 }
-every_config = pytest.mark.parametrize(
-    "argument",
-    [
-        f"configs/{name}" + (f":{variant}" if variant else "")
-        for name, variants in FILES.items()
-        for variant in ("", *variants)
-    ],
+ARGUMENTS = [
+    f"configs/{name}" + (f":{variant}" if variant else "")
+    for name, variants in FILES.items()
+    for variant in ("", *variants)
+]
+every_config = pytest.mark.parametrize("argument", ARGUMENTS)
+# Their steps are those of other variants at other sizes.
+_ALIKE = re.compile(
+    r":(photos|digits|tiny|cifar10|cues|.*10pct|1pct|" + "|".join(presets.OWN) + r")\b"
 )
 
 
@@ -141,7 +143,7 @@ def test_a_config_is_locked_and_stated(argument):
 
 
 @every_config
-def test_a_config_builds_and_its_step_traces(argument, imagenet):
+def test_a_config_builds(argument, imagenet):
     tree = config.read(argument)
     if tree.job != "train":
         if tree.job == "study":
@@ -151,9 +153,26 @@ def test_a_config_builds_and_its_step_traces(argument, imagenet):
         tree.update(needed.get(tree.job) or dict(seeds=(3,)))
         config.build(tree)
         return
+    _fit_colours(argument, tree)
+    Plan.of(tree, jax.devices()[:1])
+
+
+def _fit_colours(argument: str, tree: config.Tree) -> None:
     if argument.endswith("photos,source=digits"):  # grey, and its colours are not
         tree.objective.update(dict(mean=(0.5,), std=(0.25,), color_jitter="none"))
-    Plan.of(tree, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        pytest.param(one, marks=pytest.mark.slow if _ALIKE.search(one) else ())
+        for one in ARGUMENTS
+        if config.read(str(ROOT / one)).job == "train"
+    ],
+)
+def test_a_step_traces(argument, imagenet):
+    tree = config.read(argument)
+    _fit_colours(argument, tree)
     # Blocks are alike: more than one takes longer to trace, and shows no more.
     for network in ("encoder", "decoder"):
         if network in tree.objective:

@@ -194,6 +194,7 @@ def test_a_resumed_run_may_change_what_is_measured(measured, tmp_path, capsys):
     assert split(tmp_path)[1] == rows
 
 
+@pytest.mark.slow
 def test_a_signal_while_measuring_saves_and_leaves_and_it_is_made_up_for(
     plain, compiled, tmp_path, monkeypatch, capfd
 ):

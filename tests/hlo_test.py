@@ -141,6 +141,26 @@ custom_call_target="__cudnn$fmhaSoftmax{target}", backend_config={{}}
     assert call.flops == products * 2 * 2 * 3 * 6 * 9 * 4
 
 
+@pytest.mark.parametrize(
+    "kernel, products",
+    [("fwd_segmented_residuals", 2), ("dkv_segmented_no_residuals", 5)],
+)
+def test_splash_attention_has_the_flops_of_its_products(kernel, products):
+    """2 rows of 3 heads, 256 tokens of 64 numbers, which take 128 lanes."""
+    text = f"""HloModule step
+
+ENTRY %main (q: bf16[2,3,256,64]) -> bf16[2,3,256,64] {{
+  %mask.1 = s8[1,2,2]{{2,1,0}} parameter(0)
+  %q = bf16[2,3,256,64]{{3,2,1,0}} parameter(1)
+  ROOT %splash_mha_{kernel}.1 = (bf16[2,3,256,64]{{3,1,2,0}}, f32[4]{{0}}) \
+custom-call(%mask.1, %mask.1, %q, %q, %q), custom_call_target="tpu_custom_call"
+}}
+"""
+    last = list(hlo.executed(text))[-1]
+    assert last.instruction.opcode == "custom-call"
+    assert last.flops == products * 2 * 2 * 3 * 256 * 256 * 128
+
+
 def test_an_account_has_cycles_by_part_and_a_bound_for_the_rest():
     speed = hlo.Speed(flops=1e6, hbm=1e9, wires=1e8, clock=1e6)
     found = hlo.account(TEXT, speed, devices=4)

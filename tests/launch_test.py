@@ -134,6 +134,11 @@ def fakes(tmp_path):
     return Fakes(tmp_path)
 
 
+def nightly(*case):
+    """A case like others: slow."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def arguments(script) -> list[str]:
     count = ["2"] if script == "local" else []
     return [*count, "--", *HARD] if script in TAKE_ARGUMENTS else []
@@ -505,8 +510,8 @@ def test_watch_ends_with_the_run(fakes):
 @pytest.mark.parametrize(
     "code, others",
     [
-        *[(1, " 134"), (2, ""), (2, " running"), (3, " 0"), (4, " 75"), (4, " 137")],
-        *[(5, " 75"), (5, " 134")],
+        *[(1, " 134"), (2, ""), nightly(2, " running"), (3, " 0"), (4, " 75")],
+        *[nightly(4, " 137"), (5, " 75"), nightly(5, " 134")],
     ],
 )
 def test_watch_stops_where_starting_again_would_not_help(fakes, code, others):
@@ -516,27 +521,32 @@ def test_watch_stops_where_starting_again_would_not_help(fakes, code, others):
     assert "mim costs until launch/delete_vm.sh gives it back" in error
 
 
-@pytest.mark.parametrize("first", ["75 75", "75 134", "134 137", "lost running,lost 0"])
+@pytest.mark.parametrize(
+    "first", ["75 75", nightly("75 134"), nightly("134 137"), "lost running,lost 0"]
+)
 def test_watch_starts_again_after_75_and_after_a_lost_host(fakes, first):
     assert watch(fakes, [*first.split(","), "0 0"], 0)[0] == AGAIN
 
 
+@pytest.mark.slow
 def test_watch_never_tires_of_75(fakes):
     started, _ = watch(fakes, [*["75 75"] * 4, "0 0"], 0)
     assert started.count("run") == 5
 
 
+@pytest.mark.slow
 def test_watch_gives_up_on_a_run_that_always_crashes(fakes):
     started, error = watch(fakes, ["134 134"], 1)
     assert started.count("run") == 3 and "giving up" in error
 
 
+@pytest.mark.slow
 def test_watch_forgets_crashes_of_a_run_that_lasted(fakes):
     looks = ["134", "134", *["running"] * 10, "134", "0"]
     assert watch(fakes, looks, 0)[0].count("run") == 4
 
 
-@pytest.mark.parametrize("step", ["", "resumed from step 500"])
+@pytest.mark.parametrize("step", ["", nightly("resumed from step 500")])
 def test_watch_gives_up_on_a_run_that_never_gets_further(fakes, step):
     """Say, memory is short in an evaluation: that fails after an hour, each time."""
     fakes.answer(began=[step])
@@ -544,13 +554,14 @@ def test_watch_gives_up_on_a_run_that_never_gets_further(fakes, step):
     assert started.count("run") == 3 and "giving up" in error
 
 
+@pytest.mark.slow
 def test_watch_lets_a_run_be_lost_as_often_as_it_gets_further(fakes):
     fakes.answer(began=["", *(f"resumed from step {step}" for step in range(5))])
     looks = [*[*["running"] * 10, "137"] * 4, "0"]
     assert watch(fakes, looks, 0)[0].count("run") == 5
 
 
-@pytest.mark.parametrize("end", ["SUSPENDED", "SUSPENDING", "FAILED"])
+@pytest.mark.parametrize("end", ["SUSPENDED", nightly("SUSPENDING"), nightly("FAILED")])
 def test_watch_replaces_what_was_taken(fakes, end):
     # Seen by create twice, after the hosts fell silent, then by create again.
     queue = [
@@ -575,6 +586,7 @@ def test_watch_outlives_a_line_that_drops(fakes):
     assert started == AGAIN  # both leave alone what is there
 
 
+@pytest.mark.slow
 def test_watch_outlives_hours_without_a_network(fakes):
     """What it has seen is there, and costs, whoever can ask for it or not."""
     looks = ["running", "!255", "0"]
@@ -629,7 +641,9 @@ def test_watch_deletes_no_run_directory(fakes):
     assert not fakes.asked("queued-resources", "delete")
 
 
-@pytest.mark.parametrize("answer, deleted", [("y", 1), ("n", 0), ("", 0), (None, 0)])
+@pytest.mark.parametrize(
+    "answer, deleted", [("y", 1), ("n", 0), nightly("", 0), (None, 0)]
+)
 def test_watch_asks_before_it_deletes(fakes, answer, deleted):
     fakes.answer(look=["host 2"], queue=["ACTIVE"], node=["READY"])
     words = [str(LAUNCH / "watch.sh"), "--", "--workdir=bucket/runs/a"]

@@ -129,6 +129,7 @@ def test_a_printed_command_makes_its_cell_and_what_that_begins_with(straight):
     assert short["versions"]["jax"] and short["processor"]
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_ends_with_the_same_numbers(straight, resumed):
     home, _ = resumed
     assert named(home, "short")["resumed"]

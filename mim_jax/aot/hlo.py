@@ -50,6 +50,11 @@ _NOTES = {
 # cuDNN's attention: number of matrix products per call, each of all queries with all
 # keys.
 _ATTENTION_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+# The same of JAX's splash attention, by the beginning of its kernels' names. They
+# declare no cost.
+_SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+_SPLASH_QUERIES = 2  # number of the operand
+_LANES = 128  # of a TPU's matrix units, which work whole tiles
 # Instructions without a cost of their own: they move no data and compute nothing, or
 # the instructions in the computations they call are counted instead.
 _FREE = {
@@ -250,6 +255,11 @@ def _products(
         queries, keys = (_sides(shapes[name]) for name in one.operands[:2])
         product = 2.0 * math.prod(queries) * keys[1]  # each "b n a c"
         return _ATTENTION_PRODUCTS[called[1]] * product
+    for name, products in _SPLASH_PRODUCTS.items():
+        if one.name.startswith(name):
+            *rows, tokens, size = _sides(shapes[one.operands[_SPLASH_QUERIES]])
+            lanes = math.ceil(size / _LANES) * _LANES
+            return products * 2.0 * math.prod(rows) * tokens**2 * lanes
     if one.opcode == "fusion":
         return sum(
             _products(inner, {it.name: it.shape for it in inside}, computations)

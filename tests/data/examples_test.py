@@ -128,7 +128,16 @@ def test_examples_are_a_function_of_seed_and_position(name):
         assert (read(data, seed=1)["index"] != want["index"]).any()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("crops", "instances")
+        # Each starts a process.
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXAMPLES
+    ],
+)
 def test_examples_travel_to_a_worker(name):
     for data in inputs_of(name):
         copy = pickle.loads(pickle.dumps(data))

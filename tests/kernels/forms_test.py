@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mim_jax.kernels import FORMS, attend, base, choice, cpu, gpu, tpu
+from mim_jax.kernels import FORMS, attend, base, choice, cpu, gpu, long, tpu
 from mim_jax.kernels.base import Kernels, Site
 from mim_jax.kernels.choice import choose_attention, described, with_kernels
 from mim_jax.kernels.spread import gathered
@@ -22,8 +22,9 @@ from mim_jax.ops.attention import attention
 from mim_jax.sharding import Mesh
 
 # (heads, width, tokens): four heads to a tile of 128 lanes, two, one of them over two
-# tiles each (80 lanes), and a head of a tile's size.
-SIZES = [(8, 256, 21), (4, 256, 8), (8, 640, 17), (1, 128, 9)]
+# tiles each (80 lanes), a head of a tile's size, and more tokens than `long.block_of`
+# takes at once.
+SIZES = [(8, 256, 21), (4, 256, 8), (8, 640, 17), (1, 128, 9), (2, 128, 270)]
 
 
 def drawn(rows, tokens, width, dtype="float32"):
@@ -69,6 +70,7 @@ HERE = {
     "plain": lambda *args: attention(*args)[0],
     "recompute": cpu.recomputing_attention,
     "pallas": lambda *args: tpu.short_attention(*args, True),
+    "splash": lambda *args: long.long_attention(*args, True),
     "cudnn": without_cudnn,
 }
 
@@ -140,6 +142,14 @@ def test_half_precision_keeps_logits_and_sums_in_float32():
     assert error.max() < 0.05 and error.mean() < 0.005
 
 
+@pytest.mark.parametrize(
+    "tokens, block",
+    [(9, 128), (270, 384), (1024, 1024), (1025, 384), (4097, 384), (4096, 1024)],
+)
+def test_blocks_are_large_and_add_few_tokens(tokens, block):
+    assert long.block_of(tokens) == block
+
+
 def test_the_kernel_wants_whole_tiles():
     qkv, bias = drawn(1, 4, 96)
     with pytest.raises(ValueError, match="width 96: want a multiple of 128"):
@@ -155,10 +165,11 @@ CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
     "site, form",
     [
         (V5E, "pallas"),
-        (V5E._replace(width=96, heads=3), "plain"),  # lanes
+        (V5E._replace(width=96, heads=3), "plain"),  # lanes, heads of 32
+        (V5E._replace(tokens=4097), "splash"),  # no room for all weights
+        (V5E._replace(tokens=4097, width=384), "plain"),  # heads of 32
         (V5E._replace(dtype="float32"), "plain"),
-        (V5E._replace(tokens=4097), "plain"),  # no room
-        (V5E._replace(device="TPU v4", tokens=785), "plain"),
+        (V5E._replace(device="TPU v4", tokens=785), "splash"),
         (V5E._replace(tokens=785), "pallas"),
         (H100, "cudnn"),
         (H100._replace(dtype="float16"), "cudnn"),
@@ -189,6 +200,8 @@ def test_auto_takes_the_form_that_fits(site, form):
         ("pallas", V5E._replace(dtype="float32"), "float32: want bfloat16"),
         ("pallas", V5E._replace(width=700), "width 700 .* multiple of 128"),
         ("pallas", V5E._replace(tokens=4097), "4097 tokens need .* want at most 120"),
+        ("splash", V5E._replace(dtype="float32"), "float32: want bfloat16"),
+        ("splash", V5E._replace(width=960), "heads of 80: want 64, 128, 256"),
         ("cudnn", H100._replace(width=1632), "heads of 136 numbers: want a multiple"),
         ("cudnn", H100._replace(capability="7.5"), "capability '7.5': want CUDA's 8.0"),
     ],

@@ -39,27 +39,21 @@ from mim_jax.plan import Plan
 from mim_jax.run.checkpoint import Checkpointer
 from mim_jax.sharding import Mesh
 
-each = pytest.mark.parametrize("name", TINY)
-# Of what has the largest program to compile, these are slow.
-most = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name == "detection" else name
-        for name in TINY
-    ],
-)
+
+def those_of(names: set[str]):
+    """All objectives; those that are not named are slow."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            name if name in names else pytest.param(name, marks=pytest.mark.slow)
+            for name in TINY
+        ],
+    )
 
 
-# The papers' own, and a classifier, for every change; the others are slow.
-some = pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("mae", "rmae", "cmae", "supervised")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in TINY
-    ],
-)
+# What is compiled takes the time: what the papers do not study waits for the night.
+each = those_of(TINY.keys() - {"beit", "dino", "detection"})
+some = those_of({"mae", "rmae", "cmae", "supervised"})
 
 
 def test_every_objective_has_a_row():
@@ -146,7 +140,7 @@ def test_every_parameter_learns_or_is_named(name):
         assert any(below(leaf, [path]) for leaf in held), f"nothing is {path}"
 
 
-@most
+@each
 def test_frozen_parameters_are_so_in_a_scanned_and_spread_run_too(name):
     after, _ = one_step(name, spread_plan(name))
     old, new = bits(first_state(name).params), bits(after.params)
@@ -191,7 +185,7 @@ def test_a_teacher_is_used_and_follows_and_gets_no_gradient(name):
 # What may not matter.
 
 
-@most
+@each
 def test_eight_devices_fsdp_scan_and_remat_change_nothing(name):
     check_same(name, spread_plan(name))
 
@@ -214,7 +208,7 @@ def test_no_setup_changes_anything(name, mesh, scan, remat):
     check_same(name, plan_of(name, devices, **changes))
 
 
-@most
+@each
 def test_micro_batches_are_the_whole_batch_or_are_refused(name):
     plan = plan_of(name)
     if not plan.settings.objective.batch_coupled:
@@ -294,16 +288,8 @@ def check_resume(name: str, folder) -> None:
     assert straight == saved(name, folder / "parts")
 
 
-# A teacher, statistics and two optimisers: what a state can hold. The others are slow.
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("mae", "cmae", "dino", "probe")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in TINY
-    ],
-)
+# A teacher and statistics are what a state can hold besides.
+@those_of({"mae", "cmae", "probe"})
 def test_stop_and_resume_is_the_straight_run(name, tmp_path, monkeypatch, capsys):
     # The run is real, but for what is compiled once.
     share(monkeypatch, plan_of(name))
