@@ -75,18 +75,18 @@ def _no_compile_cache():
 
 # What takes longest, the longest first. Two workers take files in this order and end
 # together: a long file that begins last would leave one of them idle.
-_LONGEST = (
+LONGEST = (
     *("main_job_test", "notebooks_test", "soak_test", "shipped_test"),
-    *("contract_test", "end_to_end_test", "launch_test", "study_job_test"),
-    *("during_test", "configs_test", "buckets_test", "compare_test", "train_test"),
-    *("evaluate_test", "old_runs_test", "hosts_test", "shifts_job_test"),
+    *("contract_test", "end_to_end_test", "configs_test", "compare_test"),
+    *("train_test", "buckets_test", "launch_watch_test", "plugins_test"),
+    *("during_test", "evaluate_test", "hosts_test", "shifts_job_test"),
 )
 
 
 def pytest_collection_modifyitems(items):
     def place(item):
         name = item.path.stem
-        return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
 

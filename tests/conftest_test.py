@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strictness that the other tests rely on is really there."""
+"""What the other tests rely on is really there: strictness, and files in order."""
 
+import pathlib
 import warnings
 
 import jax
@@ -50,3 +51,14 @@ def test_warnings_are_errors():
         warnings.warn("any", UserWarning, stacklevel=1)
     with pytest.raises(RuntimeWarning):
         np.float32(1) / np.float32(0)
+
+
+def test_the_files_that_begin_first_are_there(pytestconfig):
+    here = pathlib.Path(__file__).parent
+    (ours,) = (
+        plugin
+        for plugin in pytestconfig.pluginmanager.get_plugins()
+        if getattr(plugin, "__file__", None) == str(here / "conftest.py")
+    )
+    named = set(ours.LONGEST)
+    assert named and named <= {path.stem for path in here.rglob("*_test.py")}
