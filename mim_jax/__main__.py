@@ -3,9 +3,14 @@
 
 from mim_jax.run import memory
 
-memory.keep_freed()
 
-from mim_jax.main import start  # noqa: E402 - imports JAX
+def start() -> None:
+    """Set the process up before it imports JAX, then run the program."""
+    memory.keep_freed()
+    from mim_jax import main
+
+    main.start()
+
 
 if __name__ == "__main__":
     start()

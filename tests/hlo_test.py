@@ -153,11 +153,17 @@ ENTRY %main (q: bf16[2,3,256,64]) -> bf16[2,3,256,64] {{
   %mask.1 = s8[1,2,2]{{2,1,0}} parameter(0)
   %q = bf16[2,3,256,64]{{3,2,1,0}} parameter(1)
   ROOT %splash_mha_{kernel}.1 = (bf16[2,3,256,64]{{3,1,2,0}}, f32[4]{{0}}) \
-custom-call(%mask.1, %mask.1, %q, %q, %q), custom_call_target="tpu_custom_call"
+custom-call(%mask.1, %mask.1, %q, %q, %q), custom_call_target="tpu_custom_call", \
+frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 384}}"
+}}}}, metadata={{op_name="jit(step)/jvp(Encoder)/blocks/attn/splash_mha_{kernel}"}}
 }}
 """
     last = list(hlo.executed(text))[-1]
     assert last.instruction.opcode == "custom-call"
+    speed = hlo.Speed(flops=1e6, hbm=1e9, wires=1e8, clock=1e6)
+    account = hlo.account(text, speed, devices=1)
+    assert account["parts"]["encoder attention"]["unpriced"] == account["unpriced"] > 0
     assert last.flops == products * 2 * 2 * 3 * 256 * 256 * 128
 
 

@@ -69,19 +69,16 @@ def test_watch_starts_again_after_75_and_after_a_lost_host(fakes, first):
     assert watch(fakes, [*first.split(","), "0 0"], 0)[0] == AGAIN
 
 
-@pytest.mark.slow
 def test_watch_never_tires_of_75(fakes):
     started, _ = watch(fakes, [*["75 75"] * 4, "0 0"], 0)
     assert started.count("run") == 5
 
 
-@pytest.mark.slow
 def test_watch_gives_up_on_a_run_that_always_crashes(fakes):
     started, error = watch(fakes, ["134 134"], 1)
     assert started.count("run") == 3 and "giving up" in error
 
 
-@pytest.mark.slow
 def test_watch_forgets_crashes_of_a_run_that_lasted(fakes):
     looks = ["134", "134", *["running"] * 10, "134", "0"]
     assert watch(fakes, looks, 0)[0].count("run") == 4
@@ -95,7 +92,6 @@ def test_watch_gives_up_on_a_run_that_never_gets_further(fakes, step):
     assert started.count("run") == 3 and "giving up" in error
 
 
-@pytest.mark.slow
 def test_watch_lets_a_run_be_lost_as_often_as_it_gets_further(fakes):
     fakes.answer(began=["", *(f"resumed from step {step}" for step in range(5))])
     looks = [*[*["running"] * 10, "137"] * 4, "0"]
@@ -127,7 +123,6 @@ def test_watch_outlives_a_line_that_drops(fakes):
     assert started == AGAIN  # both leave alone what is there
 
 
-@pytest.mark.slow
 def test_watch_outlives_hours_without_a_network(fakes):
     """What it has seen is there, and costs, whoever can ask for it or not."""
     looks = ["running", "!255", "0"]

@@ -26,6 +26,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # The cost that a custom kernel's author declared.
 _KERNEL_BYTES = re.compile(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"')
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_BREAKS = re.compile(r"\n(?=\"|\}\})")
 _TARGET = re.compile(r'custom_call_target="([\w$]+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -135,7 +136,8 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    # Attributes of a kernel may hold line breaks.
+    for line in _BREAKS.sub(" ", text).splitlines():
         header = _HEADER.match(line)
         if header and " = " not in line.split("{")[0]:
             current = computations.setdefault(header[2], [])
@@ -256,7 +258,7 @@ def _products(
         product = 2.0 * math.prod(queries) * keys[1]  # each "b n a c"
         return _ATTENTION_PRODUCTS[called[1]] * product
     for name, products in _SPLASH_PRODUCTS.items():
-        if one.name.startswith(name):
+        if one.opcode == "custom-call" and one.name.startswith(name):
             *rows, tokens, size = _sides(shapes[one.operands[_SPLASH_QUERIES]])
             lanes = math.ceil(size / _LANES) * _LANES
             return products * 2.0 * math.prod(rows) * tokens**2 * lanes

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention: one form per platform behind one dispatch.
+"""Attention: the forms of each platform behind one dispatch.
 
 The plain form, `mim_jax.ops.attention.attention`, runs everywhere and defines what all
-others compute. To add a form, write a module beside these and add its
-row to FORMS; a module from outside, named by `--plugins`, adds the row itself. `Form`
-has an example.
+others compute. To add a form, write a module beside these and add its row to FORMS; a
+module from outside, named by `--plugins`, adds the row itself. `Form` has an example.
 """
 
 from jaxtyping import Array, Float
@@ -17,7 +16,7 @@ from mim_jax.kernels.spread import spread
 FORMS: dict[str, Form] = {
     "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, cpu.preferred),
     "pallas": Form(tpu.short_attention, "tpu", tpu.misfit, always),
-    "splash": Form(long.long_attention, "tpu", long.misfit, always),
+    "splash": Form(long.long_attention, "tpu", long.misfit, long.preferred),
     "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit, always),
 }
 

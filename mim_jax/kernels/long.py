@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention for TPUs over sequences too long for `tpu.short_attention`.
 
-It is JAX's own splash attention, which works through the weights block by block and
-never writes them to memory.
+It is JAX's own splash attention, which works through the weights block by block. They
+are never in memory; the gradient of the queries is, once per block of keys.
 """
 
+import importlib.util
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-)
 from jaxtyping import Array, Float
 
 from mim_jax.kernels.base import Site
 
-# Tokens of a block. Large ones read keys and values less often; the last block of a
-# sequence is filled up.
-_BLOCKS = (1024, 512, 384, 256, 128)
-_MOST_WASTE = 1.05  # tokens after filling up, over those with the smallest block
-_HEADS = (64, 128, 256)  # sizes of a head that its blocks can be laid out for
+_SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
+LANES = 128
+_MOST = 1024  # tokens of a block, for which the vector memory of every TPU suffices
+# Keys that take as long as what a step of the kernel costs besides its products. A
+# guess: no TPU was at hand.
+_OVERHEAD = 64
+_SMALLEST, _LARGEST = 32, 128  # sizes of a head with which blocks were compiled
+_LONG = 512  # tokens from which the compiler's account prefers it to the plain form
 
 
 def misfit(site: Site) -> str:
@@ -32,17 +30,26 @@ def misfit(site: Site) -> str:
     if site.dtype != "bfloat16":
         return f"activations are {site.dtype}: want bfloat16"
     size = site.width // site.heads
-    if size not in _HEADS:
-        return f"heads of {size}: want {', '.join(map(str, _HEADS))}"
+    if size % 8 or not _SMALLEST <= size <= _LARGEST:
+        return f"heads of {size}: want a multiple of 8 from {_SMALLEST} to {_LARGEST}"
+    if importlib.util.find_spec(_SPLASH) is None:
+        return f"this JAX has no {_SPLASH}: want jax 0.10.2"
     return ""
 
 
+def preferred(site: Site) -> bool:
+    """Whether the sequence is long: short ones take less time in the plain form."""
+    return site.tokens >= _LONG
+
+
 def block_of(tokens: int) -> int:
-    """Tokens of a block: the largest that adds few tokens to the sequence."""
-    least = _filled(tokens, _BLOCKS[-1])
-    return next(
-        block for block in _BLOCKS if _filled(tokens, block) <= _MOST_WASTE * least
-    )
+    """Tokens of a block. The last block of a sequence is filled up; small blocks add
+    few tokens, large ones need fewer steps."""
+
+    def cost(block: int) -> float:
+        return _filled(tokens, block) ** 2 * (1 + _OVERHEAD / block)
+
+    return min(range(LANES, _MOST + LANES, LANES), key=cost)
 
 
 def long_attention(
@@ -56,6 +63,14 @@ def long_attention(
     Args:
         interpret: run it as plain JAX, on any backend.
     """
+    # Experimental in JAX: a version without it must still import this package.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     size, block = width // heads, block_of(tokens)
     filled = _filled(tokens, block)

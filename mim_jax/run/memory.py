@@ -8,7 +8,9 @@ import sys
 FEW_CORES = 8
 # Parameters of mallopt, as glibc's malloc.h numbers them.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1  # bytes
+# Free memory at the end of the heap that is kept, in bytes. Small models need less
+# between two steps; large ones, which gain nothing, would double what they hold.
+_KEPT = 512 * 2**20
 
 
 def keep_freed() -> bool:
@@ -17,12 +19,12 @@ def keep_freed() -> bool:
     XLA's CPU runtime allocates the buffers of each step anew. glibc gives large ones
     back to the kernel, which clears each page before it hands it out again; small
     models spend a sixth of their time on that (docs/performance.md). With this call
-    all threads share one heap, which would be a bottleneck for many threads, so
-    machines of more than `FEW_CORES` cores stay as they are. So does a process whose
-    environment holds MALLOC_... or GLIBC_TUNABLES, and one with another C library.
+    up to 512 MiB stay, and all threads share one heap. Many threads would wait for it:
+    processes that may use more than `FEW_CORES` cores stay as they are. So do those
+    whose environment holds MALLOC_... or GLIBC_TUNABLES, and other C libraries.
 
-    Call it before NumPy or JAX is imported: glibc fixes the number of heaps when the
-    first thread starts.
+    Call it before NumPy or JAX is imported: their threads keep the heap that they
+    begin with.
     """
     mine = any(
         name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ
@@ -33,5 +35,5 @@ def keep_freed() -> bool:
         set_ = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER))
+    wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _KEPT))
     return all([set_(parameter, value) == 1 for parameter, value in wanted])

@@ -133,10 +133,11 @@ def test_gradients_are_differences(monkeypatch, heads, width, tokens, form):
             assert abs(found - expected) < 1e-4 * scale
 
 
-def test_half_precision_keeps_logits_and_sums_in_float32():
+@pytest.mark.parametrize("form", ["pallas", "splash"])
+def test_half_precision_keeps_logits_and_sums_in_float32(form):
     qkv, bias = drawn(2, 33, 128, "bfloat16")
     expected, _ = by_formula(qkv.astype("float32"), bias.astype("float32"), 4)
-    found = tpu.short_attention(qkv, bias, 4, True)
+    found = HERE[form](qkv, bias, 4)
     assert found.dtype == "bfloat16"
     error = np.abs(np.asarray(found, np.float64) - expected)
     assert error.max() < 0.05 and error.mean() < 0.005
@@ -144,7 +145,7 @@ def test_half_precision_keeps_logits_and_sums_in_float32():
 
 @pytest.mark.parametrize(
     "tokens, block",
-    [(9, 128), (270, 384), (1024, 1024), (1025, 384), (4097, 384), (4096, 1024)],
+    [(9, 128), (270, 384), (577, 640), (1024, 1024), (1370, 768), (4097, 384)],
 )
 def test_blocks_are_large_and_add_few_tokens(tokens, block):
     assert long.block_of(tokens) == block
@@ -165,9 +166,12 @@ CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
     "site, form",
     [
         (V5E, "pallas"),
-        (V5E._replace(width=96, heads=3), "plain"),  # lanes, heads of 32
+        (V5E._replace(width=96, heads=3), "plain"),  # lanes
+        (V5E._replace(width=192, heads=3, tokens=65), "plain"),  # and short
+        (V5E._replace(width=192, heads=3, tokens=577), "splash"),
         (V5E._replace(tokens=4097), "splash"),  # no room for all weights
-        (V5E._replace(tokens=4097, width=384), "plain"),  # heads of 32
+        (V5E._replace(tokens=4097, width=1280, heads=16), "splash"),  # heads of 80
+        (V5E._replace(tokens=4097, width=1536, heads=6), "plain"),  # of 256
         (V5E._replace(dtype="float32"), "plain"),
         (V5E._replace(device="TPU v4", tokens=785), "splash"),
         (V5E._replace(tokens=785), "pallas"),
@@ -201,7 +205,8 @@ def test_auto_takes_the_form_that_fits(site, form):
         ("pallas", V5E._replace(width=700), "width 700 .* multiple of 128"),
         ("pallas", V5E._replace(tokens=4097), "4097 tokens need .* want at most 120"),
         ("splash", V5E._replace(dtype="float32"), "float32: want bfloat16"),
-        ("splash", V5E._replace(width=960), "heads of 80: want 64, 128, 256"),
+        ("splash", V5E._replace(width=1584), "heads of 132: .* of 8 from 32 to 128"),
+        ("splash", V5E._replace(width=288), "heads of 24: want a multiple of 8"),
         ("cudnn", H100._replace(width=1632), "heads of 136 numbers: want a multiple"),
         ("cudnn", H100._replace(capability="7.5"), "capability '7.5': want CUDA's 8.0"),
     ],
