@@ -185,7 +185,7 @@ def test_cells_that_are_kept_are_those_of_the_present_configs():
     kept = {path.stem for path in (ROOT / "docs/studies/cells").glob("*-s0-*.json")}
     known = {
         cell.name
-        for size in ("mnist", "cues")
+        for size in ("mnist", "cues", "hierarchy", "scenes")
         for cell in all_cells(size).by_key.values()
     }
     assert kept and kept <= known
