@@ -32,9 +32,16 @@ def misfit(site: Site) -> str:
     size = site.width // site.heads
     if size % 8 or not _SMALLEST <= size <= _LARGEST:
         return f"heads of {size}: want a multiple of 8 from {_SMALLEST} to {_LARGEST}"
-    if importlib.util.find_spec(_SPLASH) is None:
-        return f"this JAX has no {_SPLASH}: want jax 0.10.2"
+    if not _installed():
+        return f"jax {jax.__version__} has no {_SPLASH}: want jax 0.10.2"
     return ""
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec(_SPLASH) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 def preferred(site: Site) -> bool:

@@ -143,6 +143,14 @@ def test_half_precision_keeps_logits_and_sums_in_float32(form):
     assert error.max() < 0.05 and error.mean() < 0.005
 
 
+@pytest.mark.parametrize("absent", ["jax.nn.nowhere", "jax.nowhere.splash"])
+def test_a_jax_without_splash_attention_has_the_other_forms(monkeypatch, absent):
+    monkeypatch.setattr(long, "_SPLASH", absent)
+    assert choose_attention("auto", V5E._replace(tokens=4097)) == "plain"
+    with pytest.raises(ValueError, match=f"has no {absent}: want jax 0.10.2"):
+        choose_attention("splash", V5E._replace(tokens=4097))
+
+
 @pytest.mark.parametrize(
     "tokens, block",
     [(9, 128), (270, 384), (577, 640), (1024, 1024), (1370, 768), (4097, 384)],
