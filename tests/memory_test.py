@@ -64,7 +64,7 @@ def test_memory_that_a_step_freed_serves_the_next():
 
 
 def test_of_much_memory_that_a_step_freed_most_goes_back():
-    said, faults = ran(_FEW, blocks=16)  # 640 MiB
+    said, faults = ran(_FEW, blocks=32)  # 1,280 MiB
     assert said == "True" and faults > 1000
 
 

@@ -10,7 +10,7 @@ FEW_CORES = 8
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # Free memory at the end of the heap that is kept, in bytes. Small models need less
 # between two steps; large ones, which gain nothing, would double what they hold.
-_KEPT = 512 * 2**20
+_KEPT = 2**30
 
 
 def keep_freed() -> bool:
@@ -19,7 +19,7 @@ def keep_freed() -> bool:
     XLA's CPU runtime allocates the buffers of each step anew. glibc gives large ones
     back to the kernel, which clears each page before it hands it out again; small
     models spend a sixth of their time on that (docs/performance.md). With this call
-    up to 512 MiB stay, and all threads share one heap. Many threads would wait for it:
+    up to 1 GiB stays, and all threads share one heap. Many threads would wait for it:
     processes that may use more than `FEW_CORES` cores stay as they are. So do those
     whose environment holds MALLOC_... or GLIBC_TUNABLES, and other C libraries.
 
