@@ -36,12 +36,9 @@ TOPOLOGY = "v5e:2x2"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8, help="images at a time")
-    parser.add_argument("--window", type=int, default=0, help="ViTDet's; 0: none")
     args = parser.parse_args()
     tree = config.read(str(CONFIG))
     tree.batch_size = args.batch
-    if args.window:
-        tree.objective.window, tree.scan = args.window, False
     device = devices_of(TOPOLOGY)[0]
     plan, _ = aot.plan_on(tree, [device])
     here = SingleDeviceSharding(device)

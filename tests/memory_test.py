@@ -41,7 +41,8 @@ _FEW = "os.sched_getaffinity = lambda _: set(range(2))"
 
 def ran(before: str = "", blocks: int = 2, **environment: str) -> tuple[str, int]:
     """What `keep_freed` returned, and the page faults of ten steps."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    ours = ("MALLOC_", "GLIBC_TUNABLES")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM.format(before=before, blocks=blocks)],
         env=clean | environment,

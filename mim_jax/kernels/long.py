@@ -6,7 +6,6 @@ are never in memory; the gradient of the queries is, once per block of keys.
 """
 
 import importlib.util
-import math
 from typing import Any
 
 import jax
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mim_jax.kernels.base import Site
+from mim_jax.kernels.tpu import LANES, up
 
 _SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
-LANES = 128
 _MOST = 1024  # tokens of a block, for which the vector memory of every TPU suffices
 # Keys that take as long as what a step of the kernel costs besides its products. A
 # guess: no TPU was at hand.
@@ -54,7 +53,7 @@ def block_of(tokens: int) -> int:
     few tokens, large ones need fewer steps."""
 
     def cost(block: int) -> float:
-        return _filled(tokens, block) ** 2 * (1 + _OVERHEAD / block)
+        return up(tokens, block) ** 2 * (1 + _OVERHEAD / block)
 
     return min(range(LANES, _MOST + LANES, LANES), key=cost)
 
@@ -80,7 +79,7 @@ def long_attention(
 
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     size, block = width // heads, block_of(tokens)
-    filled = _filled(tokens, block)
+    filled = up(tokens, block)
     parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, size)
     parts = jnp.pad(parts, ((0, 0), (0, filled - tokens), (0, 0), (0, 0), (0, 0)))
     q, k, v = jnp.moveaxis(parts, (2, 3), (0, 2))
@@ -105,7 +104,3 @@ def long_attention(
     # Without residuals it returns the values alone.
     mixed: Any = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
     return jnp.moveaxis(mixed, 1, 2)[:, :tokens].reshape(rows, tokens, width)
-
-
-def _filled(tokens: int, block: int) -> int:
-    return math.ceil(tokens / block) * block

@@ -35,7 +35,7 @@ def misfit(site: Site) -> str:
     room = _ROOM.get(site.device, _LEAST_ROOM) * 2**20
     # The compiler needed this much for 197 to 1025 tokens: up to 12 blocks of weights
     # at once, and two copies of what it reads and writes, one of them under way.
-    weights = 4 * _up(site.tokens, 8) * _up(site.tokens, LANES)
+    weights = 4 * up(site.tokens, 8) * up(site.tokens, LANES)
     need = 12 * weights + 16 * site.tokens * site.width
     if need > room:
         return (
@@ -110,7 +110,7 @@ def _cost(kernel, rows, tokens, width, heads) -> pl.CostEstimate:
     """Of a call, with products counted as the matrix units work them: whole tiles."""
     products, moved = {_forward: (2, 4), _backward: (5, 7)}[kernel]
     lanes = sum(_window(h, width // heads)[1] for h in range(heads))
-    product = 2 * _up(tokens, 8) * _up(tokens, LANES) * lanes
+    product = 2 * up(tokens, 8) * up(tokens, LANES) * lanes
     return pl.CostEstimate(
         flops=rows * products * product,
         transcendentals=rows * heads * tokens * tokens,
@@ -118,7 +118,8 @@ def _cost(kernel, rows, tokens, width, heads) -> pl.CostEstimate:
     )
 
 
-def _up(count: int, multiple: int) -> int:
+def up(count: int, multiple: int) -> int:
+    """The least multiple that is not less than a count."""
     return math.ceil(count / multiple) * multiple
 
 
@@ -129,7 +130,7 @@ def _window(head: int, size: int) -> tuple[int, int]:
     in the time of a part of one, and moving lanes costs more.
     """
     first = head * size // LANES * LANES
-    return first, _up((head + 1) * size, LANES) - first
+    return first, up((head + 1) * size, LANES) - first
 
 
 def _masked(x, first: int, head: int, size: int):
