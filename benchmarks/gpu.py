@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a turn; 10, or 1 if small")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--no-torch", action="store_true", help="our side alone")
     parser.add_argument("--small", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu.json"))
     args = parser.parse_args()
@@ -310,7 +311,7 @@ def main() -> None:
         setattr(args, name, getattr(args, name) or value)
     forms = attention(args.small, args.rounds)
     print(HEAD, flush=True)
-    rows, without_torch = [], False
+    rows, without_torch = [], args.no_torch
     for case in args.cases:
         rows.append(measured(case, args, without_torch))
         print(line(rows[-1]), flush=True)

@@ -10,7 +10,7 @@ from mim_jax.data.sources.base import Source
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Numbered(Source):
-    """Record i is a grey square of value i; those of `bad` are no image."""
+    """Record i is a grey square of value i mod 256; those of `bad` are no image."""
 
     count: int = 10
     bad: tuple[int, ...] = ()
@@ -19,7 +19,7 @@ class Numbered(Source):
         return self.count
 
     def __getitem__(self, index):
-        square = np.full((5, 6, 1), index, np.uint8)
+        square = np.full((5, 6, 1), index % 256, np.uint8)
         return {"image": b"bad" if index in self.bad else square, "label": index % 3}
 
     @property

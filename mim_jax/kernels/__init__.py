@@ -17,7 +17,7 @@ FORMS: dict[str, Form] = {
     "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, cpu.preferred),
     "pallas": Form(tpu.short_attention, "tpu", tpu.misfit, always),
     "splash": Form(long.long_attention, "tpu", long.misfit, long.preferred),
-    "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit, always),
+    "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit, gpu.preferred),
 }
 
 

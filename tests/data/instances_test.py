@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objects in images: the scenes, COCO's folder, and examples made of both."""
 
+import copy
 import dataclasses
 import json
 
@@ -79,6 +80,19 @@ def test_scenes_have_exact_boxes_and_masks(split):
         seen |= set(record["classes"].tolist())
     assert seen <= set(range(14)) and len(seen) > 10
     assert source.object_classes[:2] == ("0", "1") and source.classes == ()
+
+
+def test_a_scene_that_is_kept_cannot_be_changed():
+    source = dataclasses.replace(SCENES, images=2)
+    first = source[1]
+    before = copy.deepcopy(first)
+    for value in first.values():
+        if isinstance(value, np.ndarray):
+            value[...] = 0
+    for other in (source, dataclasses.replace(source)):  # the second has kept none
+        assert list(other[1]) == list(before)
+        for key, value in before.items():
+            np.testing.assert_array_equal(other[1][key], value, err_msg=key)
 
 
 def test_objects_overlap_and_keep_the_share_that_is_promised():

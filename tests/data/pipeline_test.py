@@ -106,11 +106,29 @@ def test_seeds_differ_and_repeat(straight):
     assert (other["index"] != want["index"]).mean() > 0.9
 
 
-def test_every_record_once_an_epoch_in_a_new_order():
-    epochs = read(make(), seed=0, batch_size=4, stop=25)["index"].reshape(10, 10)
+@pytest.mark.parametrize("count", [10, 1000, 1001])
+def test_every_record_once_an_epoch_in_a_new_order(count):
+    data = make(Numbered(count=count))
+    read_in = read(data, seed=0, batch_size=count // 2, stop=21)["index"]
+    epochs = read_in[: 10 * count].reshape(10, count)
     for epoch in epochs:
-        assert sorted(epoch) == list(range(10))
+        assert sorted(epoch) == list(range(count))
     assert len({tuple(epoch) for epoch in epochs}) > 5
+
+
+def test_each_order_of_few_records_is_as_likely_as_any_other():
+    """All six orders of three records, in 3,000 epochs: chi-square with five degrees
+    of freedom is below 20.5 with probability .999."""
+    index = read(make(Numbered(count=3)), seed=5, batch_size=90, stop=100)["index"]
+    _, counts = np.unique(index.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(counts) == 6
+    assert ((counts - 500.0) ** 2 / 500).sum() < 20.5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_record_fills_every_batch(workers):
+    got = read(make(Numbered(count=1), workers=workers), seed=0, batch_size=6, stop=2)
+    assert (got["index"] == 0).all() and len(got["index"]) == 12
 
 
 def test_an_image_is_cropped_anew_each_epoch():
