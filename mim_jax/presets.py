@@ -146,13 +146,13 @@ def scenes(c: config.Tree) -> None:
     """A small model on 64 x 64 scenes of digits and shapes over photographs, 256 patches
     each.
 
-    Two processor cores can learn from some 40,000 scenes. With those of the source's
+    Two processor cores can learn from some 30,000 scenes. With those of the source's
     defaults, up to five objects from 11 pixels on, and patches of 8, that gave an AP of
     28 % (docs/detection.md).
     """
     _plain(c)
     if "sides" in c.data.source:
-        c.data.source.update(dict(most=3, sides=(0.25, 0.7)))
+        c.data.source.update(dict(most=3, sides=(0.3, 0.75)))
     c.steps = 1500
     c.batch_size = 64
     _small(c, patch=4, depth=1)
@@ -186,7 +186,7 @@ def objects(c: config.Tree) -> None:
     objective.regions.samples = 32
     objective.answers.update(dict(candidates=200, most=30))
     c.batch_size = 16
-    c.steps = 2500
+    c.steps = 2000
     c.epochs = 10.0
     c.optim.base_lr = 2.4e-2
     c.optim.warmup_epochs = 0.5
