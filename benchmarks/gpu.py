@@ -4,8 +4,6 @@
 pip install -e '.[cuda,oracle]'
 python benchmarks/gpu.py
 
-**No GPU has run this yet, nor the form of attention that it measures, cuDNN's.**
-
 First every form of attention that runs there beside the plain one, as
 `benchmarks/attention.py` does. Then a training step of MAE, R-MAE and C-MAE B/16 in
 bfloat16 on one GPU, with synthetic images: milliseconds, images per second, the share
