@@ -47,7 +47,6 @@ LARGE = [
     Case("encoder, three quarters seen", 128, 148, 12, 64),
     Case("encoder, all seen", 128, 197, 12, 64),
     Case("decoder", 128, 197, 16, 32),
-    Case("mae.py:cifar10, all seen", 512, 65, 3, 64),
 ]
 CPU = [
     Case("mae.py:digits", 128, 17, 4, 16),

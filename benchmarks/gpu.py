@@ -12,7 +12,7 @@ transformers' ViTMAE B/16: SDPA attention, bfloat16 autocast, torch.compile, fus
 AdamW. Each side has a process of its own. Where the batch has no room, both sides take
 half of it. Where PyTorch or its GPU is missing, its columns stay empty, and a line says
 why; `--torch-python` names the Python of another environment, for a PyTorch that wants
-another CUDA than JAX.
+another CUDA than JAX. With `--no-torch` they stay empty, too.
 
 Prints tables, and writes a JSON file and a markdown table beside it. `--small` runs
 everything tiny on the CPU: a test of this program, whose times mean nothing.
@@ -321,6 +321,8 @@ def main() -> None:
     reasons = sorted(
         {f"{name}: {it}" for one in rows for name, it in one["why"].items()}
     )
+    if args.no_torch:
+        reasons.append("torch: not measured, by --no-torch")
     print("\n".join(["", *versions(rows), *reasons, *forms["wrong"]]))
     command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
     found = {"command": command, "attention": forms, "steps": rows, "missing": reasons}

@@ -143,16 +143,9 @@ def hierarchy(c: config.Tree) -> None:
 
 
 def scenes(c: config.Tree) -> None:
-    """A small model on 64 x 64 scenes of digits and shapes over photographs, 256 patches
-    each.
-
-    Two processor cores can learn from some 30,000 scenes. With those of the source's
-    defaults, up to five objects from 11 pixels on, and patches of 8, that gave an AP of
-    28 % (docs/detection.md).
-    """
+    """A small model on 64 x 64 scenes of digits and shapes over photographs, with 256
+    patches each."""
     _plain(c)
-    if "sides" in c.data.source:
-        c.data.source.update(dict(most=3, sides=(0.3, 0.75)))
     c.steps = 1500
     c.batch_size = 64
     _small(c, patch=4, depth=1)
@@ -190,7 +183,7 @@ def objects(c: config.Tree) -> None:
     c.epochs = 10.0
     c.optim.base_lr = 2.4e-2
     c.optim.warmup_epochs = 0.5
-    c.optim.drops = ()  # a cosine: at a constant rate such short runs soon stop to gain
+    c.optim.drops = ()  # a cosine: short runs gain little while the rate is high
 
 
 def cifar10(c: config.Tree) -> None:

@@ -79,6 +79,28 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_our_side_alone_says_that_the_other_was_not_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def sides(case, batch, args, without_torch):
+        asked.append(without_torch)
+        return {"ours": Fake(batch, 999, [1.0] * 9)}
+
+    monkeypatch.setattr(gpu, "sides", sides)
+    monkeypatch.setattr(
+        gpu, "attention", lambda *args: {"rows": [], "wrong": [], "table": ""}
+    )
+    out = tmp_path / "gpu.json"
+    options = [f"--out={out}", "--no-torch", "--cases", "MAE B/16"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    with pytest.raises(SystemExit) as left:
+        gpu.main()
+    assert left.value.code == 0 and asked == [True]
+    assert json.loads(out.read_text())["missing"] == [
+        "torch: not measured, by --no-torch"
+    ]
+
+
 class Fake:
     """A side with room for `room` images, so many milliseconds per step."""
 
@@ -87,6 +109,7 @@ class Fake:
     def __init__(self, batch, room, times):
         self.facts = {"status": "ready" if batch <= room else "no room", "why": "full"}
         self.facts |= {"flops_per_image": 5e9, "peak_flops": 1e12}
+        self.facts |= {"device": "a card", "versions": {"jax": "1"}}
         self._times = iter(times)
 
     def turn(self):
@@ -104,6 +127,7 @@ def test_a_batch_without_room_is_halved_for_both_sides(monkeypatch):
         }
 
     monkeypatch.setattr(gpu, "sides", sides)
+    monkeypatch.setattr(Fake, "closed", 0)
     args = gpu.argparse.Namespace(batch=128, rounds=3)
     row = gpu.measured("MAE B/16", args, False)
     assert Fake.closed == 6  # both sides, at 128, 64 and 32 images

@@ -31,7 +31,7 @@ from mim_jax.data.workers import ENDLESS, Batches, read_ahead
 from mim_jax.schema import raised
 
 _SUBSTITUTES = 20  # tried before a run gives up on a record
-_FEW = 1000  # records whose order is drawn as a whole
+_FEW = 1000  # at most so many records get a permutation
 _NAMED = 5  # of the records that cannot be read, in the message of a run that gives up
 # What every batch has besides the fields of its examples.
 _TRAIN_ROW = {
@@ -98,28 +98,39 @@ def train_batches(
     return read_ahead(read, fields | _TRAIN_ROW, positions, range(start, stop), data)
 
 
+def identity(source: Source) -> dict[str, Any]:
+    """What a checkpoint says of its data. A run that goes on wants the same, or it
+    would read other examples.
+
+    `order` marks the order of few records: Grain's own, before it was ours.
+    """
+    found = source.fingerprint()
+    return found | {"order": "permutation"} if len(source) <= _FEW else found
+
+
 def _order(count: int, seed: int) -> grain.MapDataset:
     """The record at each place of a run: a new order of all of them in every epoch.
 
     Grain finds the record at a place without the others, by drawing among 65,536
-    numbers until one is below `count`: 3 ms a record for ten records.
+    numbers until one is below `count`: 3 ms a record for ten records. So few records
+    get a permutation of ours.
     """
     if count > _FEW:
         return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
     places = grain.MapDataset.range(ENDLESS).seed(seed)
-    return places.map(functools.partial(_drawn, count, seed))
+    return places.map(functools.partial(_record_at, count, seed))
 
 
-def _drawn(count: int, seed: int, place: int) -> int:
+def _record_at(count: int, seed: int, place: int) -> int:
     epoch, there = divmod(place, count)
     return _permutation(count, seed, epoch)[there]
 
 
 @functools.lru_cache(maxsize=64)  # a batch may span many epochs of few records
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     # Raw bits are the same in every version of NumPy; its shuffles are not.
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(bits, kind="stable").tolist()
+    return tuple(np.argsort(bits, kind="stable").tolist())
 
 
 def eval_batches(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from mim_jax import config as configs
+from mim_jax.data.pipeline import identity
 from mim_jax.plan import Plan
 from mim_jax.run import warmstart
 from mim_jax.run.checkpoint import Checkpointer
@@ -44,7 +45,7 @@ def begin(
 
 
 def _same_data(plan: Plan, before: dict) -> None:
-    settings, now = plan.settings, plan.settings.data.source.fingerprint()
+    settings, now = plan.settings, identity(plan.settings.data.source)
     if before != now and settings.on_change == "refuse":
         raise configs.ConfigError(
             "the data set differs from the one that this run began with: it was "

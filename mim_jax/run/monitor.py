@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from mim_jax import sharding
+from mim_jax.data.pipeline import identity
 from mim_jax.plan import Plan
 from mim_jax.run import files
 from mim_jax.run.hosts import deadline
@@ -169,7 +170,7 @@ class Monitor:
             "in_a_row": self._in_a_row,
             "returned": self._returned,
             "spikes": self._guard.saved(),
-            "data": self._plan.settings.data.source.fingerprint(),
+            "data": identity(self._plan.settings.data.source),
             "config": json.loads(self._plan.config),
             **self._replaced.saved(),
         }

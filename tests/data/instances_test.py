@@ -16,6 +16,7 @@ from mim_jax.data.input import Input
 from mim_jax.data.passes import EvalPasses
 from mim_jax.data.pipeline import eval_batches, train_batches
 from mim_jax.data.segments import box_of, mask_of, objects_of, runs_of
+from mim_jax.data.sources import scenes
 from mim_jax.data.sources.coco import Coco
 from mim_jax.data.sources.mnist import Mnist
 from mim_jax.data.sources.photos import HELD_OUT, TRAIN
@@ -82,17 +83,32 @@ def test_scenes_have_exact_boxes_and_masks(split):
     assert source.object_classes[:2] == ("0", "1") and source.classes == ()
 
 
-def test_a_scene_that_is_kept_cannot_be_changed():
-    source = dataclasses.replace(SCENES, images=2)
+def test_a_scene_is_drawn_once_and_cannot_be_changed(monkeypatch):
+    drawn = []
+
+    class Counted(Scenes):
+        def _draw(self, index):
+            drawn.append(index)
+            return super()._draw(index)
+
+    source = Counted(images=2, held_out_images=2, side=48)
     first = source[1]
     before = copy.deepcopy(first)
     for value in first.values():
         if isinstance(value, np.ndarray):
             value[...] = 0
-    for other in (source, dataclasses.replace(source)):  # the second has kept none
-        assert list(other[1]) == list(before)
-        for key, value in before.items():
-            np.testing.assert_array_equal(other[1][key], value, err_msg=key)
+    first["segments"][0]["counts"].clear()
+    again = source[1]
+    assert list(again) == list(before) and again["segments"] == before["segments"]
+    for key, value in before.items():
+        np.testing.assert_array_equal(again[key], value, err_msg=key)
+    assert drawn == [1]
+    _ = source.held_out()[0], source.held_out()[0]
+    assert drawn == [1, 0]
+    monkeypatch.setattr(scenes, "_KEPT", 1)  # more scenes than are kept
+    large = Counted(images=2, side=48)
+    _ = large[1], large[1]
+    assert drawn == [1, 0, 1, 1]
 
 
 def test_objects_overlap_and_keep_the_share_that_is_promised():

@@ -189,8 +189,8 @@ CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
         (H100._replace(width=1536), "cudnn"),  # heads of 128
         (H100._replace(width=1632), "plain"),  # of 136
         (H100._replace(width=720, heads=60), "plain"),  # of 12
-        (H100._replace(tokens=65), "plain"),  # short
-        (H100._replace(tokens=145), "cudnn"),
+        (H100._replace(tokens=99), "plain"),  # short
+        (H100._replace(tokens=100), "cudnn"),
         (H100._replace(capability="8.0"), "cudnn"),
         (H100._replace(capability="12.0"), "cudnn"),
         (H100._replace(capability="7.5"), "plain"),  # older than cuDNN's kernel

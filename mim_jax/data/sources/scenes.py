@@ -23,7 +23,9 @@ from mim_jax.data.sources.photos import Photos
 from mim_jax.schema import check_ranges, within
 
 _DIGITS = tuple("0123456789")
-_KEPT_BYTES = 2**27  # of pixels that stay in memory: drawing a scene takes 3 ms
+# Drawing a scene takes 3 ms, so a process keeps those of a split that has at most so
+# many, with at most so many bytes of pixels.
+_KEPT, _KEPT_BYTES = 2**13, 2**27
 
 
 def _disc(y, x):
@@ -77,8 +79,8 @@ class Scenes(Source):
     images: int = within(5000, least=1, most=2**24)
     held_out_images: int = within(500, least=1, most=2**24)
     side: int = within(64, least=16, most=1024)
-    most: int = within(5, least=1, most=100)
-    sides: tuple[float, float] = within((0.18, 0.6), above=0, most=1)
+    most: int = within(3, least=1, most=100)
+    sides: tuple[float, float] = within((0.3, 0.75), above=0, most=1)
     visible: float = within(0.5, above=0, most=1)
     split: str = "train"
     # This field implements the property.
@@ -110,17 +112,21 @@ class Scenes(Source):
 
     @functools.cached_property
     def _kept(self) -> dict[int, dict[str, Any]]:
-        """Scenes that were drawn before, as long as all of them are small enough."""
+        """Records that this process has drawn before."""
         return {}
+
+    @functools.cached_property
+    def _keeps(self) -> bool:
+        pixels = len(self) * self.side**2 * self.channels
+        return len(self) <= _KEPT and pixels <= _KEPT_BYTES
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        record = self._kept.get(index)
-        if record is None:
-            record = self._draw(index)
-            if len(self) * self.side**2 * self.channels <= _KEPT_BYTES:
-                self._kept[index] = record
-        return copy.deepcopy(record)
+        if not self._keeps:
+            return self._draw(index)
+        if index not in self._kept:
+            self._kept[index] = self._draw(index)
+        return copy.deepcopy(self._kept[index])
 
     def _draw(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([index, self.split == "train"])
@@ -201,6 +207,10 @@ class Scenes(Source):
         return np.full(len(self), -1, np.int32)
 
     def held_out(self) -> "Scenes":
+        return self._held_out
+
+    @functools.cached_property
+    def _held_out(self) -> "Scenes":
         return dataclasses.replace(self, split="held_out")
 
     def fingerprint(self) -> dict[str, Any]:
