@@ -179,11 +179,10 @@ def objects(c: config.Tree) -> None:
     objective.regions.samples = 32
     objective.answers.update(dict(candidates=200, most=30))
     c.batch_size = 16
-    c.steps = 2000
+    c.steps = 2500
     c.epochs = 10.0
     c.optim.base_lr = 2.4e-2
     c.optim.warmup_epochs = 0.5
-    c.optim.drops = ()  # a cosine: short runs gain little while the rate is high
 
 
 def cifar10(c: config.Tree) -> None:

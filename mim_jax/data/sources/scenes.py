@@ -80,8 +80,8 @@ class Scenes(Source):
     held_out_images: int = within(500, least=1, most=2**24)
     side: int = within(64, least=16, most=1024)
     most: int = within(3, least=1, most=100)
-    sides: tuple[float, float] = within((0.3, 0.75), above=0, most=1)
-    visible: float = within(0.5, above=0, most=1)
+    sides: tuple[float, float] = within((0.25, 0.5), above=0, most=1)
+    visible: float = within(0.8, above=0, most=1)
     split: str = "train"
     # This field implements the property.
     channels: Literal[1, 3] = 3  # pyright: ignore
