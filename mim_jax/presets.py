@@ -165,7 +165,7 @@ def scenes(c: config.Tree) -> None:
 
 
 def objects(c: config.Tree) -> None:
-    """Heads for the scenes, to apply after `scenes`."""
+    """Heads for the scenes, to apply after `scenes`: 22 minutes of two cores."""
     objective = c.objective
     objective.encoder.drop_path = 0.0
     objective.pyramid.width = 32

@@ -165,26 +165,13 @@ MAY_IMPORT = {
         *("run.files", "run.hosts", "run.log"),
     ),
     "run.monitor": (
-        *(
-            "data.pipeline",
-            "plan",
-            "run.files",
-            "run.hosts",
-            "run.log",
-            "run.replaced",
-            "run.spikes",
-        ),
+        *("data.pipeline", "plan", "run.files", "run.hosts", "run.log"),
+        *("run.replaced", "run.spikes"),
         "sharding",
     ),
     "run.beginning": (
-        *(
-            "config",
-            "data.pipeline",
-            "plan",
-            "run.checkpoint",
-            "run.spikes",
-            "run.warmstart",
-        ),
+        *("config", "data.pipeline", "plan", "run.checkpoint"),
+        *("run.spikes", "run.warmstart"),
         *("sharding", "state"),
     ),
     "run.summary": (
