@@ -110,7 +110,7 @@ def test_five_questions_are_answered_within_one_click(built):
     for question, target, answer in (
         ("What is it?", "concepts", "masked autoencoder"),
         ("Does it run here?", "README", "--doctor"),
-        ("Does it run here?", "gpu", "training or evaluation on a GPU"),
+        ("Does it run here?", "gpu", "training, evaluation and studies on a GPU"),
         ("Does it run here?", "colab", "After a disconnect"),
         ("Does it run here?", "limits", "anything on a TPU"),
         ("What did it find out about the papers?", "claims", "A claim holds if"),

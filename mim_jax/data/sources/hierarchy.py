@@ -107,6 +107,10 @@ class Hierarchy(Source):
         return drawn.reshape(self.symbols, -1)
 
     @functools.cached_property
+    def _tree(self) -> Int[np.ndarray, "levels n n"]:
+        return ancestors(self.levels).astype(np.int32)
+
+    @functools.cached_property
     def _rotations(self) -> Float[np.ndarray, "levels 4 d d"]:
         """Of kind "cascade": a rotation for each level and child, the root's first."""
         size = self.levels, 4, self.dimension, self.dimension
@@ -197,7 +201,7 @@ class Hierarchy(Source):
         else:
             means = self.textures[latents[-1]]
         levels = {f"level_{i}": one for i, one in enumerate(latents[::-1])}
-        tree = np.roll(ancestors(self.levels), shift, (1, 2)).astype(np.int32)
+        tree = np.roll(self._tree, shift, (1, 2))
         label = int(index % len(self.classes)) if self.classes else -1
         image = self._image(means, stream)
         return {"image": image, "label": label, "tree": tree, **levels}
@@ -212,6 +216,10 @@ class Hierarchy(Source):
         return np.round(255 * np.clip(MEAN + STD * values, 0, 1)).astype(np.uint8)
 
     def fields(self) -> Fields:
+        return dict(self._fields)
+
+    @functools.cached_property  # asked for with every record
+    def _fields(self) -> Fields:
         side = 2**self.levels
         found = {"tree": FieldSpec((self.levels, side, side), np.int32, fill=-1)}
         for level in range(self.levels + 1):
