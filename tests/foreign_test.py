@@ -6,6 +6,7 @@ both packages and torch are installed, they are computed anew.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -248,3 +249,14 @@ def test_an_activation_that_is_not_ours_is_refused():
     other = dataclasses.replace(source, about=source.about | {"hidden_act": "relu"})
     with pytest.raises(configs.ConfigError, match="hidden_act='relu': want 'gelu'"):
         foreign.convert(other, foreign.Said())
+
+
+@pytest.mark.parametrize("name, refused", [("mnist", True), ("photos", False)])
+def test_colour_weights_want_a_source_in_colour(name, refused):
+    source = reading.read(FOLDER / "hf_vit")
+    convert = functools.partial(foreign.convert, source, foreign.Said(source=name))
+    if refused:
+        with pytest.raises(configs.ConfigError, match="1 channel.*those of 3: want"):
+            convert()
+    else:
+        assert convert().config.data.source.name == "photos"

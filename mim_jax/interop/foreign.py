@@ -180,6 +180,7 @@ class _Facts:
         tree.dtype, tree.scan, tree.remat = "float32", False, "none"
         tree.data.image_size = self._image_size()
         self._place(tree.data.source)
+        self._check_channels(tree)
         objective = tree.objective
         objective.mean, objective.std = self._statistics()
         relative = self._shape(self._pairs, 2)[1] if layout.pairs else None
@@ -349,6 +350,20 @@ class _Facts:
                 f"--path={self._said.path!r}: the source {self._said.source!r} has none"
             )
         source[leaf] = self._said.path
+
+    def _check_channels(self, tree: configs.Tree) -> None:
+        """Refuses a source that has images of other channels, if it needs no folder to
+        tell. Others are asked when the run reads them."""
+        source = tree.data.source
+        if {"channels", "path", "data_dir", "source"} & set(source):
+            return
+        has = configs.build_source(tree).channels
+        if has != self.channels:
+            raise ConfigError(
+                f"--source={self._said.source} has images of {has} channel(s), and "
+                f"{self._source.name} learned from those of {self.channels}: want a "
+                "source with as many, such as --source=folder, which converts its images"
+            )
 
     @property
     def _pairs(self) -> str:
