@@ -78,8 +78,8 @@ def _no_compile_cache():
 LONGEST = (
     *("main_job_test", "notebooks_test", "soak_test", "shipped_test"),
     *("contract_test", "end_to_end_test", "configs_test", "compare_test"),
-    *("train_test", "buckets_test", "launch_watch_test", "plugins_test"),
-    *("during_test", "evaluate_test", "hosts_test", "shifts_job_test"),
+    *("train_mesh_test", "train_test", "buckets_test", "launch_watch_test"),
+    *("plugins_test", "during_test", "evaluate_test", "hosts_test", "shifts_job_test"),
 )
 
 

@@ -1,264 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one step: on any mesh, in micro-batches, donated, and safe from NaN."""
+"""The one step: in micro-batches, safe from NaN, at the rate of its schedule."""
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps import (
+    ROWS,
+    batch_for,
+    bits,
+    close,
+    coupled,
+    devices,
+    first_state,
+    gradients,
+    on_mesh,
+    one_step,
+    place,
+    plan_of,
+    step_of,
+    tree_of,
+)
 
-from mim_jax import config, sharding, train
+from mim_jax import config, train
 from mim_jax import state as states
-from mim_jax.aot import hlo
-from mim_jax.evals.base import Eval
 from mim_jax.objectives.base import Aux, Objective
 from mim_jax.objectives.mae import MAE
 from mim_jax.optim import AdamW
 from mim_jax.plan import Plan
 from mim_jax.sharding import path_name
-
-ROWS = 16
-
-
-def tree_of(**changes) -> config.Tree:
-    """A tiny MAE on 8 x 8 digits, whose first step has the full learning rate."""
-    tree = config.experiment("train", source="digits")
-    tree.steps, tree.batch_size, tree.dtype, tree.remat = 40, ROWS, "float32", "none"
-    tree.objective.encoder.update(dict(patch=2, width=32, depth=2, heads=2))
-    tree.objective.decoder.update(dict(width=32, depth=1, heads=2))
-    tree.objective.update(dict(mean=(0.5,), std=(0.25,), normalise_target=False))
-    tree.data.image_size = (8, 8)
-    tree.optim.warmup_epochs = 0.0
-    for path, value in changes.items():
-        node = tree
-        *above, name = path.split("__")
-        for part in above:
-            node = node[part]
-        node[name] = value
-    return tree
-
-
-def coupled(name: str) -> config.Tree:
-    """A tiny config of an objective that compares crops of digits."""
-    tree = config.experiment("train", source="digits", objective=name)
-    tree.steps, tree.batch_size = 40, ROWS
-    tree.report = config.choose(Eval, "knn")
-    tree.objective.encoder.update(dict(patch=2, width=32, depth=2, heads=2))
-    tree.objective.update(dict(mean=(0.5,), std=(0.25,)))
-    for view in {"jitter", "view1", "view2", "local"} & set(tree.objective):
-        tree.objective[view].update(dict(saturation=0.0, hue=0.0, gray_p=0.0))
-    tree.data.image_size = (8, 8)
-    tree.optim.update(dict(warmup_epochs=0.0, base_lr=1.0))
-    return tree
-
-
-def devices(count: int) -> list:
-    return jax.devices()[:count]
-
-
-@functools.cache
-def plan_of(count: int = 1, **changes) -> Plan:
-    return Plan.of(tree_of(**changes), devices(count))
-
-
-@functools.cache
-def step_of(plan: Plan):
-    return train.lowered(plan).compile()
-
-
-@functools.cache
-def first_state():
-    """On the host, so that donating a copy of it spoils nothing."""
-    return jax.device_get(jax.jit(plan_of(scan=False).create)())
-
-
-def place(plan: Plan):
-    """The first state, in the plan's layout and where the plan wants it."""
-    # Keys never come to the host: a new one, since this state will be donated.
-    state = dataclasses.replace(first_state(), key=states.run_key(0))
-    if plan.settings.scan:
-        state = states.stack_blocks(state)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-    return jax.tree.map(
-        lambda leaf, where: jax.device_put(leaf, where, may_alias=False), state, placed
-    )
-
-
-@functools.cache
-def digits(rows: int = ROWS) -> np.ndarray:
-    source = plan_of().settings.data.source
-    return np.stack([source[i]["image"] for i in range(rows)])
-
-
-def batch_for(plan: Plan, images: np.ndarray | None = None) -> dict:
-    images = digits() if images is None else images
-    return {"image": jax.device_put(images, sharding.by_row(plan.mesh))}
-
-
-def one_step(plan: Plan):
-    """(state, metrics) on the host, blocks unstacked, after the first step."""
-    state, metrics = step_of(plan)(place(plan), batch_for(plan))
-    return states.unstack_blocks(jax.device_get(state)), jax.device_get(metrics)
-
-
-def gradients(state) -> dict:
-    """After one step from zero Adam's first moment is 0.1 times the gradient."""
-    (adam,) = (part for part in state.opt_state if hasattr(part, "mu"))
-    return jax.tree.map(lambda leaf: np.asarray(leaf) * 10, adam.mu)
-
-
-def close(one, other, tolerance: float) -> None:
-    """Leaf by leaf, relative to the leaf's largest number."""
-    for (path, a), b in zip(
-        jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True
-    ):
-        scale = max(np.abs(b).max(), 1e-3)
-        assert np.abs(a - b).max() <= tolerance * scale, path_name(path)
-
-
-def bits(tree) -> list[bytes]:
-    def raw(leaf):
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if key else leaf).tobytes()
-
-    return [raw(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-# Meshes.
-
-# Devices, data, fsdp, tensor.
-MESHES = [(1, 1, 1, 1), (8, 8, 1, 1), (8, 2, 4, 1), (8, 4, 1, 2), (8, 2, 2, 2)]
-
-
-def on_mesh(count: int, data: int, fsdp: int, tensor: int = 1) -> Plan:
-    shape = dict(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
-    return plan_of(count, scan=False, **shape)
-
-
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        # Two axes at a time are slow: the last one has all three.
-        pytest.param(mesh, marks=pytest.mark.slow if mesh in MESHES[2:4] else ())
-        for mesh in MESHES[1:]
-    ],
-    ids=str,
-)
-def test_loss_and_gradients_are_those_of_one_device(mesh):
-    alone, alone_metrics = one_step(on_mesh(*MESHES[0]))
-    spread, metrics = one_step(on_mesh(*mesh))
-    np.testing.assert_allclose(metrics["loss"], alone_metrics["loss"], rtol=1e-5)
-    close(gradients(spread), gradients(alone), 1e-5)
-    assert np.abs(gradients(alone)["encoder"]["embed"]["kernel"]).max() > 0
-    assert metrics["ok"] and int(spread.step) == 1
-
-
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
-def test_masks_have_the_bits_of_one_device(mesh):
-    def keep(plan):
-        def draw(state, batch):
-            keys = train.example_keys(state, ROWS)
-            return plan.settings.objective.mask(batch, keys).keep
-
-        return np.asarray(jax.jit(draw)(place(plan), batch_for(plan)))
-
-    np.testing.assert_array_equal(keep(on_mesh(*mesh)), keep(on_mesh(*MESHES[0])))
-
-
-def test_a_state_is_born_sharded_and_with_the_same_bits():
-    plan = on_mesh(8, 2, 4)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-    state = plan.first_state()
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == placed
-    # The xavier bound may be rounded otherwise on another mesh; draws may not.
-    close(jax.device_get(state.params), first_state().params, 1e-6)
-
-
-def test_the_first_state_is_what_create_makes():
-    plan = on_mesh(8, 2, 4)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract_state())
-    made = jax.jit(plan.create, out_shardings=placed)()
-    state, (params, stats) = plan.first_state(), plan.initial()
-    assert jax.tree.structure(state) == jax.tree.structure(made)
-    assert bits(state) == bits(made)
-    # The programs run again: what was given away is made anew.
-    assert bits(params) == bits(made.params) and bits(stats) == bits(made.stats)
-
-
-def test_every_device_holds_its_share_of_the_state():
-    def held(plan) -> int:
-        numbers = [
-            leaf.addressable_shards[0].data.nbytes
-            for leaf in jax.tree.leaves(place(plan))
-            if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        ]
-        return sum(numbers)
-
-    whole, shared = held(on_mesh(8, 8, 1)), held(on_mesh(8, 2, 4))
-    assert shared < 0.35 * whole
-    state = place(on_mesh(8, 2, 4))
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    assert abs(sharding.bytes_per_device(state, placed) - shared) < 100  # the key
-    # Parameters, and both moments of Adam, all the large ones.
-    cut = {
-        path_name(path)
-        for path, leaf in jax.tree.leaves_with_path(state)
-        if not leaf.sharding.is_fully_replicated
-    }
-    for tree in ("params", "opt_state/0/mu", "opt_state/0/nu"):
-        for part in ("encoder/block00", "encoder/block01", "decoder/block00"):
-            for leaf in ("attn/qkv", "attn/out", "fc1", "fc2"):
-                assert f"{tree}/{part}/{leaf}/kernel" in cut
-
-
-def test_tensor_devices_share_the_work_on_an_image():
-    """Each of two makes about half of what the matrices of blocks make."""
-
-    def made(*mesh):
-        dots = [
-            one
-            for one in hlo.executed(train.lowered(on_mesh(*mesh)).compile().as_text())
-            if one.instruction.opcode in ("dot", "fusion", "custom-call")
-            and re.search(r"/(qkv|fc1|fc2|out)/", one.instruction.scope)
-        ]
-        return sum(one.times * hlo.size_of(one.instruction.shape) for one in dots)
-
-    whole = made(1, 1, 1, 1)
-    assert whole > 0
-    assert made(2, 1, 1, 2) < 0.75 * whole
-    assert made(2, 2, 1, 1) < 0.75 * whole  # as rows do
-
-
-def test_fsdp_sends_weights_and_not_activations():
-    plan = plan_of(8, scan=True, mesh__data=1, mesh__fsdp=8)
-    sent = hlo.collectives(train.lowered(plan).compile().as_text() or "")
-    params = jax.tree.leaves(plan.abstract_state().params)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
-    assert 0 < sent["all-gather"]["bytes"] < 1.05 * held
-    assert "all-to-all" not in sent
-
-
-def test_the_step_keeps_the_shardings():
-    plan = on_mesh(8, 2, 4)
-    before = jax.tree.map(lambda leaf: leaf.sharding, place(plan))
-    after, _ = step_of(plan)(place(plan), batch_for(plan))
-    assert jax.tree.map(lambda leaf: leaf.sharding, after) == before
-
-
-def test_stacked_rules_are_the_rules_of_single_blocks():
-    plain = plan_of(8, scan=False, mesh__data=2, mesh__fsdp=4).abstract_state()
-    stacked = plan_of(8, scan=True, mesh__data=2, mesh__fsdp=4).abstract_state()
-    kernel = plain.params["encoder"]["block00"]["fc1"]["kernel"].sharding.spec
-    assert tuple(kernel) == (None, ("tensor", "fsdp"))
-    for name, leaf in (("fc1", "kernel"), ("fc1", "bias"), ("fc2", "kernel")):
-        one = plain.params["encoder"]["block00"][name][leaf].sharding.spec
-        many = stacked.params["encoder"]["blocks"][name][leaf].sharding.spec
-        assert tuple(many) == (None, *one)
-
 
 # Micro-batches.
 
@@ -429,26 +203,6 @@ def test_a_good_step_takes_everything_new():
     assert int(state.step) == 1 and float(state.stats["count"]) == 1
     assert (np.asarray(state.params["w"]) != before[0]["w"]).all()
     np.testing.assert_array_equal(state.teacher["w"], state.params["w"] * 0.5)
-
-
-# Donation.
-
-
-@pytest.mark.parametrize("mesh", [MESHES[0], MESHES[3]], ids=str)
-def test_the_old_state_is_given_up(mesh):
-    plan = on_mesh(*mesh)
-    state = place(plan)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    size = sharding.bytes_per_device(state, placed)
-    aliased = step_of(plan).memory_analysis().alias_size_in_bytes
-    assert size - 200 <= aliased <= size + 200  # the key and the counters are small
-    step_of(plan)(state, batch_for(plan))
-    left = [
-        path_name(path)
-        for path, leaf in jax.tree.leaves_with_path(state)
-        if not leaf.is_deleted()
-    ]
-    assert left == []
 
 
 # Schedule.
