@@ -3,7 +3,7 @@
 
 python -m mim_jax.main --config=configs/cmae.py --workdir=runs/cmae
 
-Ablations are leaves of config.objective: contrast=byol (table 2), tokens=cls, avg or
+Ablations are leaves of config.objective: contrast=byol (table 4), tokens=cls, avg or
 patch+cls (table 3), mask_token=false with tokens=avg (table 4), cutmix and color_jitter
 (table 5). With --config=configs/cmae.py:masking=none nothing is hidden (table 5).
 docs/deviations.md says how each ambiguity of the paper is read.
@@ -14,9 +14,9 @@ chip, and 4.2 with --config.scan=true --config.remat=full.
 Paper: 82.9 fine-tuned (arXiv:2208.04164, table 2); 83.1 after 400 epochs, which
 --config.epochs=400 trains.
 
-Variants `:mnist` and `:digits`: the same program on handwritten digits of 28 x 28
-pixels and on scanned ones of 8 x 8, for two CPU cores. `:cifar10`: on CIFAR-10, for one
-GPU or TPU; not yet run.
+Variants `:mnist`, `:digits` and `:scenes`: the same program on handwritten digits of
+28 x 28 pixels, on scanned ones of 8 x 8 and on the images of configs/detect.py:scenes,
+for two CPU cores. `:cifar10`: on CIFAR-10, for one GPU or TPU; not yet run.
 
 python -m mim_jax.main --config=configs/cmae.py:mnist --workdir=runs/cmae-mnist
 

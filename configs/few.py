@@ -25,7 +25,7 @@ Variant `:mnist`: one handwritten digit, at the size of configs/mae.py:mnist; mo
 --config.data.source.images=N. Variant `:photos`: one photograph that ships inside
 scikit-image or scikit-learn, at the size of configs/mae.py:photos. It needs no data set
 and no accelerator. The PSNR of hidden pixels of held-out photographs is 16.0 dB;
-training on twelve photographs gives 16.7, the visible mean 15.2 (docs/photos.md says
+training on twelve photographs gives 16.6, the visible mean 15.2 (docs/photos.md says
 how that is measured; jax 0.10.2, two x86-64 cores).
 
 python -m mim_jax.main --config=configs/few.py:photos --workdir=runs/few-photos

@@ -18,8 +18,8 @@ python -m mim_jax.main --config=configs/mae.py:mnist --workdir=runs/mnist
 Variant `:photos` trains on the photographs inside scikit-image and scikit-learn,
 `:digits` on scikit-learn's scanned digits of 8 x 8 pixels, `:cues` on drawn shapes
 filled with textures, for configs/shape_bias.py, `:hierarchy` on images whose latents
-are known (docs/theory.md). `:cifar10` is CIFAR-10, prepared by tfds, for one GPU or
-TPU; not yet run.
+are known (docs/theory.md), `:scenes` on those of configs/detect.py:scenes, without
+their boxes. `:cifar10` is CIFAR-10, prepared by tfds, for one GPU or TPU; not yet run.
 
 Variants `:tiny`, `:small` and `:base`: sizes for your own images, with `source=folder`.
 """

@@ -148,7 +148,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_made(resumed):
         done.stderr,
     )
     page = (home / "results" / "tiny" / "README.md").read_text()
-    assert "2 of 4 cells are finished" in page and str(home) not in page
+    assert "2 of 4 cells finished" in page and str(home) not in page
     assert "broken, 10-NN, %: failed: step" in page
     assert "this version has no evaluation 'not_here'" in page
 

@@ -362,7 +362,7 @@ class _Facts:
             raise ConfigError(
                 f"--source={self._said.source} has images of {has} channel(s), and "
                 f"{self._source.name} learned from those of {self.channels}: want a "
-                "source with as many, such as --source=folder, which converts its images"
+                "source with as many, such as --source=folder, which converts images"
             )
 
     @property

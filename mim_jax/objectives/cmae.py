@@ -65,7 +65,7 @@ class CMAE(Objective):
         t2_masking: only used by "independent".
         mask_token: True: a learned token replaces hidden patches. False: they are
             dropped, so that the two views share only positions that both see.
-        contrast: "infonce", or "byol", which has no negatives (table 2).
+        contrast: "infonce", or "byol", which has no negatives (table 4).
         tokens: what is compared: "patch" tokens, the "cls" token, the "avg" of patch
             tokens before the heads (without mask tokens, of the visible patches), or
             "patch+cls" (table 3).

@@ -13,7 +13,7 @@ from mim_jax.schema import check_ranges, within
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMA:
-    """Momentum of a teacher, Eq. (10) of arXiv:2208.04164.
+    """Momentum of a teacher, arXiv:2208.04164, sections 3 and 5.
 
     Attributes:
         base: momentum, 0 <= base <= 1; with "cosine" that of the first update.

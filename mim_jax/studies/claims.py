@@ -23,8 +23,9 @@ config writes this page anew from the `results.json` of every study that is ther
 
 A claim holds if the 95 % interval of every paired difference over seeds lies on the
 claimed side; it does not hold if one lies wholly on the other; else it cannot be told
-at this scale ([studies.md](studies.md)). The embedded studies have small networks and
-small images of digits: their answers are of that size, not of ImageNet.
+at this scale ([studies.md](studies.md)), nor where there is one seed or no number. The
+embedded studies have small networks and small images of digits, drawn shapes, scenes or
+a known hierarchy: their answers are of that size, not of ImageNet.
 """
 
 
@@ -57,7 +58,7 @@ def _lines(
             yield f"### {study.title}"
             if not found[study.name]:
                 yield ""
-                yield f"`configs/study_{study.name}.py` has not run yet."
+                yield f"`configs/study_{study.name}.py` has no page yet."
                 yield ""
                 for claim in study.claims:
                     yield f"* **{MISSING.capitalize()}**: {claim.text} ({claim.where})"
@@ -93,10 +94,12 @@ def _summary(studies: list[Study], found: dict[str, list]) -> Iterator[str]:
 def _study(
     study: Study, results: dict[str, Any], folder: pathlib.Path
 ) -> Iterator[str]:
-    seeds = len(results["seeds"])
+    told = ""
+    if cells := results.get("cells"):  # files of earlier versions do not count them
+        told = f": {cells['finished']} of {cells['wanted']} cells finished"
     yield (
-        f"[Table and figures]({folder.as_posix()}/README.md), at size "
-        f"`{results['size']}`, {seeds} seed{'s' if seeds > 1 else ''}."
+        f"[Table and figures]({folder.as_posix()}/README.md) at size "
+        f"`{results['size']}`{told}."
     )
     yield ""
     for saved in results["claims"]:

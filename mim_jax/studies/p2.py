@@ -481,7 +481,7 @@ GRID = Study(
     claims=(
         Claim(
             text="The best ratio depends on the unit: large units want lower ratios.",
-            where="section 2.3, as a question",
+            where="ours, as a question",
             compares=_above(
                 "ratio 0.5, unit 4", ("ratio 0.75, unit 4",), _HELD_OUT.title
             ),

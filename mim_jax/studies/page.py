@@ -51,13 +51,13 @@ def _lines(
     results: Results, pictures: list[str], reasons: list[str], command: str
 ) -> Iterator[str]:
     study, size = results.study, results.cells.size
-    cells = results.cells.of_study(study)
+    cells = results.own_cells()
     there = [cell for cell in cells if cell.key in results.finished]
     where = f"table {study.table} of " if study.table else ""
     yield f"# {study.title}"
     yield ""
     yield f"{where}[arXiv:{study.paper}](https://arxiv.org/abs/{study.paper})".strip()
-    yield f"at size `{size}`: {len(there)} of {len(cells)} cells are finished."
+    yield f"at size `{size}`: {len(there)} of {len(cells)} cells finished."
     yield f"`{command}` makes what is missing."
     yield ""
     yield from _table(results)
@@ -192,8 +192,8 @@ def _made(found: list[Finished]) -> Iterator[str]:
     )
     where, by = _plain("; ".join(processors)), _plain("; ".join(versions))
     yield (
-        f"{len(made)} cells in {minutes:.0f} minutes of {where}, by {by}. Each has a "
-        "file in `cells/`, with its whole config."
+        f"{len(made)} cell{'s' * (len(made) > 1)} in {minutes:.0f} minutes of {where}, "
+        f"by {by}. Each has a file in `cells/`, with its whole config."
     )
 
 
@@ -269,8 +269,9 @@ def _curves(results: Results, declared: Lines) -> Figure | None:
         own = sorted((by, line) for (t, by), line in lines.items() if t == column.title)
         for by, line in own:
             places = sorted(line)
-            means = [np.mean(list(line[x].values.values())) for x in places]
-            spread = [np.std(list(line[x].values.values())) for x in places]
+            found = [line[x].estimate for x in places]
+            means = [one.mean for one in found if one]
+            spread = [one.deviation or 0 for one in found if one]
             label = f"{declared.by} {by:g}" if declared.by else None
             axis.errorbar(
                 places, means, spread, marker="o", ms=4, capsize=2, label=label

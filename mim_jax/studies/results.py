@@ -135,6 +135,10 @@ class Results:
             for word, training in row.runs.items()
         }
 
+    def own_cells(self) -> list[Cell]:
+        """The cells of this study that can be made."""
+        return [one for one in self.cells.of_study(self.study) if not one.undefined]
+
     def hidden_share(self, row: Row) -> float | None:
         """The share of patches that the row's pre-training hides; None without."""
         for cells in self.row_cells(row).values():
@@ -180,12 +184,15 @@ class Results:
             ]
             claims.append(dict(claim=claim.text, where=claim.where, answer=told))
             claims[-1]["compares"] = compared
+        own = self.own_cells()
+        done = sum(cell.key in self.finished for cell in own)
         return {
             "study": self.study.name,
             "title": self.study.title,
             "paper": self.study.paper,
             "size": self.cells.size,
             "seeds": list(self.cells.seeds),
+            "cells": {"finished": done, "wanted": len(own)},
             "rows": rows,
             "claims": claims,
         }
@@ -296,4 +303,4 @@ def _value(
     if measured[name].missing:
         return measured[name].missing
     found = column.value({key: n.value for key, n in measured[name].numbers.items()})
-    return f"{name} has no number {column.keys}" if found is None else found
+    return f"{name} has no number {', '.join(column.keys)}" if found is None else found
