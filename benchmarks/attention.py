@@ -50,6 +50,9 @@ LARGE = [
 ]
 CPU = [
     Case("mae.py:digits", 128, 17, 4, 16),
+    Case("decoder of mae.py:hierarchy", 128, 65, 4, 8),
+    Case("cmae.py:mnist in a study", 128, 65, 4, 16),
+    Case("detect.py:scenes", 16, 257, 4, 24),
     Case("mae.py:photos", 64, 65, 2, 32),
     Case("ViT-Ti's width / 2", 128, 50, 4, 24),
     Case("ViT-S/16, all seen", 16, 197, 6, 64),

@@ -275,11 +275,11 @@ def test_a_row_that_is_no_form_is_refused(forms, name, form, expected):
 
 def test_auto_takes_a_form_only_where_it_is_preferred(forms):
     forms["mine"] = Form(mixed, "cpu", fits)
-    assert choose_attention("auto", SITE) == "plain"
+    assert choose_attention("auto", SITE) == "keep"
     assert choose_attention("mine", SITE) == "mine"
     forms["mine"] = Form(mixed, "cpu", fits, preferred=lambda site: site.heads == 2)
     assert choose_attention("auto", SITE) == "mine"
-    assert choose_attention("auto", SITE._replace(heads=4)) == "plain"
+    assert choose_attention("auto", SITE._replace(heads=4)) == "keep"
 
 
 # Reports.

@@ -12,11 +12,13 @@ from mim_jax.kernels import cpu, gpu, long, tpu
 from mim_jax.kernels.base import Form, Kernels, always
 from mim_jax.kernels.spread import spread
 
-# "auto" takes the first row that is of the platform, fits and is preferred.
+# "auto" takes the last row that is of the platform, fits and is preferred: a row that a
+# plug-in adds comes before these.
 FORMS: dict[str, Form] = {
-    "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, cpu.preferred),
-    "pallas": Form(tpu.short_attention, "tpu", tpu.misfit, always),
+    "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, always),
+    "keep": Form(cpu.keeping_attention, "cpu", cpu.misfit, cpu.keep_preferred),
     "splash": Form(long.long_attention, "tpu", long.misfit, long.preferred),
+    "pallas": Form(tpu.short_attention, "tpu", tpu.misfit, always),
     "cudnn": Form(gpu.cudnn_attention, "gpu", gpu.misfit, gpu.preferred),
 }
 

@@ -35,7 +35,7 @@ def choose_attention(wanted: str, site: Site) -> str:
     for name, form in FORMS.items():
         _check_row(name, form)
     if wanted == "auto":
-        for name, form in FORMS.items():
+        for name, form in reversed(FORMS.items()):
             here = form.platform == site.platform and not _misfit(name, site)
             if here and form.preferred(site):
                 return name

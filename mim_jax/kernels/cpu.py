@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention for CPUs: the weights are computed again for the gradient.
+"""Attention for CPUs, which keeps the weights for the gradient or computes them again.
 
-What costs on a CPU is moving n x n weights to memory and back. This form keeps none.
-Where an image has many, the gradient goes image by image, so that they fit the cache.
+What costs on a CPU is moving n x n weights to memory and back. Where an image has many,
+these forms go image by image, so that they fit the cache.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,10 @@ from jaxtyping import Array, Float
 from mim_jax.kernels.base import Site
 from mim_jax.ops.attention import accurate
 
-# Bytes of weights of an image from which the gradient goes image by image, and "auto"
-# takes this form; docs/performance.md has the measurements.
-LOOP_BYTES = 2**19
+# Limits by measurements, which docs/performance.md has.
+LOOP_BYTES = 2**19  # of the weights of an image, from which images go one by one
+KEPT_BYTES = 2**21  # of the same, up to which "auto" keeps those of narrow heads
+NARROW = 32  # numbers of a head, up to which it is narrow
 
 
 def misfit(site: Site) -> str:
@@ -23,53 +27,116 @@ def misfit(site: Site) -> str:
     return ""
 
 
-def preferred(site: Site) -> bool:
-    """Whether the weights are so many that computing them again is cheaper."""
-    return site.heads * site.tokens**2 * 4 >= LOOP_BYTES
+def keep_preferred(site: Site) -> bool:
+    """Whether the weights are few enough to be kept."""
+    narrow = site.width // site.heads <= NARROW
+    return _bytes(site.heads, site.tokens) < (KEPT_BYTES if narrow else LOOP_BYTES)
+
+
+def keeping_attention(
+    qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
+) -> Float[Array, "b n e//3"]:
+    """Attention that keeps the weights for the gradient."""
+    return _over_heads(_keeping, qkv, bias, heads)
 
 
 def recomputing_attention(
     qkv: Float[Array, "b n e"], bias: Float[Array, " e"], heads: int
 ) -> Float[Array, "b n e//3"]:
     """Attention that keeps no weights for the gradient."""
+    return _over_heads(_recomputing, qkv, bias, heads)
+
+
+def _over_heads(run: Callable[..., Any], qkv, bias, heads: int):
+    """Splits and joins heads around a function of "b 3 a n c"."""
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, width // heads)
-    mixed = _attention(jnp.transpose(parts, (0, 2, 3, 1, 4)))
+    mixed = run(jnp.transpose(parts, (0, 2, 3, 1, 4)))
     return jnp.moveaxis(mixed, 1, 2).reshape(rows, tokens, width)
 
 
-# A function of one array: the gradients of three slices of it would be padded and
-# added.
+# Functions of one array: the gradients of three slices of it would be padded and added.
 @jax.custom_vjp
-def _attention(parts: Float[Array, "b 3 a n c"]) -> Float[Array, "b a n c"]:
+def _recomputing(parts: Float[Array, "b 3 a n c"]) -> Float[Array, "b a n c"]:
     q, k, v = _scaled(parts)
     raised, scale = _softmax(q, k)
     mixed = jnp.einsum("...nm,...mc->...nc", raised.astype(v.dtype), v)
     return mixed * scale.astype(v.dtype)
 
 
-def _backward(parts, gradient):
-    _, heads, tokens, _ = gradient.shape
-    if heads * tokens**2 * 4 < LOOP_BYTES:
-        return (jax.vmap(_gradients)(parts, gradient),)
-    return (jax.lax.map(lambda image: _gradients(*image), (parts, gradient)),)
+def _recomputed(
+    parts: Float[Array, "3 a n c"], gradient: Float[Array, "a n c"]
+) -> Float[Array, "3 a n c"]:
+    return _gradients(parts, *_softmax(*_scaled(parts)[:2]), gradient)
+
+
+_recomputing.defvjp(
+    lambda parts: (_recomputing(parts), parts),
+    lambda *given: (_by_image(_recomputed, *given),),
+)
+
+
+@jax.custom_vjp
+def _keeping(parts: Float[Array, "b 3 a n c"]) -> Float[Array, "b a n c"]:
+    return _kept(parts)[0]
+
+
+def _kept(parts: Float[Array, "b 3 a n c"]):
+    """Mixed values, and what the gradient needs."""
+    mixed, raised, scale = _by_image(_mixed, parts)
+    return mixed, (parts, raised, scale)
+
+
+def _mixed(parts: Float[Array, "3 a n c"]):
+    q, k, v = _scaled(parts)
+    raised, scale = _softmax(q, k)
+    mixed = jnp.einsum("anm,amc->anc", raised.astype(v.dtype), v)
+    return mixed * scale.astype(v.dtype), raised, scale
+
+
+_keeping.defvjp(_kept, lambda kept, gradient: (_by_image(_gradients, *kept, gradient),))
+
+
+def _by_image(run: Callable[..., Any], parts, *more):
+    """A function of one image's arrays, for all images: one by one where an image has
+    many weights."""
+    _, _, heads, tokens, _ = parts.shape
+    if _bytes(heads, tokens) < LOOP_BYTES:
+        return jax.vmap(run)(parts, *more)
+    return jax.lax.map(lambda image: run(*image), (parts, *more))
 
 
 def _gradients(
-    parts: Float[Array, "3 a n c"], gradient: Float[Array, "a n c"]
+    parts: Float[Array, "3 a n c"],
+    raised: Float[Array, "a n n"],
+    scale: Float[Array, "a n 1"],
+    gradient: Float[Array, "a n c"],
 ) -> Float[Array, "3 a n c"]:
     q, k, v = _scaled(parts)
-    raised, scale = _softmax(q, k)
-    weights = raised * scale
-    dv = jnp.einsum("anm,anc->amc", weights.astype(v.dtype), gradient)
-    dw = _products(gradient, v)
-    ds = weights * (dw - (weights * dw).sum(axis=-1, keepdims=True))
+    # A weight is raised * scale; the scale is cheaper to multiply by the gradient.
+    scaled = gradient * scale.astype(gradient.dtype)
+    dv = _over_queries(raised.astype(v.dtype), scaled)
+    dw = _products(scaled, v)
+    ds = raised * (dw - scale * (raised * dw).sum(axis=-1, keepdims=True))
     ds = ds.astype(q.dtype)
     dq = jnp.einsum("anm,amc->anc", ds, k) * parts.shape[-1] ** -0.5
-    return jnp.stack([dq, jnp.einsum("anm,anc->amc", ds, q), dv])
+    return jnp.stack([dq, _over_queries(ds, q), dv])
 
 
-_attention.defvjp(lambda parts: (_attention(parts), parts), _backward)
+def _over_queries(
+    weights: Float[Array, "a n m"], values: Float[Array, "a n c"]
+) -> Float[Array, "a m c"]:
+    """Sums over n. XLA multiplies by transposed weights slowly where c is small, so
+    there the values are transposed; the barriers keep XLA from undoing that."""
+    if values.shape[-1] > NARROW:
+        return jnp.einsum("anm,anc->amc", weights, values)
+    turned = jax.lax.optimization_barrier(jnp.swapaxes(values, -1, -2))
+    return jnp.swapaxes(jax.lax.optimization_barrier(turned @ weights), -1, -2)
+
+
+def _bytes(heads: int, tokens: int) -> int:
+    """Of the weights of an image in float32."""
+    return heads * tokens**2 * 4
 
 
 def _scaled(parts):

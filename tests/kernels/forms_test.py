@@ -68,6 +68,7 @@ def without_cudnn(qkv, bias, heads):
 # What runs on this machine, by the name of its row.
 HERE = {
     "plain": lambda *args: attention(*args)[0],
+    "keep": cpu.keeping_attention,
     "recompute": cpu.recomputing_attention,
     "pallas": lambda *args: tpu.short_attention(*args, True),
     "splash": lambda *args: long.long_attention(*args, True),
@@ -99,13 +100,17 @@ def test_a_form_is_the_formula(heads, width, tokens, form):
     np.testing.assert_allclose(seen, weights, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [*HERE, "image by image"])
+LOOPS = ("keep", "recompute")  # which may go image by image
+
+
+@pytest.mark.parametrize(
+    "form, loop", [(one, False) for one in HERE] + [(one, True) for one in LOOPS]
+)
 @pytest.mark.parametrize("heads, width, tokens", SIZES)
-def test_gradients_are_differences(monkeypatch, heads, width, tokens, form):
+def test_gradients_are_differences(monkeypatch, heads, width, tokens, form, loop):
     """Along random directions, of the formula in float64."""
-    if form == "image by image":
+    if loop:
         monkeypatch.setattr(cpu, "LOOP_BYTES", 0)
-        form = "recompute"
     qkv, bias = drawn(3, tokens, width)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(3, tokens, width))
@@ -131,6 +136,18 @@ def test_gradients_are_differences(monkeypatch, heads, width, tokens, form):
             # Of all parts: that of a bias of keys is zero, which softmax forgets.
             scale = np.linalg.norm(gradient)
             assert abs(found - expected) < 1e-4 * scale
+
+
+@pytest.mark.parametrize("form, there", [("keep", False), ("plain", True)])
+def test_narrow_heads_are_not_multiplied_by_transposed_weights(form, there):
+    """Which is why that form is fast on CPUs: XLA must not fold the transposes back."""
+
+    def loss(qkv, bias):
+        return (HERE[form](qkv, bias, 4) ** 2).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(*drawn(8, 65, 64)).compile()
+    over_queries = "lhs_batch_dims={0,1}, lhs_contracting_dims={2}"
+    assert (over_queries in (compiled.as_text() or "")) == there
 
 
 @pytest.mark.parametrize("form", ["pallas", "splash"])
@@ -196,8 +213,11 @@ CPU = Site("cpu", "cpu", "float32", tokens=197, width=768, heads=12)
         (H100._replace(capability="7.5"), "plain"),  # older than cuDNN's kernel
         (H100._replace(capability="gfx942"), "plain"),  # AMD's
         (CPU, "recompute"),
-        (CPU._replace(tokens=17, width=64, heads=4), "plain"),
-        (CPU._replace(tokens=50), "plain"),  # few weights: no gain was measured
+        (CPU._replace(tokens=17, width=64, heads=4), "keep"),
+        (CPU._replace(width=384), "keep"),  # heads of 32
+        (CPU._replace(width=396), "recompute"),  # of 33
+        (CPU._replace(width=512, heads=16), "recompute"),  # too many weights
+        (CPU._replace(tokens=50), "keep"),  # few weights
         (CPU._replace(platform="other"), "plain"),
     ],
 )
@@ -209,8 +229,16 @@ def test_auto_takes_the_form_that_fits(site, form):
 @pytest.mark.parametrize(
     "wanted, site, reason",
     [
-        ("palas", V5E, "'palas' is unknown; known: auto, plain, cudnn, pallas, rec"),
-        ("pallas", CPU, "it runs on tpu: want plain or recompute, or attention='auto'"),
+        (
+            "palas",
+            V5E,
+            "'palas' is unknown; known: auto, plain, cudnn, keep, pallas, rec",
+        ),
+        (
+            "pallas",
+            CPU,
+            "it runs on tpu: want plain or recompute or keep, or attention='auto'",
+        ),
         ("pallas", V5E._replace(dtype="float32"), "float32: want bfloat16"),
         ("pallas", V5E._replace(width=700), "width 700 .* multiple of 128"),
         ("pallas", V5E._replace(tokens=4097), "4097 tokens need .* want at most 120"),
@@ -265,7 +293,7 @@ def test_relative_positions_have_the_plain_form_only():
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tensor=2), Mesh(fsdp=2, tensor=4)])
-@pytest.mark.parametrize("form", ["recompute"])
+@pytest.mark.parametrize("form", ["keep", "recompute"])
 def test_a_form_on_several_devices_is_the_form_on_one(mesh, form):
     qkv, bias = drawn(8, 9, 128)
     kernels = Kernels(form, mesh=mesh.build())
