@@ -8,6 +8,11 @@ gradient, as a share of the largest number; then the time of forward and gradien
 together, in rounds in which all forms take turns. Prints a table with medians in
 milliseconds and the median of the ratios of each round. --small takes tiny sizes.
 
+python benchmarks/attention.py --step=configs/mae.py:mnist
+
+The training step of a config in the plain form and in the one that "auto" takes, by
+turns: medians in milliseconds, of processor time on a CPU, and their ratio.
+
 Exit codes: 0, or 1 if a form is wrong: its error is far above the plain form's.
 """
 
@@ -24,10 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mim_jax import config, sharding, train
+from mim_jax.data.pipeline import train_batches
 from mim_jax.kernels import FORMS
 from mim_jax.kernels.base import Site
 from mim_jax.kernels.choice import choose_attention, site_of
 from mim_jax.ops.attention import attention
+from mim_jax.plan import Plan
 
 
 class Case(NamedTuple):
@@ -192,13 +200,50 @@ def line(row: dict) -> str:
     return "| " + " | ".join([case["name"], sizes, row["form"], *cells]) + " |"
 
 
+def step_of(path: str, form: str):
+    """(Its forms in words, the training step with its batch, the first state)."""
+    tree = config.read(path)
+    tree.attention, tree.compile_cache = form, False
+    plan = Plan.of(tree)
+    settings, reads = plan.settings, plan.objective.reads
+    size = settings.batch_size
+    with train_batches(settings.data, seed=0, batch_size=size, stop=1) as batches:
+        batch = {
+            name: np.array(x) for name, x in next(batches).items() if name in reads
+        }
+    batch = jax.device_put(batch, sharding.by_row(plan.mesh))
+    compiled = train.lowered(plan).compile()
+    return plan.forms, lambda state: compiled(state, batch)[0], plan.first_state()
+
+
+def whole_steps(path: str, rounds: int) -> None:
+    """Prints what a training step takes in both forms."""
+    clock = time.perf_counter
+    if jax.default_backend() == "cpu":  # whose cores may do other work, too
+        clock = time.process_time
+    runs = {form: list(step_of(path, form)) for form in ("plain", "auto")}
+    times: dict[str, list[float]] = {form: [] for form in runs}
+    for _ in range(rounds + 2):  # the first two are left out
+        for form, run in runs.items():
+            before = clock()
+            run[2] = jax.block_until_ready(run[1](run[2]))
+            times[form].append(1e3 * (clock() - before))
+    plain, auto = (statistics.median(found[2:]) for found in times.values())
+    print(f"{path}: plain {plain:.1f} ms, auto {auto:.1f} ms, {plain / auto:.2f} times")
+    print(f"auto is {runs['auto'][0]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=0, help="per turn; 0: 2 or 20")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write, if any")
+    parser.add_argument("--step", default="", help="config whose step is timed")
     args = parser.parse_args()
+    if args.step:
+        whole_steps(args.step, args.rounds)
+        return
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     cases = SMALL if args.small else CPU if on_cpu else LARGE

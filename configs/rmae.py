@@ -14,8 +14,7 @@ Paper: 82.7 fine-tuned (arXiv:2208.04164, table 1).
 Variants `:mnist`, `:digits`, `:photos`, `:hierarchy` and `:scenes`: the same program
 on handwritten digits of 28 x 28 pixels, on scanned ones of 8 x 8, on photographs, on
 images whose latents are known and on those of configs/detect.py:scenes, for two CPU
-cores.
-`:cifar10`: on CIFAR-10, for one GPU or TPU; not yet run.
+cores. `:cifar10`: on CIFAR-10, for one GPU or TPU; not yet run.
 
 python -m mim_jax.main --config=configs/rmae.py:mnist --workdir=runs/rmae-mnist
 

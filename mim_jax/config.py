@@ -123,8 +123,9 @@ class Train:
             unless the command line sets it.
         scan: run the blocks as one loop: compiles faster, same result.
         remat: what the backward pass recomputes: none, dots (all but matmuls), full.
-        attention: the form of attention: "auto" takes the fastest known one for the
-            devices, "plain" runs everywhere; `mim_jax.kernels.FORMS` has the others.
+        attention: the form of attention: "auto" takes what measurements on such
+            devices chose, for time or for memory; "plain" runs everywhere;
+            `mim_jax.kernels.FORMS` has the others.
         spikes: what to do when the loss of a step spikes.
         report: the evaluation that ends the run.
         also: names of further evaluations that end it, with their defaults.

@@ -17,8 +17,10 @@ import pytest
 from flax import traverse_util
 from foreign_models import CASES, FOLDER, VISIBLE, images, make, order
 from safetensors.numpy import save_file
+from tables import restored
 
 from mim_jax import config as configs
+from mim_jax.data.sources.mnist import Mnist
 from mim_jax.interop import foreign, reading, writing
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import patch_mse
@@ -249,6 +251,25 @@ def test_an_activation_that_is_not_ours_is_refused():
     other = dataclasses.replace(source, about=source.about | {"hidden_act": "relu"})
     with pytest.raises(configs.ConfigError, match="hidden_act='relu': want 'gelu'"):
         foreign.convert(other, foreign.Said())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unplaced(Mnist):
+    """A source that wants a setting before it can say anything."""
+
+    root: str = ""
+
+    def __post_init__(self):
+        if not self.root:
+            raise ValueError("root='': want a folder")
+
+
+def test_a_source_that_cannot_say_its_channels_is_asked_by_the_run():
+    source = reading.read(FOLDER / "hf_vit")
+    with restored():
+        configs.register("unplaced", Unplaced)
+        converted = foreign.convert(source, foreign.Said(source="unplaced"))
+    assert converted.config.data.source.name == "unplaced"
 
 
 @pytest.mark.parametrize("name, refused", [("mnist", True), ("photos", False)])

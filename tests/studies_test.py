@@ -640,7 +640,7 @@ def test_a_page_shows_numbers_claims_and_what_is_missing(sample, tmp_path):
     assert "**Holds**: a is better. (here)" in text
     assert "a − b, 10-NN, %: +10.5, 95 % interval +4.1 to +16.9, n = 2" in text
     assert "b, 10-NN, %: failed: the disk is full (exit code 4)" in text
-    assert "`python go` makes what is missing" in text
+    assert "`python go` makes what is missing." in text
     assert "5 of 6 cells finished" in text
     for picture in ("table.png", "lines1.png"):
         assert picture in text and (tmp_path / picture).stat().st_size > 2000

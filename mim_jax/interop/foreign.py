@@ -352,12 +352,14 @@ class _Facts:
         source[leaf] = self._said.path
 
     def _check_channels(self, tree: configs.Tree) -> None:
-        """Refuses a source that has images of other channels, if it needs no folder to
-        tell. Others are asked when the run reads them."""
-        source = tree.data.source
-        if {"channels", "path", "data_dir", "source"} & set(source):
+        """Refuses a source that has images of other channels. A source that needs a
+        folder or other settings to say so is asked when a run reads it."""
+        if {"channels", "path", "data_dir", "source"} & set(tree.data.source):
             return
-        has = configs.build_source(tree).channels
+        try:
+            has = configs.build_source(tree).channels
+        except ConfigError:
+            return
         if has != self.channels:
             raise ConfigError(
                 f"--source={self._said.source} has images of {has} channel(s), and "

@@ -12,8 +12,8 @@ from mim_jax.kernels import cpu, gpu, long, tpu
 from mim_jax.kernels.base import Form, Kernels, always
 from mim_jax.kernels.spread import spread
 
-# "auto" takes the last row that is of the platform, fits and is preferred: a row that a
-# plug-in adds comes before these.
+# "auto" asks from the last row to the first, and takes the first that is of the
+# platform, fits and is preferred. So the row of a plug-in is asked before these.
 FORMS: dict[str, Form] = {
     "recompute": Form(cpu.recomputing_attention, "cpu", cpu.misfit, always),
     "keep": Form(cpu.keeping_attention, "cpu", cpu.misfit, cpu.keep_preferred),

@@ -98,7 +98,9 @@ class Form(NamedTuple):
         platform: the only one that can run it: "cpu", "gpu" or "tpu".
         misfit: says of a site why this form cannot run there; "" if it can.
         preferred: says whether "auto" takes it at a site where it can run. The default
-            never does: state it once the form has been timed against "plain".
+            never does: state it once the form has been timed against the one that
+            "auto" takes there. "auto" asks the rows of plug-ins before those of the
+            package.
     """
 
     run: Attend

@@ -26,8 +26,8 @@ def choose_attention(wanted: str, site: Site) -> str:
         'plain'
 
     Args:
-        wanted: "auto" takes the fastest known form that fits; "plain" or the name of a
-            form takes that one.
+        wanted: "auto" takes the last row of FORMS that fits and is preferred; "plain"
+            or the name of a form takes that one.
     Raises:
         ValueError: the wanted form is unknown or cannot run there, or a row of FORMS
             is none; the message says why.

@@ -2,7 +2,8 @@
 """Attention for CPUs, which keeps the weights for the gradient or computes them again.
 
 What costs on a CPU is moving n x n weights to memory and back. Where an image has many,
-these forms go image by image, so that they fit the cache.
+the gradient goes image by image, so that they fit the cache; so does the forward pass
+of the form that keeps them.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,16 @@ from jaxtyping import Array, Float
 from mim_jax.kernels.base import Site
 from mim_jax.ops.attention import accurate
 
-# Limits by measurements, which docs/performance.md has.
-LOOP_BYTES = 2**19  # of the weights of an image, from which images go one by one
-KEPT_BYTES = 2**21  # of the same, up to which "auto" keeps those of narrow heads
-NARROW = 32  # numbers of a head, up to which it is narrow
+# Measured sizes are in docs/performance.md.
+LOOP_BYTES = 2**19  # An image whose weights have so many bytes, or more, goes alone.
+# "auto" keeps the weights of narrow heads below so many bytes of an image. More would
+# be faster, too, and take too much memory.
+KEPT_BYTES = 2**21
+NARROW = 32  # Heads of at most so many numbers are narrow.
 
 
 def misfit(site: Site) -> str:
-    """This form runs at every site of its platform."""
+    """Both forms run at every site of their platform."""
     del site
     return ""
 
@@ -58,10 +61,7 @@ def _over_heads(run: Callable[..., Any], qkv, bias, heads: int):
 # Functions of one array: the gradients of three slices of it would be padded and added.
 @jax.custom_vjp
 def _recomputing(parts: Float[Array, "b 3 a n c"]) -> Float[Array, "b a n c"]:
-    q, k, v = _scaled(parts)
-    raised, scale = _softmax(q, k)
-    mixed = jnp.einsum("...nm,...mc->...nc", raised.astype(v.dtype), v)
-    return mixed * scale.astype(v.dtype)
+    return _mixed(parts)[0]
 
 
 def _recomputed(
@@ -83,15 +83,8 @@ def _keeping(parts: Float[Array, "b 3 a n c"]) -> Float[Array, "b a n c"]:
 
 def _kept(parts: Float[Array, "b 3 a n c"]):
     """Mixed values, and what the gradient needs."""
-    mixed, raised, scale = _by_image(_mixed, parts)
-    return mixed, (parts, raised, scale)
-
-
-def _mixed(parts: Float[Array, "3 a n c"]):
-    q, k, v = _scaled(parts)
-    raised, scale = _softmax(q, k)
-    mixed = jnp.einsum("anm,amc->anc", raised.astype(v.dtype), v)
-    return mixed * scale.astype(v.dtype), raised, scale
+    mixed, *weights = _by_image(_mixed, parts)
+    return mixed, (parts, *weights)
 
 
 _keeping.defvjp(_kept, lambda kept, gradient: (_by_image(_gradients, *kept, gradient),))
@@ -106,6 +99,15 @@ def _by_image(run: Callable[..., Any], parts, *more):
     return jax.lax.map(lambda image: run(*image), (parts, *more))
 
 
+def _mixed(parts: Float[Array, "*b 3 a n c"]):
+    """Mixed values; numerators of the weights, and 1 / their sums."""
+    q, k, v = _scaled(parts)
+    raised, scale = _softmax(q, k)
+    sums = dict(preferred_element_type=raised.dtype)
+    mixed = jnp.einsum("...nm,...mc->...nc", raised.astype(v.dtype), v, **sums)
+    return (mixed * scale).astype(v.dtype), raised, scale
+
+
 def _gradients(
     parts: Float[Array, "3 a n c"],
     raised: Float[Array, "a n n"],
@@ -114,7 +116,7 @@ def _gradients(
 ) -> Float[Array, "3 a n c"]:
     q, k, v = _scaled(parts)
     # A weight is raised * scale; the scale is cheaper to multiply by the gradient.
-    scaled = gradient * scale.astype(gradient.dtype)
+    scaled = (gradient.astype(scale.dtype) * scale).astype(gradient.dtype)
     dv = _over_queries(raised.astype(v.dtype), scaled)
     dw = _products(scaled, v)
     ds = raised * (dw - scale * (raised * dw).sum(axis=-1, keepdims=True))

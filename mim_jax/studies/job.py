@@ -339,9 +339,8 @@ def _write_page(
     gathered = results.gather(study, found, finished, failed, evals)
     written = page.write(gathered, places.page, evals, command)
     claims.write(STUDIES.values(), places.page.parent, places.claims)
-    print(
-        f"{len(finished)} of {len(mine)} cells finished; page in {written}", flush=True
-    )
+    wanted = len(gathered.own_cells())
+    print(f"{len(finished)} of {wanted} cells finished; page in {written}", flush=True)
 
 
 def _remove_runs(bench: Bench, found: Cells, mine: list[Cell]) -> None:

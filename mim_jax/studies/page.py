@@ -58,7 +58,8 @@ def _lines(
     yield ""
     yield f"{where}[arXiv:{study.paper}](https://arxiv.org/abs/{study.paper})".strip()
     yield f"at size `{size}`: {len(there)} of {len(cells)} cells finished."
-    yield f"`{command}` makes what is missing."
+    missing = len(there) < len(cells)
+    yield f"`{command}` makes {'what is missing' if missing else 'them'}."
     yield ""
     yield from _table(results)
     yield ""
