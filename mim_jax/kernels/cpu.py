@@ -103,8 +103,8 @@ def _mixed(parts: Float[Array, "*b 3 a n c"]):
     """Mixed values; numerators of the weights, and 1 / their sums."""
     q, k, v = _scaled(parts)
     raised, scale = _softmax(q, k)
-    sums = dict(preferred_element_type=raised.dtype)
-    mixed = jnp.einsum("...nm,...mc->...nc", raised.astype(v.dtype), v, **sums)
+    numerators, kind = raised.astype(v.dtype), raised.dtype
+    mixed = jnp.einsum("...nm,...mc->...nc", numerators, v, preferred_element_type=kind)
     return (mixed * scale).astype(v.dtype), raised, scale
 
 
