@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every function of the package that one training step runs, and its lines of code.
 
-    python benchmarks/walk.py [--config=configs/mae.py:digits]
+    python benchmarks/walk.py [--config=configs/mae.py:digits] [--attention=plain]
 
 traces one step of a config on one CPU device and lists, by file, the functions that
 were entered and how many lines of code they have: docstrings, comments and blank lines
@@ -87,9 +87,11 @@ def _lines_of_code(source: str) -> set[int]:
     return lines
 
 
-def walk(name: str) -> dict[str, dict[str, int]]:
+def walk(name: str, attention: str) -> dict[str, dict[str, int]]:
     """Lines of code by file, relative to the package, and by function."""
-    plan = Plan.of(config.read(name), jax.devices()[:1])
+    tree = config.read(name)
+    tree.attention = attention
+    plan = Plan.of(tree, jax.devices()[:1])
     found = {
         str(path.relative_to(PACKAGE)): functions(path, firsts)
         for path, firsts in sorted(entered(plan).items())
@@ -101,7 +103,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/mae.py:digits")
-    found = walk(parser.parse_args().config)
+    parser.add_argument("--attention", default="plain", help="form; or auto")
+    args = parser.parse_args()
+    found = walk(args.config, args.attention)
     for path, names in found.items():
         listed = ", ".join(f"{name} {lines}" for name, lines in names.items())
         print(f"{sum(names.values()):4d}  {path}: {listed}")

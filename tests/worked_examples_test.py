@@ -413,7 +413,7 @@ def test_gradients_of_tiled_attention_are_differences(
     heads, width, tokens, rows, monkeypatch
 ):
     forms_test.test_gradients_are_differences(
-        monkeypatch, heads, width, tokens, "tiled"
+        monkeypatch, heads, width, tokens, "tiled", False
     )
 
 

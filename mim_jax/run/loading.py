@@ -64,7 +64,7 @@ def load(
 
     Example:
         >>> run, training = load("runs/mae")
-        mae, step 10: attention: encoder plain, decoder plain
+        mae, step 10: attention: encoder keep, decoder keep
         >>> run.step, training.batch_size
         (10, 16)
     """
