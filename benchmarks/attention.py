@@ -242,6 +242,8 @@ def main() -> None:
     parser.add_argument("--step", default="", help="config whose step is timed")
     args = parser.parse_args()
     if args.step:
+        if args.small or args.out or args.calls:
+            parser.error("--step has no --small, --out or --calls: leave them out")
         whole_steps(args.step, args.rounds)
         return
     device = jax.devices()[0]
