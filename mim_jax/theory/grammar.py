@@ -138,6 +138,7 @@ class Grammar:
         hidden: Bool[np.ndarray, "b n n"],
         textures: Float[np.ndarray, "symbols p"],
         noise: float,
+        shifted: bool = False,
     ) -> Bounds:
         """The errors between which a model's error on hidden tokens lies.
 
@@ -148,9 +149,14 @@ class Grammar:
             tokens, hidden: as for `posterior`; every image hides as many.
             textures: the mean pixels of each token.
             noise: standard deviation of independent noise of each pixel.
+            shifted: the model sees each image moved, as a torus, by a random number of
+                tokens. The optimum is that of a model which is told this number; one
+                that looks at nothing does not know it.
         """
         given = self.posterior(tokens, hidden)[-1]
         nothing = self.posterior(tokens[:1], np.ones_like(hidden[:1]))[-1]
+        if shifted:  # each token comes from every place alike
+            nothing = nothing.mean(axis=(1, 2), keepdims=True)
         optimum = _variance(given, textures)[hidden].mean()
         floor = np.broadcast_to(_variance(nothing, textures), hidden.shape)[hidden]
         return Bounds(optimum + noise**2, floor.mean() + noise**2)

@@ -132,7 +132,9 @@ class Hierarchy(Source):
         b records of this split.
 
         They are in the units of a loss whose objective has MEAN and STD and does not
-        normalise patches, with one ViT patch per token.
+        normalise patches, with one ViT patch per token. With `shift`, the optimum is
+        that of a model which is told each image's shift, so no model reaches it where
+        the visible tokens leave the shift open.
 
         Args:
             hidden: True at hidden tokens, row by row; every image hides as many.
@@ -146,7 +148,7 @@ class Hierarchy(Source):
             symbols, _, shift = self._drawn(index)
             tokens[index] = symbols[-1]
             masks[index] = np.roll(masks[index], [-one for one in shift], (0, 1))
-        return grammar.bounds(tokens, masks, self.textures, self.noise)
+        return grammar.bounds(tokens, masks, self.textures, self.noise, self.shift)
 
     def known(self, hidden: Bool[np.ndarray, "b n"]) -> dict[str, float]:
         """The least error that any model can have ("error_optimum"), that of a model
