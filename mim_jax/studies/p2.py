@@ -619,6 +619,8 @@ THEOREM2 = Study(
     notes=(
         "A probe of a run whose error is at its floor measures what it began with: "
         "read error, optimum and floor first.",
+        "The centroid says where the gain lies, not how large it is: a run that "
+        "learned little of every level can have a high one.",
         "Theorem 2 speaks of one mask and of a decoder that draws noise; MAE trains "
         "one encoder on all masks with a squared error. A level that is read here is "
         "what MAE learns, not what the theorem promises.",
@@ -675,7 +677,8 @@ PROPOSALS = Study(
             (
                 "moved",
                 _moved(_PLAIN),
-                "images are shifted by whole tokens; batches of 32, 12,000 steps.",
+                "images are shifted by whole tokens; batches of 32, 12,000 steps; the "
+                "optimum is that of a model which is told the shift.",
             ),
             ("moved, unit 4", _moved(_PLAIN_4), "trained as moved."),
             (
@@ -717,8 +720,8 @@ PROPOSALS = Study(
             ),
         )
         for asked, column in (
-            ("the level of what is learned", _CENTROID),
-            ("what is learned of the root", _R2[3]),
+            ("the mean level of what training adds", _CENTROID),
+            ("how much is learned of the root", _R2[3]),
         )
     ),
     notes=THEOREM2.notes,

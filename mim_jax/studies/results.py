@@ -303,4 +303,6 @@ def _value(
     if measured[name].missing:
         return measured[name].missing
     found = column.value({key: n.value for key, n in measured[name].numbers.items()})
-    return f"{name} has no number {', '.join(column.keys)}" if found is None else found
+    if found is None:
+        return f"{name} does not give {', '.join(column.keys)} for such a run"
+    return found
