@@ -637,8 +637,8 @@ _PLAIN, _PLAIN_4 = _THEORY[0.75, 1], _THEORY[0.75, 4]
 def _moved(training: Training) -> Training:
     """The same on images that are shifted, which moves the squares of the hierarchy
     away from those of the grid. These take longer to learn. A quarter of the batch
-    and four times the steps, at the same rate, cost the same; with the batches of the
-    other rows the error ends close to the floor."""
+    and four times the steps, at the same rate, cost the same and end with an error of
+    0.69 instead of 0.81."""
     return training.but(
         leaves={"data.source.shift": True},
         small={
