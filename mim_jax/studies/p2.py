@@ -523,6 +523,11 @@ _CENTROID = _latents(
     "level_centroid",
     note="mean level of what the encoder tells beyond an untrained one.",
 )
+_OF_C = _latents(
+    "c, frontier",
+    "level_of_c_frontier",
+    note="mean level of Theorem 1's c for these masks (docs/theory.md).",
+)
 _ERROR = _latents("error", "error_hidden", 3, "of hidden pixels, held-out images.")
 _THEORY = {
     (ratio, unit): _mae(ratio, unit)
@@ -540,11 +545,7 @@ THEOREM2 = Study(
     columns=(
         *_R2.values(),
         _CENTROID,
-        _latents(
-            "c, frontier",
-            "level_of_c_frontier",
-            note="mean level of Theorem 1's c for these masks (docs/theory.md).",
-        ),
+        _OF_C,
         _latents("c, invertible", "level_of_c_invertible"),
         _ERROR,
         _latents("optimum", "error_optimum", 3, "no model errs less on these masks."),
@@ -612,7 +613,7 @@ THEOREM2 = Study(
     figures=(
         Lines(
             x="ratio",
-            columns=(*(c.title for c in _R2.values()), _CENTROID.title, _ERROR.title),
+            columns=tuple(c.title for c in (*_R2.values(), _CENTROID, _OF_C, _ERROR)),
             by="unit",
         ),
     ),
