@@ -21,7 +21,7 @@ class Bounds(NamedTuple):
 
     Attributes:
         optimum: of the best prediction from the visible tokens: no model can be better.
-        floor: of each position's mean: what a model reaches that looks at nothing.
+        floor: of the mean of all images: what a model reaches that looks at nothing.
     """
 
     optimum: float
@@ -140,7 +140,7 @@ class Grammar:
         noise: float,
         shifted: bool = False,
     ) -> Bounds:
-        """The errors between which a model's error on hidden tokens lies.
+        """The errors on hidden tokens of the best model and of a blind one.
 
         They are means over the hidden tokens of these images, in expectation over what
         the visible ones leave open.
@@ -150,8 +150,9 @@ class Grammar:
             textures: the mean pixels of each token.
             noise: standard deviation of independent noise of each pixel.
             shifted: the model sees each image moved, as a torus, by a random number of
-                tokens. The optimum is that of a model which is told this number; one
-                that looks at nothing does not know it.
+                tokens down and right, while `tokens` and `hidden` are given where they
+                were before. The optimum is that of a model which is told this shift;
+                one that looks at nothing does not know it.
         """
         given = self.posterior(tokens, hidden)[-1]
         nothing = self.posterior(tokens[:1], np.ones_like(hidden[:1]))[-1]

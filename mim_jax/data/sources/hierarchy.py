@@ -128,8 +128,8 @@ class Hierarchy(Source):
         return drawn / np.sqrt(self.dimension)
 
     def bounds(self, hidden: Bool[np.ndarray, "b n"]) -> Bounds:
-        """The errors between which a model's error on hidden tokens lies, for the first
-        b records of this split.
+        """The errors on hidden tokens of the best model and of one that looks at
+        nothing, for the first b records of this split.
 
         They are in the units of a loss whose objective has MEAN and STD and does not
         normalise patches, with one ViT patch per token. With `shift`, the optimum is
@@ -151,7 +151,7 @@ class Hierarchy(Source):
         return grammar.bounds(tokens, masks, self.textures, self.noise, self.shift)
 
     def known(self, hidden: Bool[np.ndarray, "b n"]) -> dict[str, float]:
-        """The least error that any model can have ("error_optimum"), that of a model
+        """An error that no model goes below ("error_optimum"), that of a model
         which looks at nothing ("error_floor"), and the mean level of Theorem 1's c by
         two readings; what of this is known, for patches that are tokens."""
         found: dict[str, float] = {}
