@@ -798,6 +798,10 @@ PROPOSALS_LABELS = Study(
             ("Masking along the structure of images", ("regions", "affinity")),
         )
     ),
+    notes=(
+        "SSIM and PSNR are figure 5's: the network sees the whole image, and never "
+        "learned to predict patches that it sees.",
+    ),
 )
 
 STUDIES = (
