@@ -49,7 +49,7 @@ class Latents(Eval):
     weighted by how far the model's R2 is above the untrained encoder's (at least 0).
 
     For pixel objectives on a source that knows them, the error of hidden pixels stands
-    beside the least that any model can have ("optimum") and that of a model which looks
+    beside an error that no model goes below ("optimum") and that of a model which looks
     at nothing ("floor"), for the same masks, in units of the loss. The mean level of
     Theorem 1's c for these masks is given by two readings (docs/theory.md).
 
