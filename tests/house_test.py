@@ -239,6 +239,7 @@ MAY_IMPORT = {
     "studies.runs": ("studies.grid",),
     "studies.p1": ("studies.facts", "studies.grid", "studies.runs"),
     "studies.p2": ("studies.facts", "studies.grid", "studies.runs"),
+    "studies.theory": ("studies.facts", "studies.grid", "studies.p2", "studies.runs"),
     "studies.sizes": ("config", "evals.base", "presets", "studies.grid"),
     "studies.cells": (
         *("config", "data.sources.base", "data.sources.of_classes", "evals.base"),
