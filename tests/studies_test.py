@@ -631,6 +631,19 @@ def test_what_is_missing_has_its_reason(sample):
     assert sample.entries["a", title].paper == 82.7
 
 
+def test_a_number_that_an_evaluation_does_not_give_is_said_so():
+    column = dataclasses.replace(ACCURACY, keys=("accuracy_model_k10", "loss_of_c"))
+    study = dataclasses.replace(SAMPLE, columns=(column,), claims=(), figures=())
+    found = Cells([study], settings(seeds=(0,), recipes=str(ROOT / "configs")), ROOT)
+    measured = {"knn": Measured({"accuracy_model_k10": Number(0.5, "share")}, {})}
+    finished = {found.of(runs.MAE, 0).key: Finished(ABOUT, measured)}
+    told = results.gather(study, found, finished, {}, EVALS).entries["a", column.title]
+    assert not told.values
+    assert told.missing == (
+        "knn does not give accuracy_model_k10, loss_of_c for such a run"
+    )
+
+
 def test_a_page_shows_numbers_claims_and_what_is_missing(sample, tmp_path):
     text = page.write(sample, tmp_path, EVALS, "python go").read_text()
     assert "| a | 0.75 | 64.0 ± 22.5 (82.7) | – |" in text
