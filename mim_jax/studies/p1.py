@@ -646,8 +646,6 @@ FIGURE1 = Study(
     notes=(
         "The paper's figure has no numbers. Hidden patches are dropped; 'as trained' "
         "hides them as the method does, with mask tokens for C-MAE.",
-        "C-MAE, full view, is ours: one of its two views hides nothing "
-        "(docs/cmae.md).",
         "C-MAE, full view, is ours: one of the two views hides nothing (docs/cmae.md).",
     ),
 )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides how well C-MAE transfers on small digits: a study to load as a plug-in.
+
+python -m mim_jax.main --plugins=benchmarks.cmae_digits \
+    --config=configs/study.py:mnist --config.study=cmae_digits "--config.seeds=(0,)" \
+    --workdir=runs/cmae-digits/study --config.results=runs/cmae-digits/results
+
+Each row changes one thing of C-MAE at the size of the embedded studies. docs/cmae.md
+says what was found. A row takes about 15 minutes on a CPU core.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from mim_jax.objectives import OBJECTIVES
+from mim_jax.objectives.cmae import CMAE, View
+from mim_jax.ops.patches import patchify
+from mim_jax.studies import STUDIES, runs
+from mim_jax.studies.facts import P1
+from mim_jax.studies.grid import Column, Row, Study, Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inked(CMAE):
+    """C-MAE whose loss counts only positions where the query's image has ink. At the
+    others the patches of most images are equal, and so would be positive and negatives
+    if tokens told only what their own patch shows.
+
+    Attributes:
+        ink: the darkest pixel value that counts as ink, in 0..1.
+    """
+
+    ink: float = 0.2
+
+    def _weights(self, online: View, target: View) -> Bool[Array, "b n"] | None:
+        inked = patchify(online.images, self.encoder.patch).max(axis=-1) > self.ink
+        others = super()._weights(online, target)
+        return inked if others is None else jnp.logical_and(inked, others)
+
+
+OBJECTIVES["cmae_ink"] = Inked
+
+
+def _of(pretrain: Training, **changes) -> dict[str, Training]:
+    return {
+        "pretrain": pretrain,
+        "finetune": runs.finetune(pretrain).but(**changes),
+        "10pct": runs.finetune_tenth(pretrain).but(**changes),
+    }
+
+
+def _changed(**leaves: object) -> dict[str, Training]:
+    named = {key.replace("__", "."): value for key, value in leaves.items()}
+    return _of(runs.CMAE.but(leaves=named))
+
+
+def _accuracy(title: str, run: str) -> Column:
+    return Column(
+        title=title, run=run, measure=runs.ACCURACY, keys=("accuracy_held_out",)
+    )
+
+
+_SAME_RATE = {"optim.layer_decay": 1.0}
+_FROM_SCRATCH = {"finetune": runs.SCRATCH, "10pct": runs.SCRATCH_TENTH}
+STUDIES["cmae_digits"] = Study(
+    name="cmae_digits",
+    title="C-MAE on digits, one change at a time",
+    paper=P1,
+    full=False,
+    columns=(
+        _accuracy("fine-tuned, %", "finetune"),
+        _accuracy("10 % of labels, %", "10pct"),
+        Column(
+            title="10-NN, %",
+            run="pretrain",
+            measure=runs.KNN,
+            keys=("accuracy_model_k10",),
+        ),
+    ),
+    rows=(
+        Row(name="from scratch", runs=_FROM_SCRATCH),
+        Row(name="MAE", runs=_of(runs.MAE)),
+        Row(name="C-MAE", runs=_of(runs.CMAE)),
+        Row(
+            name="C-MAE, one rate for all layers",
+            runs=_of(runs.CMAE, leaves=_SAME_RATE),
+            note="in fine-tuning, as from scratch.",
+        ),
+        Row(
+            name="full view",
+            runs=_of(runs.CMAE_FULL_VIEW),
+            note="one of the two views hides nothing.",
+        ),
+        Row(
+            name="ink",
+            runs=_of(runs.CMAE.but(choices="objective=cmae_ink")),
+            note="the loss leaves out empty patches.",
+        ),
+        Row(
+            name="last norm",
+            runs=_changed(
+                objective__projector__last_norm=True,
+                objective__predictor__last_norm=True,
+            ),
+            note="both heads end with MoCo v3's batch norm.",
+        ),
+        Row(name="no colours", runs=_changed(objective__color_jitter="none")),
+        Row(name="momentum .9", runs=_changed(objective__ema__base=0.9)),
+        Row(name="temperature .1", runs=_changed(objective__temperature=0.1)),
+        Row(name="twice as long", runs=_of(runs.CMAE_400)),
+    ),
+)
