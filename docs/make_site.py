@@ -62,7 +62,7 @@ CONTENTS = {
         *("notebooks/occlusion", "notebooks/masks_and_theory"),
         *("notebooks/published_checkpoint", "notebooks/own_objective"),
     ),
-    "Results": ("mnist", "digits", "photos", "detection", "performance"),
+    "Results": ("mnist", "digits", "cmae", "photos", "detection", "performance"),
     "The code": ("architecture", "reference", "changelog"),
 }
 # Without the titles that some have in the list of contents.
