@@ -283,7 +283,8 @@ TABLE4 = Study(
             ),
         ),
         Claim(
-            text="So is it if mask tokens stay, but one view of the pair has none.",
+            text="With mask tokens C-MAE recovers too, if one of its two views has "
+            "none.",
             where="ours, asked after the runs of seed 0 had shown it",
             compares=(
                 _more("C-MAE, full view", "C-MAE", _LINEAR),
