@@ -46,7 +46,15 @@ _GRID = {
 
 
 def by_ratio(trained: dict, words: tuple[str, ...], name="ratio {ratio:g}", **facts):
-    """One row per ratio and unit, in order."""
+    """One row per ratio and unit, in order.
+
+    Args:
+        trained: the pre-training of each (ratio, unit in patches).
+        words: what is trained from it: "probe", "finetune", "detect".
+        name: of a row; {ratio}, {unit} and {pixels} stand for its own, the last for
+            the unit at a patch of 8 pixels.
+        facts: `paper` and `setting` of a row, as templates like `name`.
+    """
     made = {"probe": probe, "finetune": finetune, "detect": detect}
     rows = []
     for (ratio, unit), pretrain in trained.items():
@@ -93,6 +101,7 @@ _SHIFTED = _accuracy(
 
 
 def above(name: str, others: tuple[str, ...], column: str) -> tuple[Difference, ...]:
+    """Comparisons that ask whether a row is above each of the others in a column."""
     return tuple(
         Difference(first=name, second=other, column=column) for other in others
     )
