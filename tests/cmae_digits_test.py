@@ -2,6 +2,7 @@
 """benchmarks/cmae_digits.py, the study behind docs/cmae.md."""
 
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -68,3 +69,18 @@ def test_the_study_prints_a_command_for_each_of_its_cells(tmp_path):
     assert len(cells) == len(set(cells)) > 30
     assert sum("cmae_ink" in cell for cell in cells) == 3  # and what begins with it
     assert "--plugins=benchmarks.cmae_digits" in done.stdout
+
+
+def test_the_table_of_the_page_is_what_was_measured():
+    page = (ROOT / "docs" / "cmae.md").read_text()
+    titles = ("fine-tuned", "10 % of labels", "10-NN")
+    assert f"| row | {' | '.join(titles)} |" in page
+    rows = json.loads((ROOT / "docs" / "cmae.json").read_text())["rows"]
+    for row in rows:
+        cells = re.search(rf"^\| {re.escape(row['row'])} \|(.+)\|$", page, re.MULTILINE)
+        assert cells, row["row"]
+        for title, shown in zip(titles, cells[1].split("|"), strict=True):
+            values = list(row["numbers"][f"{title}, %"]["values"].values())
+            assert shown.strip() == (f"{values[0]:.1f}" if values else "–")
+    shown = re.findall(r"^\| [^|]+\|[^|]+\|[^|]+\|[^|]+\|$", page, re.MULTILINE)
+    assert len(shown) == len(rows) + 1  # the titles

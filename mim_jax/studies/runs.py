@@ -28,6 +28,9 @@ CMAE_CLASS = CMAE.but(leaves={"objective.tokens": "cls"})
 CMAE_AVERAGE = CMAE.but(leaves={"objective.tokens": "avg"})
 CMAE_BOTH = CMAE.but(leaves={"objective.tokens": "patch+cls"})
 CMAE_FULL_VIEW = CMAE.but(leaves={"objective.t2": "identity"})
+CMAE_OVERLAP = CMAE.but(
+    leaves={"objective.t2": "independent", "objective.t2_masking.ratio": 0.25}
+)
 CMAE_BYOL = CMAE.but(leaves={"objective.contrast": "byol"})
 CMAE_DROPPED = CMAE_AVERAGE.but(leaves={"objective.mask_token": False})
 CMAE_DROPPED_BYOL = CMAE_DROPPED.but(leaves={"objective.contrast": "byol"})
