@@ -2,6 +2,7 @@
 """How much features change when patches are hidden, block by block."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import jax
@@ -19,6 +20,8 @@ from mim_jax.ops.cka import Moments
 from mim_jax.ops.masking import Mask, take
 from mim_jax.ops.patches import to_float
 from mim_jax.schema import check_ranges, within
+
+_ACROSS = 5  # panels in a row, so that a page can show them at a size to read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,13 @@ class CKA(Eval):
         return visible(full), part if occlusion == "drop" else visible(part)
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
-        figure = Figure(figsize=(4.2 * len(found) + 0.8, 3.6), dpi=110)
-        axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+        across = min(len(found), _ACROSS)
+        down = math.ceil(len(found) / across)
+        figure = Figure(figsize=(4.2 * across + 0.8, 3.6 * down), dpi=110)
+        panels = figure.subplots(down, across, squeeze=False, sharey=True)
+        axes, unused = np.split(panels.ravel(), [len(found)])
+        for axis in unused:
+            axis.remove()
         for axis, (name, report) in zip(axes, found.items(), strict=True):
             ratios, curves = report.arrays["ratios"], report.arrays["cka"]
             blocks = np.arange(1, curves.shape[1] + 1)
@@ -159,11 +167,13 @@ class CKA(Eval):
             axis.set_xlabel("block")
             axis.set_xticks(blocks)
             axis.set_ylim(min(0.0, float(curves.min())), 1.02)
-        axes[0].set_ylabel(
-            f"CKA ({self.estimator}), full against masked\n(1: unchanged by hiding)",
-            fontsize=8,
-        )
-        axes[-1].legend(
+        for axis in panels[:, 0]:
+            axis.set_ylabel(
+                f"CKA ({self.estimator}), full against masked\n"
+                "(1: unchanged by hiding)",
+                fontsize=8,
+            )
+        panels[0, -1].legend(
             title="share hidden",
             fontsize=7,
             title_fontsize=8,

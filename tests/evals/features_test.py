@@ -20,7 +20,7 @@ from mim_jax.evals.cka import CKA
 from mim_jax.evals.features import Features, extract
 from mim_jax.evals.images import example_fields, keys_of, valid_images, watched
 from mim_jax.evals.knn import KNN, classify
-from mim_jax.evals.report import mean_of, share_of
+from mim_jax.evals.report import Report, mean_of, share_of
 from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings.random import Random
 from mim_jax.ops.patches import grid_of
@@ -196,6 +196,26 @@ def test_cka_of_mask_tokens_needs_one():
     without = dataclasses.replace(run(), params={"encoder": encoder})
     with pytest.raises(ValueError, match="x has no mask token"):
         CKA(ratios=(0.5,), occlusion="mask_token").measure(without, passes())
+
+
+def test_cka_of_many_runs_is_drawn_in_rows_of_panels():
+    ratios = np.asarray([0.1, 0.7])
+    reports = {
+        name: Report(
+            numbers={},
+            arrays=dict(ratios=ratios, cka=np.full((2, 3), 0.5), occlusion="drop"),
+        )
+        for name in "abcdefg"
+    }
+    figure = CKA().draw(reports)["cka"]
+    assert [axis.get_title()[0] for axis in figure.axes] == list("abcdefg")
+    tops = {round(axis.get_position().y1, 3) for axis in figure.axes}
+    assert len(tops) == 2
+    alone = CKA().draw({"a": reports["a"]})["cka"]
+    assert len(alone.axes) == 1
+    widths = (alone.axes[0], figure.axes[0], figure.axes[-1])
+    inches = [one.get_position().width * one.figure.get_figwidth() for one in widths]
+    assert min(inches) > 0.8 * max(inches)  # panels stay as wide as that of one run
 
 
 def test_attention_rows_and_the_marked_patch():
