@@ -11,7 +11,6 @@ says what was found. A row that pre-trains C-MAE takes 14 to 25 minutes of a CPU
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from mim_jax.objectives import OBJECTIVES
@@ -20,6 +19,7 @@ from mim_jax.ops.patches import patchify
 from mim_jax.studies import STUDIES, runs
 from mim_jax.studies.facts import P1
 from mim_jax.studies.grid import Column, Row, Study, Times, Training
+from mim_jax.studies.p2 import NEIGHBOURS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Inked(CMAE):
     def _weights(self, online: View, target: View) -> Bool[Array, "b n"] | None:
         inked = patchify(online.images, self.encoder.patch).max(axis=-1) > self.ink
         others = super()._weights(online, target)
-        return inked if others is None else jnp.logical_and(inked, others)
+        return inked if others is None else inked & others
 
 
 OBJECTIVES["cmae_ink"] = Inked
@@ -51,9 +51,8 @@ def _of(pretrain: Training, **changes) -> dict[str, Training]:
     }
 
 
-def _changed(**leaves: object) -> dict[str, Training]:
-    named = {key.replace("__", "."): value for key, value in leaves.items()}
-    return _of(runs.CMAE.but(leaves=named))
+def _changed(leaves: dict[str, object]) -> dict[str, Training]:
+    return _of(runs.CMAE.but(leaves=leaves))
 
 
 def _accuracy(title: str, run: str) -> Column:
@@ -73,11 +72,8 @@ STUDIES["cmae_digits"] = Study(
     columns=(
         _accuracy("fine-tuned, %", "finetune"),
         _accuracy("10 % of labels, %", "10pct"),
-        Column(
-            title="10-NN, %",
-            run="pretrain",
-            measure=runs.KNN,
-            keys=("accuracy_model_k10",),
+        dataclasses.replace(
+            NEIGHBOURS,
             note="of the mean patch token for C-MAE, of the class token for MAE.",
         ),
     ),
@@ -125,13 +121,15 @@ STUDIES["cmae_digits"] = Study(
         Row(
             name="last norm",
             runs=_changed(
-                objective__projector__last_norm=True,
-                objective__predictor__last_norm=True,
+                {
+                    "objective.projector.last_norm": True,
+                    "objective.predictor.last_norm": True,
+                }
             ),
             note="both heads end with MoCo v3's batch norm.",
         ),
-        Row(name="no colours", runs=_changed(objective__color_jitter="none")),
-        Row(name="momentum .9", runs=_changed(objective__ema__base=0.9)),
-        Row(name="temperature .1", runs=_changed(objective__temperature=0.1)),
+        Row(name="no colours", runs=_changed({"objective.color_jitter": "none"})),
+        Row(name="momentum .9", runs=_changed({"objective.ema.base": 0.9})),
+        Row(name="temperature .1", runs=_changed({"objective.temperature": 0.1})),
     ),
 )
