@@ -745,8 +745,8 @@ def test_each_claim_has_its_answer_its_interval_and_its_limits(sample, tmp_path)
     claims.write([noted, waiting], folder, home / "claims.md")
     assert [path.name for path in home.iterdir() if path.is_file()] == ["claims.md"]
     text = (home / "claims.md").read_text()
-    assert "Of 2 claims 1 holds, 0 does not hold, 0 cannot be told" in text
-    assert "1 not measured." in text
+    counted = "holds 1, does not hold 0, cannot be told at this scale 0, not measured 1"
+    assert f"Answers to 2 claims: {counted}." in text
     assert text.count("* **Holds**: a is better. (here)") == 2  # at both sizes
     compared = "a − b, 10-NN, %: +10.5, 95 % interval +4.1 to +16.9, n = 2"
     assert f"{compared}; asked: > 0; holds" in text

@@ -87,9 +87,9 @@ def _summary(studies: list[Study], found: dict[str, list]) -> Iterator[str]:
         for claim in results["claims"]
     ]
     declared = sum(len(study.claims) for study in studies)
-    counts = [f"{told.count(one)} {one}" for one in (HOLDS, FAILS, UNKNOWN)]
+    counts = [f"{one} {told.count(one)}" for one in (HOLDS, FAILS, UNKNOWN)]
     waiting = declared - sum(told.count(one) for one in (HOLDS, FAILS, UNKNOWN))
-    yield f"Of {declared} claims {', '.join(counts)}, {waiting} {MISSING}."
+    yield f"Answers to {declared} claims: {', '.join(counts)}, {MISSING} {waiting}."
 
 
 def _study(
