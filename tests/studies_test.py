@@ -14,6 +14,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from mim_jax import config
@@ -702,6 +703,17 @@ def test_a_figure_that_cannot_be_drawn_costs_no_page(sample, tmp_path):
     ).read_text()
     assert "The figure of knn was not drawn: KeyError" in text
     assert "| a | 0.75 | 64.0 ± 22.5 (82.7) | – |" in text
+
+
+def test_a_figure_of_an_evaluation_names_its_seed(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(EVALS["knn"], "draw", lambda self, found: {"sketch": Figure()})
+    drawn = Drawn(run="pretrain", measure=runs.KNN)
+    study = dataclasses.replace(SAMPLE, figures=(drawn,))
+    one = dataclasses.replace(sample, study=study)
+    text = page.write(one, tmp_path, EVALS, "python go").read_text()
+    _, _, below = text.partition("(sketch.png)")
+    assert below.startswith("\n\nSeed 0 of each row.\n")
+    assert text.count("of each row") == 1  # other figures show all seeds
 
 
 # Some classes of ImageNet.

@@ -38,17 +38,18 @@ def write(
     for old in folder.glob("*.png"):
         old.unlink()
     files.write(folder / "results.json", to_json(results.saved, indent=1) + "\n")
-    pictures, reasons = [], []
-    for name, figure in _figures(results, evals, reasons):
+    pictures: dict[str, str] = {}
+    reasons: list[str] = []
+    for name, figure, remark in _figures(results, evals, reasons):
         files.write(folder / f"{name}.png", png(figure))
-        pictures.append(name)
+        pictures[name] = remark
     page = folder / "README.md"
     files.write(page, "\n".join(_lines(results, pictures, reasons, command)) + "\n")
     return page
 
 
 def _lines(
-    results: Results, pictures: list[str], reasons: list[str], command: str
+    results: Results, pictures: dict[str, str], reasons: list[str], command: str
 ) -> Iterator[str]:
     study, size = results.study, results.cells.size
     cells = results.own_cells()
@@ -86,9 +87,12 @@ def _lines(
     if pictures or reasons:
         yield ""
         yield "## Figures"
-        for name in pictures:
+        for name, remark in pictures.items():
             yield ""
             yield f"![{study.title}: {name.replace('_', ' ')}]({name}.png)"
+            if remark:
+                yield ""
+                yield remark
     for reason in reasons:
         yield ""
         yield _plain(reason)
@@ -205,22 +209,29 @@ def _plain(text: str) -> str:
 
 def _figures(
     results: Results, evals: Mapping[str, type[Eval]], reasons: list[str]
-) -> Iterator[tuple[str, Figure]]:
-    """The figures of a study by name; why one could not be drawn goes to `reasons`."""
+) -> Iterator[tuple[str, Figure, str]]:
+    """The figures of a study, each with its name and a remark to stand below it, or "".
+
+    Why one could not be drawn goes to `reasons`.
+    """
     numbered = [one for one in results.columns if _any_value(results, one)]
     if numbered:
-        yield "table", _dots(results, numbered)
+        yield "table", _dots(results, numbered), ""
     for number, declared in enumerate(results.study.figures, 1):
         if isinstance(declared, Lines):
             figure = _curves(results, declared)
             if figure is not None:
-                yield f"lines{number}", figure
+                yield f"lines{number}", figure, ""
         else:
             try:
-                yield from list(_drawn(results, declared, evals).items())
+                figures = _drawn(results, declared, evals)
             except Exception as error:  # an evaluation's own; the numbers are there
                 name, kind = declared.measure.name, type(error).__name__
                 reasons.append(f"The figure of {name} was not drawn: {kind}: {error}")
+                continue
+            remark = f"Seed {results.cells.seeds[0]} of each row."
+            for name, figure in figures.items():
+                yield name, figure, remark
 
 
 def _any_value(results: Results, column: Column) -> bool:
