@@ -19,7 +19,8 @@ class Digits(GreyDigits):
 
     called: ClassVar[str] = "digits"
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
+    @classmethod
+    def read(cls) -> tuple[np.ndarray, np.ndarray]:
         with gzip.open(locate(FILE), "rt") as lines:
             table = np.loadtxt(lines, delimiter=",")
         images = table[:, :-1].reshape(-1, 8, 8, 1)

@@ -28,7 +28,8 @@ class Mnist(GreyDigits):
         super().__post_init__()
         locate(FILE)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
+    @classmethod
+    def read(cls) -> tuple[np.ndarray, np.ndarray]:
         with gzip.open(locate(FILE), "rt") as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
         images = table[:, :-1].reshape(-1, SIDE, SIDE, 1)
