@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled programs, which are native code, are never taken from a run directory."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
 from tiny import tree_of
@@ -14,10 +17,12 @@ def home(tmp_path, monkeypatch):
     """The user's folder for caches; JAX's own settings come back after the test."""
     before = jax.config.jax_compilation_cache_dir
     xla = jax.config.jax_persistent_cache_enable_xla_caches
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     yield tmp_path / "caches" / "mim_jax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", before)
     jax.config.update("jax_persistent_cache_enable_xla_caches", xla)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 class Left(Exception):
@@ -49,6 +54,17 @@ def test_the_folder_is_the_users_alone(home, capfd):
     assert jax.config.jax_compilation_cache_dir is None
     told = f"compiled programs are not kept in {home}: others may write there\n"
     assert capfd.readouterr().err == told
+
+
+def test_programs_that_compile_in_an_instant_are_kept_too(home):
+    code = """
+import jax
+from mim_jax.run import programs
+programs.keep()
+jax.jit(lambda x: 2 * x)(1.0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert list(home.iterdir())
 
 
 def test_a_folder_that_the_user_names_is_taken(home, tmp_path):

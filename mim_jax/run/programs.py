@@ -46,3 +46,7 @@ def keep() -> None:
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(place))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # A start has dozens of small programs, one for each shape of a leaf. JAX keeps
+        # none that compiles in less than a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
