@@ -168,6 +168,18 @@ def test_an_mae_that_many_studies_name_is_one_cell():
     assert {"knn", "cka", "cka_untrained", "reconstruction", "tsne"} <= set(measures)
 
 
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_neighbours_are_searched_among_the_same_images_for_all_rows(size):
+    # The bank of the neighbours is what the run was trained on: ten images and a
+    # thousand give shares that say nothing beside each other.
+    for study in STUDIES.values():
+        for column in study.columns:
+            if column.measure.eval == "knn":
+                trained = [row.runs.get(column.run) for row in study.rows]
+                banks = {repr(one.few_at(size)) for one in trained if one}
+                assert len(banks) == 1, (study.name, column.title, banks)
+
+
 def test_each_study_has_a_file_that_names_it_at_its_sizes():
     files = {path.stem for path in (ROOT / "configs").glob("study_*.py")}
     assert files == {f"study_{name}" for name in STUDIES}
