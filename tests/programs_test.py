@@ -67,6 +67,13 @@ jax.jit(lambda x: 2 * x)(1.0)
     assert list(home.iterdir())
 
 
+def test_the_users_own_bound_for_what_is_kept_stays(home, monkeypatch):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(before))
+    programs.keep()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before > 0
+
+
 def test_a_folder_that_the_user_names_is_taken(home, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))  # as JAX reads it
     programs.keep()

