@@ -275,7 +275,7 @@ class Detection(Detector):
         finite = jnp.isfinite(every).all(axis=1, keepdims=True)
         scores = jnp.where(finite, scores, jnp.nan)
         masks = self._masks_of(params, self._regions(maps, boxes, MASK_SIDE))
-        shown = jax.vmap(jax.vmap(lambda mask, one: mask[..., one]))(masks, classes)
+        shown = jax.vmap(_of_class)(masks, classes)
         return Found(boxes, scores, classes, valid, jax.nn.sigmoid(shown))
 
     # From anchors to proposals.
@@ -377,7 +377,7 @@ class Detection(Detector):
         wrong = cross_entropy(logits, target)
         want = coding.encode(objects[taken.best], taken.boxes, _WEIGHTS)
         own = jnp.minimum(taken.label, self.classes - 1)
-        move = jax.vmap(lambda one, label: one[label])(moves, own)
+        move = _of_class(moves.swapaxes(1, 2), own)
         error = smooth_l1(move - want).sum(axis=1)
         return {
             "class": jnp.where(taken.valid, wrong, 0).sum() / count,
@@ -449,12 +449,23 @@ class _Taken(NamedTuple):
 def _mask_loss(taken: _Taken, logits, objects, masks, masks_valid):
     counts = taken.positive & masks_valid[taken.best]
     label = jnp.where(counts, taken.label, 0)
-    own = jax.vmap(lambda one, label: one[..., label])(logits, label)
+    own = _of_class(logits, label)
     frames = objects[taken.best]
     target = crop_masks(masks[taken.best], frames, taken.boxes, own.shape[-1])
     wrong = sigmoid_cross_entropy(own, target).mean(axis=(1, 2))
     count = jnp.maximum(counts.sum(), 1).astype(wrong.dtype)
     return jnp.where(counts, wrong, 0).sum() / count
+
+
+def _of_class(
+    values: Float[Array, "n ... k"], label: Int[Array, " n"]
+) -> Float[Array, "n ..."]:
+    """Of each entry the values of its own class."""
+    # On TPUs the gradient of a gather would be a loop over the entries.
+    classes = values.shape[-1]
+    own = jax.nn.one_hot(label, classes, dtype=bool)
+    own = own.reshape(len(label), *(1,) * (values.ndim - 2), classes)
+    return jnp.where(own, values, 0).sum(axis=-1)
 
 
 def _map(tokens: Float[Array, "b t d"], grid) -> Float[Array, "b h w d"]:

@@ -63,32 +63,34 @@ def roi_align(
     share = jnp.asarray(share, boxes.dtype)[None]
     y = found[:, 1:2] + (found[:, 3:] - found[:, 1:2]) * share
     x = found[:, :1] + (found[:, 2:3] - found[:, :1]) * share
-    total = jnp.zeros((len(boxes), side, side, flat.shape[1]), flat.dtype)
-    corners_y, corners_x = _corners(y, rows), _corners(x, cols)
-    for place_y, weight_y in corners_y:
-        for place_x, weight_x in corners_x:
-            where = start[:, None, None] + place_y[:, :, None] * cols[:, None, None]
-            where = where + place_x[:, None, :]
-            weight = weight_y[:, :, None] * weight_x[:, None, :]
-            seen = flat[where] * weight[..., None].astype(flat.dtype)
-            shape = (len(boxes), side, samples, side, samples, flat.shape[1])
-            total += seen.reshape(shape).mean(axis=(2, 4))
-    return total
+    place_y, weight_y = _pixels(y, rows, side)
+    place_x, weight_x = _pixels(x, cols, side)
+    # One gather reads a bin's pixels side by side. On TPUs four, one for each corner,
+    # take nearly three times as long with their gradients.
+    step = cols[:, None, None, None, None]
+    where = start[:, None, None, None, None] + step * place_y[:, :, None, :, None]
+    where = where + place_x[:, None, :, None, :]
+    weight = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
+    shape = (len(boxes), side, side, (2 * samples) ** 2)
+    seen = flat[where.reshape(shape)]
+    weight = weight.reshape(shape).astype(flat.dtype) / samples**2
+    return jnp.einsum("nijk,nijkc->nijc", weight, seen)
 
 
-def _corners(places, size):
-    """The two pixels beside each place "n k" along one axis, with their weights."""
+def _pixels(places, size, side: int):
+    """Along one axis, the two pixels beside each place "n side*s", with their weights,
+    by bin: "n side 2s"."""
     last = (size - 1)[:, None]
     inside = (places >= -1) & (places <= size[:, None].astype(places.dtype))
     places = jnp.clip(places, 0, last.astype(places.dtype))
     low = jnp.floor(places)
     weight = places - low
     low = low.astype(jnp.int32)
-    inside = inside.astype(places.dtype)
-    return (
-        (low, (1 - weight) * inside),
-        (jnp.minimum(low + 1, last), weight * inside),
-    )
+    pixels = jnp.stack([low, jnp.minimum(low + 1, last)], axis=-1)
+    weights = jnp.stack([1 - weight, weight], axis=-1)
+    weights *= inside[..., None].astype(places.dtype)
+    by_bin = (len(places), side, -1)
+    return pixels.reshape(by_bin), weights.reshape(by_bin)
 
 
 def crop_masks(

@@ -152,6 +152,63 @@ def test_the_mask_loss_is_the_cross_entropy_of_the_right_class():
     assert float(found) == pytest.approx(want, rel=1e-5)
 
 
+def _log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_the_box_of_a_region_is_learned_for_its_own_class_alone():
+    one = dataclasses.replace(objective(), classes=3)
+    # The first object is as large as its region, two pixels further right; the second
+    # is twice as wide and begins at the same corner.
+    objects = np.array([[2, 0, 6, 4], [0, 0, 8, 4]], np.float32)
+    taken = _Taken(
+        boxes=jnp.array([[0.0, 0.0, 4.0, 4.0]] * 4),
+        best=jnp.array([0, 1, 1, 0], jnp.int32),
+        label=jnp.array([2, 0, 3, 1], jnp.int32),
+        positive=jnp.array([True, True, False, False]),
+        valid=jnp.array([True, True, True, False]),
+    )
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 4)).astype(np.float32)
+    moves = rng.normal(size=(4, 3, 4)).astype(np.float32)
+    found = one._region_losses(
+        taken, jnp.asarray(logits), jnp.asarray(moves), jnp.asarray(objects)
+    )
+    # Shifts of the centre in sides, times 10; logarithms of the sides, times 5.
+    first = np.array([10 * 2 / 4, 0, 0, 0])
+    second = np.array([10 * 2 / 4, 0, 5 * np.log(2), 0])
+    error = np.abs(moves[0, 2] - first).sum() + np.abs(moves[1, 0] - second).sum()
+    samples = one.regions.samples
+    assert float(found["box"]) == pytest.approx(error / samples, rel=1e-5)
+    wrong = -_log_softmax(logits)[[0, 1, 2], [2, 0, 3]].sum()
+    assert float(found["class"]) == pytest.approx(wrong / samples, rel=1e-5)
+
+
+def test_anchors_learn_scores_and_the_boxes_of_their_objects():
+    # Two anchors are their objects but for a shift by one pixel, one overlaps the first
+    # object by a half and is ignored, and one lies elsewhere.
+    anchors = np.array([[0, 0, 8, 8], [0, 0, 8, 16], [20, 20, 28, 28], [40, 0, 48, 8]])
+    objects = [[1, 0, 9, 8], [20, 21, 28, 29], [0, 0, 0, 0]]
+    given = dataclasses.replace(objective().proposals, samples=16)
+    one = dataclasses.replace(objective(), proposals=given)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=4).astype(np.float32)
+    offsets = rng.normal(size=(4, 4)).astype(np.float32)
+    found = one._anchor_losses(
+        anchors.astype(np.float32),
+        jax.random.key(0),
+        jnp.asarray(logits),
+        jnp.asarray(offsets),
+        jnp.array(objects, jnp.float32),
+        jnp.array([True, True, False]),
+    )
+    score = np.log1p(np.exp(-logits[[0, 2]])).sum() + np.log1p(np.exp(logits[3]))
+    assert float(found["anchor_score"]) == pytest.approx(score / 16, rel=1e-5)
+    want = np.array([[1 / 8, 0, 0, 0], [0, 1 / 8, 0, 0]])
+    error = np.abs(offsets[[0, 2]] - want).sum()
+    assert float(found["anchor_box"]) == pytest.approx(error / 16, rel=1e-5)
+
+
 @functools.cache
 def detected():
     batch = batch_of(size=np.array([[12, 12], [6, 9]], np.int32))
