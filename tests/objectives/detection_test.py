@@ -132,24 +132,45 @@ def test_the_objects_themselves_are_regions_of_their_class():
 
 def test_the_mask_loss_is_the_cross_entropy_of_the_right_class():
     masks = np.random.default_rng(0).random((2, 14, 14)) > 0.5
-    boxes = jnp.array(
-        [[0.0, 0.0, 6.0, 6.0], [2.0, 2.0, 9.0, 9.0], [0.0, 0.0, 1.0, 1.0]]
-    )
+    objects = jnp.array([[0.0, 0.0, 6.0, 6.0], [2.0, 2.0, 10.0, 9.0]])
     taken = _Taken(
-        boxes=boxes,
+        # The second region is the left half of its object.
+        boxes=jnp.array([[0.0, 0, 6, 6], [2, 2, 6, 9], [0, 0, 1, 1]]),
         best=jnp.array([0, 1, 0], jnp.int32),
         label=jnp.array([1, 0, 2], jnp.int32),
         positive=jnp.array([True, True, False]),
         valid=jnp.array([True, True, True]),
     )
-    logits = np.full((3, 14, 14, 3), np.nan, np.float32)
+    logits = np.full((3, 14, 14, 3), 5.0, np.float32)
     logits[0, ..., 1] = np.where(masks[0], 2.0, -2.0)
-    logits[1, ..., 0] = np.where(masks[1], 1.0, -1.0)
+    half = masks[1, :, :7].repeat(2, axis=1)
+    logits[1, ..., 0] = np.where(half, 1.0, -1.0)
     logits[2] = 7.0
-    logits = jnp.nan_to_num(jnp.asarray(logits), nan=5.0)
-    found = _mask_loss(taken, logits, boxes[:2], jnp.asarray(masks), jnp.ones(2, bool))
-    want = np.log1p(np.exp([-2.0, -1.0])).mean()
-    assert float(found) == pytest.approx(want, rel=1e-5)
+
+    def loss(*have_masks):
+        given = jnp.asarray(masks), jnp.array(have_masks)
+        return float(_mask_loss(taken, jnp.asarray(logits), objects, *given))
+
+    first, second = np.log1p(np.exp([-2.0, -1.0]))
+    assert loss(True, True) == pytest.approx((first + second) / 2, rel=1e-5)
+    assert loss(False, True) == pytest.approx(second, rel=1e-5)
+
+
+def test_the_heads_losses_do_not_teach_the_proposals():
+    def heads(network, batch):
+        made = params() | {"proposer": network}
+        keys = jax.random.split(jax.random.key(3), 2)
+        found = objective().loss(made, None, batch, keys)[1].metrics
+        return found["loss_class"] + found["loss_box"] + found["loss_mask"]
+
+    slopes = jax.jit(jax.grad(heads))(params()["proposer"], batch_of())
+    assert not any(one.any() for one in jax.tree.leaves(slopes))
+
+
+def test_every_object_is_a_region_that_the_heads_learn():
+    """Even if no proposal overlaps it: each joins the proposals."""
+    samples = objective().regions.samples
+    assert losses(batch_of())["positive_regions"] >= min(MOST, int(samples * 0.25))
 
 
 def _log_softmax(logits):
