@@ -253,6 +253,18 @@ def test_answers_lie_in_the_picture_in_order_and_do_not_overlap():
     assert ((found.masks >= 0) & (found.masks <= 1)).all()
 
 
+def test_training_and_evaluation_propose_from_their_own_numbers_of_anchors():
+    batch = batch_of(size=np.array([[12, 12], [6, 9]], np.int32))
+    changed = {}
+    for name in ("before", "before_eval"):
+        given = dataclasses.replace(objective().proposals, **{name: 1})
+        answers = dataclasses.replace(objective().answers, least=0.0)
+        one = dataclasses.replace(objective(), proposals=given, answers=answers)
+        found = jax.jit(one.detect)(params(), batch["image"], batch["size"])
+        changed[name] = bool((found.scores != detected().scores).any())
+    assert changed == {"before": False, "before_eval": True}
+
+
 def test_a_logit_that_is_not_finite_is_no_image_without_objects():
     batch, broken = batch_of(), jax.tree.map(lambda x: x, params())
     kernel = broken["box_head"]["score"]["kernel"]
