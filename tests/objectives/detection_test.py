@@ -253,6 +253,16 @@ def test_answers_lie_in_the_picture_in_order_and_do_not_overlap():
     assert ((found.masks >= 0) & (found.masks <= 1)).all()
 
 
+def test_a_mask_is_that_of_its_own_box_however_many_answers_there_are():
+    batch = batch_of(size=np.array([[12, 12], [6, 9]], np.int32))
+    answers = dataclasses.replace(objective().answers, least=0.0, most=1)
+    one = dataclasses.replace(objective(), answers=answers)
+    alone = jax.jit(one.detect)(params(), batch["image"], batch["size"]).masks
+    found = detected().masks
+    assert np.abs(found[:, 1:] - found[:, :1]).max() > 1e-3
+    np.testing.assert_allclose(alone, found[:, :1], atol=1e-6)
+
+
 def test_training_and_evaluation_propose_from_their_own_numbers_of_anchors():
     batch = batch_of(size=np.array([[12, 12], [6, 9]], np.int32))
     changed = {}
