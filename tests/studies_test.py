@@ -346,6 +346,7 @@ def measured_of(cell, **numbers) -> dict[str, Measured]:
 
 ABOUT = dict(
     minutes=1.0,
+    resumed=False,
     processor="slow",
     devices="1 x cpu",
     versions=dict(mim_jax="0", jax="0"),
@@ -668,6 +669,7 @@ def test_a_page_shows_numbers_claims_and_what_is_missing(sample, tmp_path):
     assert "b, 10-NN, %: failed: the disk is full (exit code 4)" in text
     assert "`python go` makes what is missing." in text
     assert "5 of 6 cells finished" in text
+    assert "5 cells in 5 minutes of slow, 1 x cpu" in text
     for picture in ("table.png", "lines1.png"):
         assert picture in text and (tmp_path / picture).stat().st_size > 2000
     saved = json.loads((tmp_path / "results.json").read_text())
@@ -705,6 +707,15 @@ def test_a_page_shows_texts_of_files_as_text(sample, tmp_path):
     assert "<script" not in text and "<img" not in text
     assert "&lt;script&gt;x&lt;/script&gt; # A heading" in text
     assert "&lt;img src=x&gt; ## fast, 1 x cpu" in text
+
+
+def test_the_time_of_a_resumed_cell_is_a_bound(sample, tmp_path):
+    """Its file has the minutes since it was resumed."""
+    finished = {key: Finished(ABOUT, {}) for key in sample.finished}
+    finished[next(iter(finished))] = Finished(ABOUT | {"resumed": True}, {})
+    one = dataclasses.replace(sample, finished=finished)
+    text = page.write(one, tmp_path, EVALS, "python go").read_text()
+    assert "5 cells in at least 5 minutes of slow, 1 x cpu" in text
 
 
 def test_a_figure_that_cannot_be_drawn_costs_no_page(sample, tmp_path):

@@ -2,6 +2,7 @@
 """Job "study" as a real process: killed, resumed, with a cell that fails."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -220,6 +221,23 @@ def test_run_directories_that_nobody_needs_are_deleted(straight, tmp_path, capsy
     next((home / "results" / "cells").glob("short-finetune-*")).unlink()
     printed(capsys, home, cells=0, keep_runs=False)
     assert list(runs.glob("short-s0-*"))  # fine-tuning begins with it
+
+
+def test_a_run_that_nothing_measures_is_a_finished_cell_too(straight, tmp_path):
+    columns = tiny_study.STUDY.columns[1:2]  # of fine-tuned runs alone
+    study = dataclasses.replace(tiny_study.STUDY, columns=columns, claims=())
+    settings = config.build(tree_of(tmp_path))
+    found = cells.Cells([study], settings, straight / "work" / "runs")
+    cell, bench = (
+        found.of(tiny_study.MAE, 0),
+        work.Bench(found.runs, tmp_path, "digits"),
+    )
+    assert not cell.measures and job._lacks(bench, cell)
+    work._finish(bench, cell)
+    assert not job._lacks(bench, cell)
+    made = cells.read(tmp_path, cell, "digits")
+    assert made.measured == {} and made.file["steps"] == tiny_study.STEPS
+    assert made.file["resumed"]  # the run had been trained by the study of `straight`
 
 
 def test_two_processes_do_not_make_the_same_cell(tmp_path):

@@ -196,8 +196,11 @@ def _made(found: list[Finished]) -> Iterator[str]:
         }
     )
     where, by = _plain("; ".join(processors)), _plain("; ".join(versions))
+    # The file of a resumed cell has the minutes since it was resumed.
+    least = "at least " * any(file["resumed"] for file in made)
     yield (
-        f"{len(made)} cell{'s' * (len(made) > 1)} in {minutes:.0f} minutes of {where}, "
+        f"{len(made)} cell{'s' * (len(made) > 1)} in {least}{minutes:.0f} minutes of "
+        f"{where}, "
         f"by {by}. Each has a file in `cells/`, with its whole config."
     )
 

@@ -88,14 +88,16 @@ def _claimed(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _finish(bench: Bench, cell: Cell, again: bool = False) -> None:
-    """Train and measure what is missing of one cell.
+    """Train and measure what is missing of one cell. A run that no study measures, only
+    begins with, gets its file too.
 
     Args:
         again: train, even if the cell's file is there: another run begins with it.
     """
     before = cells.read(bench.cells, cell, bench.size)
     lacks = list(cell.measures) if before is None else before.lacks(cell)
-    if not lacks and not again:
+    whole = before is not None and not lacks
+    if whole and not again:
         return
     folder = cell.folder
     start, processor = time.monotonic(), time.process_time()
@@ -105,7 +107,7 @@ def _finish(bench: Bench, cell: Cell, again: bool = False) -> None:
         if jax.process_index() == 0:
             files.write(folder / _MARK, cell.key)
     trained = time.monotonic()
-    if jax.process_index() != 0 or not lacks:
+    if jax.process_index() != 0 or whole:
         return
     measured = {} if before is None else dict(before.measured)
     run, training = loading.load(folder)
