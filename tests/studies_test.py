@@ -792,3 +792,17 @@ def test_each_claim_has_its_answer_its_interval_and_its_limits(sample, tmp_path)
     assert text.count(": 5 of 6 cells finished.") == 1
     assert "`configs/study_waiting.py` has no page yet." in text
     assert "* **Not measured**: it is not asked yet. (there)" in text
+
+
+def test_a_run_that_begins_with_a_stale_one_is_stale_too(tmp_path):
+    child = Cells([], settings(), tmp_path / "runs").of(runs.finetune(runs.MAE), 0)
+    for one in child.line:
+        cells.write(tmp_path, one, "digits", ABOUT, {})
+    assert cells.read(tmp_path, child, "digits") is not None
+    path = cells.path_of(tmp_path, child.parent)
+    saved = json.loads(path.read_text())
+    saved["config"]["optim"]["b2"] = 0.5
+    path.write_text(json.dumps(saved))
+    assert cells.read(tmp_path, child, "digits") is None
+    path.unlink()  # without a file nothing is known of it
+    assert cells.read(tmp_path, child, "digits") is not None

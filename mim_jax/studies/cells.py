@@ -7,6 +7,7 @@ version which adds a leaf finds the cell again. Its file states the whole config
 is compared when the file is read.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -338,15 +339,17 @@ def path_of(folder: pathlib.Path, cell: Cell) -> pathlib.Path:
 
 
 def read(folder: pathlib.Path, cell: Cell, size: str) -> Finished | None:
-    """The file of a cell; None if there is none, or if it is of another config.
+    """The file of a cell; None if there is none, or if it is of another config, or the
+    run that it begins with is.
 
     The file is found by its key, whatever else is in its name.
 
     Raises:
         ConfigError: the file is damaged; says how to have it made again.
     """
-    found = sorted(folder.glob(f"*-s{cell.seed}-{cell.key[:8]}.json"))
-    for path in found:
+    if cell.parent and _outdated(folder, cell.parent):
+        return None
+    for path in _paths(folder, cell):
         try:
             saved = files.read_json(path)
             if saved["key"] != cell.key or stale(saved, cell):
@@ -371,9 +374,29 @@ def read(folder: pathlib.Path, cell: Cell, size: str) -> Finished | None:
     return None
 
 
+def _paths(folder: pathlib.Path, cell: Cell) -> list[pathlib.Path]:
+    return sorted(folder.glob(f"*-s{cell.seed}-{cell.key[:8]}.json"))
+
+
+def _outdated(folder: pathlib.Path, cell: Cell) -> bool:
+    """Whether the file of a cell is there and of another config, or the run that it
+    begins with is."""
+    if cell.parent and _outdated(folder, cell.parent):
+        return True
+    old = []
+    for path in _paths(folder, cell):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            saved = files.read_json(path)
+            if saved["key"] == cell.key:
+                old.append(bool(stale(saved, cell)))
+    return bool(old) and all(old)
+
+
 def _check_about(saved: Mapping[str, Any]) -> None:
-    """TypeError or KeyError unless what pages show of a cell is text and numbers."""
+    """TypeError or KeyError unless what pages show of a cell has the right types."""
     _value(saved["minutes"])
+    if not isinstance(saved["resumed"], bool):
+        raise TypeError(f"resumed={saved['resumed']!r} is no bool")
     for text in (saved["processor"], saved["devices"], *saved["versions"].values()):
         _text(text)
 

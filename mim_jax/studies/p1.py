@@ -531,8 +531,8 @@ TABLE7 = Study(
 )
 
 
-def _one_each(pretrain: Training) -> dict[str, Training]:
-    return _tuned(pretrain.but(full=_EPOCH, **_ONE_EACH), *_ALL)
+def _one_each(pretrain: Training, **full: float) -> dict[str, Training]:
+    return _tuned(pretrain.but(full=_EPOCH | full, **_ONE_EACH), *_ALL)
 
 
 TABLE8 = Study(
@@ -551,7 +551,7 @@ TABLE8 = Study(
             },
         ),
         _row("Supervised", _one_each(runs.SCRATCH)),
-        _row("MoCo v3", _one_each(runs.MOCO)),
+        _row("MoCo v3", _one_each(runs.MOCO, epochs=100.0)),
         _row("MAE", _MAE_ONE_EACH),
         _row("R-MAE", _one_each(runs.RMAE)),
         _row("C-MAE", _one_each(runs.CMAE)),

@@ -273,6 +273,8 @@ def _entry(study, row, column, cells, finished, failed, evals) -> Entry:
         measure = row.measured(column.measure)
         for seed in cells.seeds:
             cell = cells.of(row.runs[column.run], seed)
+            if cell.given and values:
+                continue  # one run, which all seeds share, is one value
             found = _value(cell, column, measure, finished, failed, evals)
             if isinstance(found, str):
                 reasons.append(found)
