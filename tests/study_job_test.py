@@ -16,10 +16,13 @@ import sys
 import time
 
 import environments
+import jax
+import numpy as np
 import pytest
 import tiny_study
 
 from mim_jax import config
+from mim_jax.run import loading
 from mim_jax.studies import STUDIES, cells, job, work
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -238,6 +241,28 @@ def test_a_run_that_nothing_measures_is_a_finished_cell_too(straight, tmp_path):
     made = cells.read(tmp_path, cell, "digits")
     assert made.measured == {} and made.file["steps"] == tiny_study.STEPS
     assert made.file["resumed"]  # the run had been trained by the study of `straight`
+
+
+def test_an_untrained_row_is_measured_before_training(straight, monkeypatch):
+    runs = straight / "work" / "runs"
+    (folder,) = runs.glob("short-s0-*")
+    run, training = loading.load(folder)
+    seen = []
+
+    def measure(evaluation, found):
+        seen.append(found["run"])
+        return {}, {"run": "not measured"}
+
+    monkeypatch.setattr(work.loading, "measure", measure)
+    trained = loading.Loaded(folder, run, training)
+    for weights in ("trained", "initial"):
+        asked = dataclasses.replace(tiny_study.NEIGHBOURS.measure, weights=weights)
+        assert work._measured(asked, trained, "digits").missing == "not measured"
+    of_run, untrained = (one.run.params for one in seen)
+    for part in ("encoder", "decoder"):
+        want = jax.tree.leaves(run.params[part])
+        assert all(map(np.array_equal, jax.tree.leaves(of_run[part]), want))
+        assert not all(map(np.array_equal, jax.tree.leaves(untrained[part]), want))
 
 
 def test_two_processes_do_not_make_the_same_cell(tmp_path):

@@ -111,6 +111,25 @@ def test_a_scene_is_drawn_once_and_cannot_be_changed(monkeypatch):
     assert drawn == [1, 0, 1, 1]
 
 
+def test_an_object_differs_from_what_it_covers():
+    for covered in (0.0, 90.0, 127.0, 128.0, 255.0):
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            found = scenes._colour(np.full(3, covered), rng).mean()
+            assert abs(found - covered) >= 80
+
+
+def test_scenes_have_the_counts_and_sizes_that_they_promise():
+    source = Scenes(images=200, visible=1.0)  # nothing is covered
+    sides, counts = [], set()
+    for record in map(source.__getitem__, range(200)):
+        counts.add(len(record["boxes"]))
+        sides += [max(x - a, y - b) for a, b, x, y in record["boxes"].tolist()]
+    assert counts == {1, 2, 3}
+    # A square that is turned reaches past its own side; a star may stay below it.
+    assert 0.15 * 64 < min(sides) < 0.3 * 64 and 0.45 * 64 < max(sides) <= 0.75 * 64
+
+
 def test_objects_overlap_and_keep_the_share_that_is_promised():
     """With visible=1 nothing may be covered: then an object's pixels are all shown."""
     covered = 0
@@ -358,6 +377,38 @@ def test_objects_move_with_the_picture(fields, mean):
         assert (inside[:, 3] <= rows[row]).all()
         assert (shown["image"][row, rows[row] :] == 128).all()
         assert (shown["image"][row, :, cols[row] :] == 128).all()
+
+
+class Ramp(Scenes):
+    """One image: red is the column, green the row; it has one object."""
+
+    def __getitem__(self, index):
+        rows, cols = np.mgrid[:48, :48].astype(np.uint8) * 5
+        whole = dict(image=np.stack([cols, rows, 0 * rows], axis=-1), label=-1)
+        one = dict(boxes=np.array([[0, 0, 48, 48]], np.float32), ids=[0])
+        rest = dict(classes=np.zeros(1, np.int32), crowd=np.zeros(1, bool))
+        mask = dict(areas=np.array([48.0**2]), segments=[runs_of(rows >= 0)])
+        return whole | one | rest | mask
+
+
+RAMP = Ramp(images=8, side=48)
+
+
+def test_the_window_of_a_larger_picture_is_drawn_evenly_and_mirrored_half_the_time():
+    shown = read(examples_of(RAMP, jitter=(2.0, 2.0), flip=True), steps=50)
+    across, down = (shown["image"][..., c].astype(int) for c in (0, 1))
+    mirrored = across[:, 20, -1] < across[:, 20, 0]
+    assert abs(mirrored.mean() - 0.5) < 0.1
+    for start in (across.min(axis=(1, 2)), down.min(axis=(1, 2))):
+        share = (start - start.min()) / np.ptp(start)
+        assert abs(share.mean() - 0.5) < 0.06 and abs(share.std() - 12**-0.5) < 0.03
+
+
+def test_the_size_of_a_picture_is_drawn_evenly():
+    shown = read(examples_of(RAMP, jitter=(0.2, 1.0)), steps=50)
+    share = shown["size"][:, 0] / 48
+    assert abs(share.mean() - 0.6) < 0.05
+    assert share.min() < 0.25 and share.max() > 0.95
 
 
 def test_a_cut_object_has_the_box_of_what_is_shown():

@@ -164,6 +164,29 @@ def test_global_and_local_crops_are_in_their_places():
     assert abs(swapped - want) > 1e-4
 
 
+def test_each_crop_has_its_own_augmentation_and_random_numbers():
+    seen = []
+
+    class Spy(ColorJitter):
+        def __call__(self, images, keys):
+            seen.append(
+                (self.p, images.shape[:2], np.asarray(jax.random.key_data(keys)))
+            )
+            return images
+
+    views = {
+        name: Spy(saturation=0.0, hue=0.0, gray_p=0.0, p=p)
+        for name, p in (("view1", 0.1), ("view2", 0.2), ("local", 0.3))
+    }
+    _, state, batch = first()
+    keys = example_keys(state, len(batch["image"]))
+    tiny(**views).loss(state.params, state, batch, keys)
+    assert [p for p, _, _ in seen] == [0.1, 0.2, 0.3]
+    drawn = np.concatenate([one for _, _, one in seen])
+    assert len(drawn) == 4 * len(batch["image"])  # two whole crops and two local ones
+    assert len(np.unique(drawn, axis=0)) == len(drawn)
+
+
 def test_the_centre_follows_the_mean_of_the_teacher():
     _, state, _ = first()
     _, teacher = features()

@@ -68,6 +68,27 @@ def test_the_loss_is_that_of_the_features(temperature):
     assert abs(contrast(q1, k1, temperature) - contrast(q1, k2, temperature)) > 1e-4
 
 
+def test_each_view_has_its_own_augmentation_and_random_numbers():
+    """Else colour would be a shortcut from one view to the other."""
+    seen = []
+
+    class Spy(ColorJitter):
+        def __call__(self, images, keys):
+            drawn = np.asarray(jax.random.key_data(keys))
+            seen.append((self.solarize_p, np.asarray(images), drawn))
+            return images
+
+    grey = dict(saturation=0.0, hue=0.0, gray_p=0.0)
+    objective = tiny(view1=Spy(**grey), view2=Spy(**grey, solarize_p=0.2))
+    plan = plan_of("mocov3")
+    state, batch = place("mocov3", plan), batch_for("mocov3", plan)
+    objective.loss(state.params, state, batch, example_keys(state, len(batch["image"])))
+    (first, image, keys), (second, image2, keys2) = seen
+    assert (first, second) == (0, 0.2) and (keys != keys2).any(axis=-1).all()
+    np.testing.assert_allclose(image, batch["image"] / 255, atol=1e-6)
+    np.testing.assert_allclose(image2, batch["image2"] / 255, atol=1e-6)
+
+
 # The beginning.
 
 
