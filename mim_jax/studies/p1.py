@@ -531,8 +531,12 @@ TABLE7 = Study(
 )
 
 
-def _one_each(pretrain: Training, **full: float) -> dict[str, Training]:
-    return _tuned(pretrain.but(full=_EPOCH | full, **_ONE_EACH), *_ALL)
+def _one_each(
+    pretrain: Training, small: dict[str, int] | None = None, **full: float
+) -> dict[str, Training]:
+    small = pretrain.small | (small or {})
+    pretrain = pretrain.but(full=_EPOCH | full, small=small, **_ONE_EACH)
+    return _tuned(pretrain, *_ALL)
 
 
 TABLE8 = Study(
@@ -550,7 +554,8 @@ TABLE8 = Study(
                 "probe": runs.RANDOM_PROBE,
             },
         ),
-        _row("Supervised", _one_each(runs.SCRATCH)),
+        # As many steps as the other methods have.
+        _row("Supervised", _one_each(runs.SCRATCH, small={"steps": 1000})),
         _row("MoCo v3", _one_each(runs.MOCO, epochs=100.0)),
         _row("MAE", _MAE_ONE_EACH),
         _row("R-MAE", _one_each(runs.RMAE)),
