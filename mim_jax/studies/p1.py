@@ -534,7 +534,7 @@ TABLE7 = Study(
 def _one_each(
     pretrain: Training, small: dict[str, int] | None = None, **full: float
 ) -> dict[str, Training]:
-    small = pretrain.small | (small or {})
+    small = {**pretrain.small, **(small or {})}
     pretrain = pretrain.but(full=_EPOCH | full, small=small, **_ONE_EACH)
     return _tuned(pretrain, *_ALL)
 
