@@ -123,7 +123,8 @@ def _on_dicts(tree, change):
 def _stack(tree):
     if not isinstance(tree, dict):
         return tree
-    blocks = sorted(name for name in tree if _BLOCK.fullmatch(name))
+    blocks = [name for name in tree if _BLOCK.fullmatch(name)]
+    blocks.sort(key=lambda name: int(name.removeprefix("block")))
     rest = {name: _stack(tree[name]) for name in tree if name not in blocks}
     if blocks:
         rest["blocks"] = jax.tree.map(

@@ -261,7 +261,9 @@ def scores(
         for key, value in zip(_SUMMARY, stats, strict=False):
             if value >= 0:
                 numbers[_name(key, kind)] = Number(float(value), "share", count)
-        numbers[f"recall_{kind}"] = Number(float(stats[_RECALL]), "share", count)
+        if stats[_RECALL] >= 0:
+            recall = Number(float(stats[_RECALL]), "share", count)
+            numbers[f"recall_{kind}"] = recall
         arrays[f"ap_{kind}_by_class"] = precision
     if not numbers:
         raise ValueError("detection: the held-out images have no objects; want some")
@@ -280,7 +282,11 @@ def _evaluated(known: Any, answers: list[Entry], word: str):
     _, cocoeval = _tools()
     with _silent():
         if answers:
-            found = known.loadRes([dict(one) for one in answers])
+            # With a box, pycocotools would take its area for that of the mask.
+            left_out = "bbox" if word == "segm" else ""
+            found = known.loadRes(
+                [{k: v for k, v in one.items() if k != left_out} for one in answers]
+            )
         else:  # which pycocotools cannot read
             found = Truth(()).coco("box")
         run = cocoeval.COCOeval(known, found, word)

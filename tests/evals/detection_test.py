@@ -231,3 +231,12 @@ def test_other_objectives_and_sources_without_objects_are_refused():
         DetectionAP().check_objective(MAE())
     with pytest.raises(ValueError, match="the source has no objects"):
         DetectionAP().check_data(Detection(), Given([]))
+
+
+def test_crowds_alone_have_no_recall():
+    given = objects(0)
+    truth = Truth(NAMES)
+    crowd = np.ones(len(given.boxes), bool)
+    truth.add(0, (SIDE, SIDE), given._replace(crowd=crowd))
+    with pytest.raises(ValueError, match="have no objects; want some"):
+        scores(truth, [])
