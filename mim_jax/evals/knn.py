@@ -75,7 +75,8 @@ class KNN(Eval):
             "training_images": Number(len(train.labels), "images"),
         }
         known = held_out.labels >= 0
-        if data.classes and known.any() and counts:
+        labelled = known.any() and (train.labels >= 0).any()
+        if data.classes and labelled and counts:
             for name, (bank, queries) in spaces.items():
                 found = classify(bank, queries, counts, self.temperature)
                 for k, predicted in zip(counts, found, strict=True):

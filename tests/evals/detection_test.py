@@ -13,6 +13,7 @@ pytest.importorskip("pycocotools")
 from passes import Given
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import encode
 
 from mim_jax.data import coco as writing
 from mim_jax.data.segments import Objects, mask_of, runs_of
@@ -240,3 +241,67 @@ def test_crowds_alone_have_no_recall():
     truth.add(0, (SIDE, SIDE), given._replace(crowd=crowd))
     with pytest.raises(ValueError, match="have no objects; want some"):
         scores(truth, [])
+
+
+def test_classes_have_the_ap_whose_mean_is_the_whole():
+    numbers, arrays = measured(0.1)
+    for kind in ("box", "mask"):
+        mean = np.nanmean(arrays[f"ap_{kind}_by_class"])
+        assert mean == pytest.approx(numbers[f"ap_{kind}"].value, abs=1e-9)
+    assert numbers["ap_box"].value < numbers["ap50_box"].value - 0.1
+
+
+def square(side, at):
+    mask = np.zeros((200, 200), bool)
+    mask[at : at + side, at : at + side] = True
+    return mask, [at, at, at + side, at + side]
+
+
+@pytest.mark.parametrize("lost, word", list(enumerate(("small", "medium", "large"))))
+def test_sizes_are_those_of_coco(lost, word):
+    """Squares of 20, 60 and 100 pixels, one of which is not found."""
+    masks, boxes = zip(square(20, 2), square(60, 30), square(100, 95), strict=True)
+    given = Objects(
+        boxes=np.array(boxes, np.float32),
+        classes=np.zeros(3, np.int32),
+        crowd=np.zeros(3, bool),
+        areas=np.array([400.0, 3600.0, 10000.0]),
+        segments=[runs_of(mask) for mask in masks],
+        ids=[1, 2, 3],
+    )
+    truth = Truth(("a",))
+    truth.add(0, (200, 200), given)
+    scored = np.array([0.9, 0.8, 0.7], np.float32)
+    full, valid = np.ones((3, 28, 28), np.float32), np.arange(3) != lost
+    found = Found(given.boxes, scored, given.classes, valid, full)
+    answers = answers_of(0, found, np.array([200, 200]), (200, 200))
+    numbers, _ = scores(truth, answers)
+    for kind in ("box", "mask"):
+        low = [
+            one
+            for one in ("small", "medium", "large")
+            if numbers[f"ap_{kind}_{one}"].value < 0.5
+        ]
+        assert low == [word]
+
+
+def test_a_mask_is_as_large_as_its_pixels():
+    """A small object, and before it a false alarm: a thin mask in a box of medium
+    size, which counts among the small masks and not among the small boxes."""
+    small, thin = np.zeros((2, 128, 128), bool)
+    small[4:24, 4:24] = True
+    thin[np.arange(60, 120), np.arange(60, 120)] = True
+    box, whole = np.array([[4, 4, 24, 24]], np.float32), np.array([400.0])
+    no, one = np.array([False]), np.array([0])
+    truth = Truth(("a",))
+    truth.add(0, (128, 128), Objects(box, one, no, whole, [runs_of(small)], [1]))
+
+    def answer(mask, box, score):
+        packed = encode(np.asfortranarray(mask.astype(np.uint8)))
+        about = {"image_id": 0, "category_id": 1, "score": score}
+        return about | {"bbox": box, "segmentation": packed}
+
+    answers = [answer(thin, [60, 60, 60, 60], 0.9), answer(small, [4, 4, 20, 20], 0.5)]
+    numbers, _ = scores(truth, answers)
+    assert numbers["ap_mask_small"].value == pytest.approx(0.5, abs=0.01)
+    assert numbers["ap_box_small"].value == pytest.approx(1)
