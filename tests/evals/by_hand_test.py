@@ -20,6 +20,7 @@ from mim_jax.evals.images import keys_of
 from mim_jax.evals.knn import KNN
 from mim_jax.evals.linear import Linear
 from mim_jax.evals.occlusion import Occlusion
+from mim_jax.evals.reconstruction import whole_image_scores
 from mim_jax.evals.ridge import Ridge
 from mim_jax.evals.tsne import TSNE
 from mim_jax.maskings.random import Random
@@ -83,6 +84,27 @@ def test_neighbours_are_counted_for_known_labels_alone():
     found = KNN(k=(3,), rows=2, neighbours=2).measure(run(), data).numbers
     assert found["accuracy_model_k3"].n == known
     assert found["accuracy_model_k3"].value > 0.8
+
+
+def test_without_labels_in_training_there_is_no_accuracy_of_neighbours():
+    data = passes()
+    unknown = [one | {"label": np.full_like(one["label"], -1)} for one in data.batches]
+    given = Given(data.batches, unknown, data.classes)
+    found = KNN(k=(3,), rows=2, neighbours=2).measure(run(), given).numbers
+    assert not any(name.startswith("accuracy") for name in found)
+
+
+def test_fsimc_sees_a_change_of_colour_alone():
+    rng = np.random.default_rng(0)
+    reference = rng.uniform(0.3, 0.7, (1, 32, 32, 3)).astype(np.float32)
+    # The luminance, .299 R + .587 G + .114 B, stays as it is.
+    change = np.array([1 / 0.299, -1 / 0.587, 0], np.float32)
+    pair = jnp.asarray(reference + 0.05 * change), jnp.asarray(reference)
+    found = whole_image_scores(*pair)
+    assert float(found["fsim"][0]) == pytest.approx(1, abs=1e-4)
+    assert float(found["fsimc"][0]) < 0.99
+    grey = whole_image_scores(*(one[..., :1] for one in pair))
+    assert "fsim" in grey and "fsimc" not in grey
 
 
 def test_the_untrained_curve_of_occlusion_is_that_of_the_first_parameters():
