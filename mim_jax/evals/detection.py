@@ -119,7 +119,8 @@ class DetectionAP(Eval):
 
     def _pictures(self, pictures: list, names: np.ndarray) -> dict[str, np.ndarray]:
         images, found = zip(*pictures, strict=True)
-        scores = np.stack([np.where(one.valid, one.scores, 0) for one in found])
+        # NaN is below any `least`, 0 is not.
+        scores = np.stack([np.where(one.valid, one.scores, np.nan) for one in found])
         return {
             "images": np.stack(images),
             "boxes": np.stack([one.boxes for one in found]),

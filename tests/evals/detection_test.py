@@ -187,9 +187,10 @@ class _Seer(Detection):
         return params
 
 
-def test_a_run_is_measured_and_drawn():
+@pytest.mark.parametrize("least", [0.5, 0.0])
+def test_a_run_is_measured_and_drawn(least):
     given = [objects(index) for index in range(3)]
-    most = max(len(one.boxes) for one in given)
+    most = 1 + max(len(one.boxes) for one in given)
 
     def padded(one):
         found = found_of(one, resolution=28)
@@ -209,7 +210,7 @@ def test_a_run_is_measured_and_drawn():
     }
     data = Given([batch], given=dict(enumerate(given)), object_classes=NAMES)
     run = Run(objective=_Seer(), params=params, initial=None, step=1, name="x")
-    evaluation = DetectionAP(shown=2)
+    evaluation = DetectionAP(shown=2, least=least)
     evaluation.check_objective(run.objective)
     evaluation.check_data(run.objective, data)
     report = evaluation.measure(run, data)
