@@ -2,6 +2,7 @@
 """Accuracy of a classifier on held-out images and on sets that differ from them."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +36,8 @@ class Robustness(Eval):
     Attributes:
         sets: "NAME" of a set that the program makes or TFDS prepared, or "NAME=FOLDER";
             docs/data.md lists them.
+        skip_absent: leave out sets that are not there, or are about other classes than
+            the run's, and say which; False: they are an error.
         mistakes: number of wrongly classified held-out images in the picture.
     """
 
@@ -53,6 +56,7 @@ class Robustness(Eval):
     )
 
     sets: tuple[str, ...] = ()
+    skip_absent: bool = False
     mistakes: int = within(12, least=0, most=1000)
 
     def __post_init__(self):
@@ -67,8 +71,8 @@ class Robustness(Eval):
     def check_data(self, objective: Objective, data: Passes) -> None:
         if not data.classes:
             raise ValueError("robustness: the run's source has no labels to compare to")
-        for entry in self.sets:
-            _find(objective, data, entry)
+        if not self.skip_absent:
+            self._sets(objective, data)
 
     def measure(self, run: Run, data: Passes) -> Report:
         count, classify = labelled(run.objective).classes, classifier(run)
@@ -79,11 +83,10 @@ class Robustness(Eval):
             )
             found = _pass(classify, own, np.eye(count, dtype=bool), self.mistakes)
         numbers = found.numbers(_HELD_OUT)
-        for entry in self.sets:
-            found_set = _find(run.objective, data, entry)
+        for name, found_set in self._sets(run.objective, data).items():
             members = membership(found_set.images.members, count)
             with found_set.batches() as batches:
-                numbers |= _pass(classify, batches, members).numbers(_name(entry))
+                numbers |= _pass(classify, batches, members).numbers(name)
         names = np.array([*data.classes, *map(str, range(len(data.classes), count))])
         arrays = {
             "mistakes": found.mistakes,
@@ -91,6 +94,17 @@ class Robustness(Eval):
             "taken_for": names[found.taken_for],
         }
         return Report(numbers=numbers, arrays=arrays)
+
+    def _sets(self, objective: Objective, data: Passes) -> dict[str, SetPasses]:
+        found = {}
+        for entry in self.sets:
+            try:
+                found[_name(entry)] = _find(objective, data, entry)
+            except ValueError as error:
+                if not self.skip_absent:
+                    raise
+                print(f"WARNING: left out: {error}", file=sys.stderr, flush=True)
+        return found
 
     def draw(self, found: dict[str, Report]) -> dict[str, Figure]:
         bars = {"robustness": _bars(found)}

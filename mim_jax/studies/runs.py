@@ -81,7 +81,10 @@ SCRATCH_DETECT = Training(
 
 ACCURACY = Measure(name="accuracy", eval="robustness", settings=dict(mistakes=0))
 ROBUSTNESS = Measure(
-    name="robustness", eval="robustness", settings=dict(sets=Shifts(), mistakes=0)
+    name="robustness",
+    eval="robustness",
+    settings=dict(sets=Shifts(), mistakes=0),
+    full=dict(skip_absent=True),
 )
 RECONSTRUCTION = Measure(
     name="reconstruction",
@@ -109,7 +112,7 @@ SHAPE_BIAS = Measure(
     name="shape_bias",
     eval="shape_bias",
     settings=dict(set="cues", examples=0),
-    full=dict(set="cue_conflict=cue-conflict"),
+    full=dict(set="cue_conflict"),
 )
 DETECTION = Measure(
     name="detection",

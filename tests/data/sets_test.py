@@ -359,6 +359,22 @@ def test_an_objectnet_that_does_not_fit_is_refused(tmp_path):
     assert (objectnet.FOLDERS, objectnet.SHARED) == (313, 113)
 
 
+def test_environment_variables_name_folders(tmp_path, monkeypatch):
+    home = write_objectnet(tmp_path / "objectnet")
+    with pytest.raises(ValueError, match="in the environment variable OBJECTNET_DIR"):
+        find("objectnet")
+    monkeypatch.setenv("OBJECTNET_DIR", str(home))
+    assert len(find("objectnet")) == len(find(f"objectnet={home}"))
+    with pytest.raises(ValueError, match="no folder '/nowhere'"):
+        find("objectnet=/nowhere")  # the command goes first
+    with pytest.raises(ValueError, match="in the environment variable CUE_CONFLICT"):
+        find("cue_conflict")
+    for name in conflicts.CATEGORIES:
+        save(tmp_path / "cues" / name / f"{name}1-{name}2.png")
+    monkeypatch.setenv("CUE_CONFLICT_DIR", str(tmp_path / "cues"))
+    assert len(find("cue_conflict")) == 16
+
+
 # Cue conflicts.
 
 

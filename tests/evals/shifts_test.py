@@ -190,6 +190,19 @@ def test_records_that_cannot_be_read_are_told():
     assert "unreadable_held_out" not in report.numbers
 
 
+def test_sets_that_do_not_fit_are_left_out_on_request(capsys):
+    three = a_set([[1, 2, 3]], [(0,)], ((0,), (1,), (2,)))
+    four = a_set([[9, 1, 2, 3]], [(0,)], FOUR)
+    evaluation, report = measure({"three": three, "four": four}, skip_absent=True)
+    assert value(report, "accuracy_four") == (1.0, 1)
+    assert value(report, "accuracy_held_out") == (pytest.approx(2 / 3), 3)
+    assert "accuracy_three" not in report.numbers
+    told_about = capsys.readouterr().err
+    assert told_about.count("WARNING") == 1 and "models of 3 classes" in told_about
+    data = Given([], [], ("a", "b", "c", "d"), {"three": three})
+    evaluation.check_data(Told(4), data)  # before measuring, too
+
+
 def test_what_robustness_refuses():
     with pytest.raises(ValueError, match="MAE tells no classes apart; want .*finetune"):
         Robustness().check_objective(MAE())

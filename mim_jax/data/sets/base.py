@@ -3,6 +3,7 @@
 
 import abc
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -84,16 +85,28 @@ def data_dir_of(source: Source) -> str | None:
     return source.data_dir if isinstance(source, Tfds) else None
 
 
-def find_folder(entry: str, folder: str, layout: str) -> pathlib.Path:
+def find_folder(
+    entry: str, folder: str, layout: str, variable: str = ""
+) -> pathlib.Path:
     """The folder of `NAME=FOLDER`.
 
+    Args:
+        entry: NAME.
+        folder: FOLDER; "": the environment variable names it.
+        layout: what the folder holds.
+        variable: name of the environment variable; "": there is none.
     Raises:
         ValueError: there is no such folder; the message shows the layout.
     """
+    folder = folder or os.environ.get(variable, "")
     path = pathlib.Path(folder).expanduser()
     if not folder or not path.is_dir():
         what = f"no folder {folder!r}" if folder else "no folder is named"
-        raise ValueError(f"set {entry!r}: {what}; want '{entry}=FOLDER' with {layout}")
+        also = f", or its name in the environment variable {variable}"
+        raise ValueError(
+            f"set {entry!r}: {what}; want '{entry}=FOLDER' with {layout}"
+            + (also if variable else "")
+        )
     return path
 
 

@@ -63,12 +63,14 @@ def cue_conflict(entry: str, folder: str, source: Source) -> Files:
 
     Args:
         folder: has a sub-folder per category of shapes, with files such as
-            cat7-elephant1.png, a cat's shape with an elephant's skin.
+            cat7-elephant1.png, a cat's shape with an elephant's skin; "":
+            CUE_CONFLICT_DIR names it.
     Raises:
         ValueError: the sub-folders are others, or a file's name is no such pair.
     """
     del source
-    path = find_folder(entry, folder, "SHAPE/SHAPE1-TEXTURE1.png, 16 folders")
+    layout = "SHAPE/SHAPE1-TEXTURE1.png, 16 folders"
+    path = find_folder(entry, folder, layout, "CUE_CONFLICT_DIR")
     names = tuple(CATEGORIES)
     check_class_folders(entry, path, list_classes(path), names)
     records = []

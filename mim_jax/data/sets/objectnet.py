@@ -21,13 +21,14 @@ def objectnet(entry: str, folder: str, source: Source) -> Files:
     of bicycles. Images of the other 200 classes are not read.
 
     Args:
-        folder: objectnet-1.0, which has images and mappings.
+        folder: objectnet-1.0, which has images and mappings; "": OBJECTNET_DIR names
+            it.
     Raises:
         ValueError: there is no such folder, or it does not have 313 classes, 113 of
             them shared with ImageNet.
     """
     del source
-    path = find_folder(entry, folder, _LAYOUT)
+    path = find_folder(entry, folder, _LAYOUT, "OBJECTNET_DIR")
     for part in ("images", "mappings"):
         find_folder(entry, str(path / part), _LAYOUT)
     try:
