@@ -5,7 +5,7 @@ python -m mim_jax.main --plugins=my_module --config=configs/study.py:digits \
     --config.study=mine --workdir=studies/mine
 
 docs/studies.md says how a study is declared. Variants are its sizes: `:mnist`, `:cues`,
-`:digits`, or none for the paper's.
+`:digits`, `:hierarchy`, `:scenes`, or none for the paper's.
 """
 
 from mim_jax import config

@@ -11,7 +11,7 @@ from mim_jax import config
 
 
 def get_config(variant: str = "") -> config.Tree:
-    size, _ = config.variant(variant, presets=("cues", "digits"))
+    size, _ = config.variant(variant, presets=("cues",))
     c = config.experiment("study")
     c.study, c.size = "p2_table2", size or "full"
     return c

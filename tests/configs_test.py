@@ -19,7 +19,7 @@ from mim_jax.trees import VariantError
 ROOT = pathlib.Path(__file__).parents[1]
 # Studies that do not run on handwritten digits, and their sizes.
 SIZES = {
-    "study_p2_table2": ("cues", "digits"),
+    "study_p2_table2": ("cues",),
     "study_p2_table3": ("scenes",),
     "study_p2_theorem2": ("hierarchy",),
     "study_p2_proposals": ("hierarchy",),

@@ -92,7 +92,7 @@ def overview() -> str:
         by_job.setdefault(tree.job, []).append(f"    {name:18s} {about}{variants}")
     for job, files in by_job.items():
         lines += [f"  {job}", *files]
-    lines += ["", "plug-ins, as in --config=mae:mnist,masking=grid"]
+    lines += ["", "plug-ins, as in --config=mae:cues,masking=grid"]
     for word, table in configs.KINDS.values():
         lines.append(f"    {word:18s} {', '.join(table)}")
     lines += ["", "flags of this program"]

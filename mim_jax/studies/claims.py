@@ -24,9 +24,11 @@ config writes this page anew from the `results.json` of every study that is ther
 A claim holds if the 95 % interval of every paired difference over seeds lies on the
 claimed side; it does not hold if one lies wholly on the other; else it cannot be told
 at this scale ([studies.md](studies.md)). With one seed, or where only figures can
-decide, it cannot be told either. Without a number it is not measured. The embedded
-studies have small networks and small images of digits, drawn shapes, scenes or a known
-hierarchy: their answers are of that size, not of ImageNet.
+decide, it cannot be told either. It is not measured while a comparison has no number,
+unless another one shows that it does not hold. The intervals are not corrected for the
+number of comparisons: of a hundred that compare equals, about five miss 0 by chance. The
+embedded studies have small networks and small images of digits, drawn shapes, scenes or a
+known hierarchy: their answers are of that size, not of ImageNet.
 """
 
 

@@ -715,7 +715,7 @@ FEW_LABELS = Study(
     claims=(
         Claim(
             text="With 10 % of the labels, pre-training beats training from scratch.",
-            where="table 8",
+            where="after table 8, which has it for 1,000 images",
             compares=tuple(
                 _more(first, "from scratch", _TENTH)
                 for first in ("MAE", "R-MAE", "C-MAE")

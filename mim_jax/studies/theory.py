@@ -161,7 +161,7 @@ _SOFT = {"objective.ignore_boundary": 3, "objective.boundary": "soft"}
 _PLAIN, _PLAIN_4 = _THEORY[0.75, 1], _THEORY[0.75, 4]
 
 
-def _moved(training: Training) -> Training:
+def _shifted(training: Training) -> Training:
     """The same on images that are shifted, which moves the squares of the hierarchy
     away from those of the grid. These take longer to learn. A quarter of the batch
     and four times the steps, at the same rate, cost the same; with units of one token
@@ -184,7 +184,7 @@ _BOUNDARY = {
     "unit 4, hard boundary": ("unit 4",),
 }
 _AFFINITY = {"affinity": ("MAE",)}
-_ALONG = {"moved, subtrees": ("moved", "moved, unit 4")}
+_ALONG = {"shifted, subtrees": ("shifted", "shifted, unit 4")}
 _MEAN_LEVEL = "the mean level of what training adds"
 _OF_ROOT = "how much is learned of the root"
 PROPOSALS = Study(
@@ -216,15 +216,15 @@ PROPOSALS = Study(
                 "hides groups of positions whose tokens change together.",
             ),
             (
-                "moved",
-                _moved(_PLAIN),
+                "shifted",
+                _shifted(_PLAIN),
                 "images are shifted by whole tokens; batches of 32, 12,000 steps; the "
                 "optimum is that of a model which is told the shift.",
             ),
-            ("moved, unit 4", _moved(_PLAIN_4), "trained as moved."),
+            ("shifted, unit 4", _shifted(_PLAIN_4), "trained as shifted."),
             (
-                "moved, subtrees",
-                _moved(
+                "shifted, subtrees",
+                _shifted(
                     Training(
                         recipe="mae",
                         leaves={"objective.masking.level": 2},
