@@ -26,9 +26,9 @@ claimed side; it does not hold if one lies wholly on the other; else it cannot b
 at this scale ([studies.md](studies.md)). With one seed, or where only figures can
 decide, it cannot be told either. It is not measured while a comparison has no number,
 unless another one shows that it does not hold. The intervals are not corrected for the
-number of comparisons: of a hundred that compare equals, about five miss 0 by chance. The
-embedded studies have small networks and small images of digits, drawn shapes, scenes or a
-known hierarchy: their answers are of that size, not of ImageNet.
+number of comparisons: of a hundred that compare equals, about five miss 0 by chance.
+The embedded studies have small networks and small images of digits, drawn shapes,
+scenes or a known hierarchy: their answers are of that size, not of ImageNet.
 """
 
 
