@@ -113,7 +113,7 @@ def tree_of(box: str, seed: int, steps: int) -> config.Tree:
     tree.data.image_size = (4 * 2**LEVELS,) * 2
     tree.objective.decoder.code = DIMENSION
     tree.objective.masking.update(dict(rows=rows, cols=cols))
-    quiet(tree)
+    quiet(tree, "hierarchy")
     return tree
 
 

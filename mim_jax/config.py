@@ -70,6 +70,8 @@ KINDS: dict[type, tuple[str, dict[str, type]]] = {
 }
 
 DTYPES = ("bfloat16", "float32", "float64")
+# Environment variables that name folders of data.
+DATA_FOLDERS = ("TFDS_DATA_DIR", "COCO_DIR", "OBJECTNET_DIR", "CUE_CONFLICT_DIR")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,6 +385,8 @@ class RunStudy:
         commands: print commands instead of running anything: "local" one for each
             missing cell; "slurm" and "jobset" the same through the scripts of launch/;
             "aot" the compiler's account of each distinct run.
+        data: "NAME=FOLDER": where data are, by the environment variables that sources
+            and sets read: TFDS_DATA_DIR, COCO_DIR, OBJECTNET_DIR, CUE_CONFLICT_DIR.
         cells: begin at most so many missing cells.
         minutes: begin no cell after so many minutes.
         keep_runs: False deletes the run directories of finished cells from which no
@@ -401,6 +405,7 @@ class RunStudy:
     seeds: tuple[int, ...] = within((0, 1, 2), least=0, most=2**31 - 1)
     class_list: str = ""
     given: tuple[str, ...] = ()
+    data: tuple[str, ...] = free(())
     only: str = ""
     commands: Literal["", "local", "slurm", "jobset", "aot"] = ""
     cells: int | None = within(None, least=0)
@@ -419,6 +424,13 @@ class RunStudy:
         check_ranges(self)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: want each once")
+        for one in self.data:
+            name, _, folder = one.partition("=")
+            if name not in DATA_FOLDERS or not folder:
+                raise ValueError(
+                    f"data={self.data}: {one!r} is no NAME=FOLDER; want NAME of "
+                    f"{', '.join(DATA_FOLDERS)}"
+                )
         if self.class_list and self.size != "full":
             raise ValueError(
                 f"class_list={self.class_list!r} at size {self.size!r}: want size="

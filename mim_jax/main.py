@@ -85,6 +85,9 @@ def main(argv: list[str]) -> None:
             # The processes of its cells need the devices: this one leaves them alone.
             jax.config.update("jax_platforms", "cpu")
         if _CHECK.value is not None:
+            if config.job == "study":
+                where = files.place(str(_WORKDIR.value))
+                config = study.on_other_machines(config, where)
             doctor.check(config, _CHECK.value)
             return
         workdir = files.place(str(_WORKDIR.value))

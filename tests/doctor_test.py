@@ -53,7 +53,7 @@ def test_it_says_what_the_run_has_and_takes(said):
     lines, _ = said
     assert lines["devices"] == "8 x cpu, 1 host(s); mesh data 8 x fsdp 1 x tensor 1"
     assert lines["source"] == "digits: 1442 images, read as 8x8x1; 355 held out"
-    assert lines["held-out"].startswith("16 images read in ")
+    assert lines["held-out"].startswith("64 images read in ")
     assert lines["held-out"].endswith(", 0 unreadable")
     assert lines["memory"].startswith("fits: peak ")
     assert re.fullmatch(r"16 MiB written in \S+ s and read back .* free", lines["disk"])
@@ -188,6 +188,8 @@ def test_what_is_not_here_is_not_checked_and_named(monkeypatch, capsys):
     out = checked(monkeypatch, capsys, one)
     assert "; not checked: init_from.run=bucket/runs/mae is not here" in out
     assert "; not checked: photos: the data of tfds are not here" in out
+    # Its number of steps follows from data that are not here.
+    assert out.startswith("checked: Supervised on 8 devices, 100 epochs; not checked")
     assert one.init_from.run == "bucket/runs/mae"
     out = checked(monkeypatch, capsys, evaluation("bucket/runs/mae"))
     assert out == "checked: the config of job 'eval'; no run and no data\n"

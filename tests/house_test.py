@@ -248,7 +248,8 @@ MAY_IMPORT = {
     ),
     "studies.work": (
         *("config", "evals.base", "train"),
-        *("run.files", "run.loading", "run.programs", "run.rundir"),
+        *("run.files", "run.hosts", "run.loading", "run.programs", "run.rundir"),
+        *("run.storage", "run.warmstart"),
         *("studies.cells", "studies.grid", "studies.sizes"),
     ),
     "studies.results": ("evals.base", "studies.cells", "studies.grid"),
@@ -278,7 +279,8 @@ MAY_IMPORT = {
         *("run.commandline", "run.warmstart"),
     ),
     "aot.doctor": (
-        *("aot.devices", "aot.lines", "aot.step", "config", "data.pipeline", "plan"),
+        *("aot.devices", "aot.lines", "aot.step", "config", "data.passes"),
+        *("data.pipeline", "plan"),
         *("run.files", "run.hosts", "run.loading", "run.rundir", "run.storage"),
         *("run.wandb_run", "run.warmstart", "sharding", "train"),
     ),

@@ -742,6 +742,50 @@ def test_a_figure_of_an_evaluation_names_its_seed(sample, tmp_path, monkeypatch)
 # Some classes of ImageNet.
 
 
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_what_a_claim_compares_is_a_column_at_that_size(size):
+    for study in STUDIES.values():
+        at = study.small if size == "small" else "full"
+        if size == "full" and not study.full:
+            continue
+        titles = {column.title for column in study.columns_at(at)}
+        for one in (one for claim in study.claims for one in claim.compares):
+            assert one.column in titles, (study.name, one.column)
+
+
+def test_at_the_papers_size_a_column_may_be_of_other_numbers():
+    (shifted,) = (c for c in STUDIES["p2_table1"].columns if c.title.startswith("mean"))
+    sets = ("imagenet_v2", "objectnet", "imagenet_r", "imagenet_a", "imagenet_sketch")
+    numbers = {f"accuracy_{name}": k / 10 for k, name in enumerate(sets, 1)}
+    numbers["accuracy_held_out"] = 0.9
+    assert shifted.value(numbers, "full") == pytest.approx(30)
+    assert shifted.value({**numbers, "accuracy_x": 1.0}, "full") == pytest.approx(30)
+    del numbers["accuracy_objectnet"]
+    assert shifted.value(numbers, "full") is None
+    digits = {f"accuracy_shift_{kind}": 0.5 for kind in ("blur", "noise", "rotation")}
+    digits |= {"accuracy_shift_contrast": 0.5, "accuracy_shift_inversion": 1.0}
+    assert shifted.value(digits, "mnist") == pytest.approx(60)
+
+
+def test_dino_warms_up_for_as_long_in_a_longer_run():
+    cell = all_cells("full").of(runs.DINO, 0)
+    objective = cell.tree.objective
+    assert cell.tree.epochs * objective.teacher_warmup == pytest.approx(50)
+    assert cell.tree.epochs * objective.freeze_prototypes == pytest.approx(3)
+    short = config.read("configs/dino.py")
+    assert short.epochs * short.objective.teacher_warmup == pytest.approx(50)
+
+
+def test_imagenet_100_is_chosen_from_imagenet_by_a_list(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("n1\nn2\n")
+    for listed, dataset in ((str(path), "imagenet2012"), ("", "imagenet100")):
+        found = Cells([STUDIES["p1_table5"]], settings("full", class_list=listed), ROOT)
+        for cell in found.by_key.values():
+            source = cell.tree.data.source
+            assert (source.source if listed else source).dataset == dataset
+
+
 def test_a_class_list_is_read_by_every_run_of_the_papers_size(tmp_path):
     path = tmp_path / "three.txt"
     path.write_text("n1\nn2\nn3\n")

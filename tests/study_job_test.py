@@ -2,6 +2,7 @@
 """Job "study" as a real process: killed, resumed, with a cell that fails."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -24,6 +25,7 @@ import tiny_study
 from mim_jax import config
 from mim_jax.run import loading
 from mim_jax.studies import STUDIES, cells, job, work
+from mim_jax.studies.grid import Measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = environments.small(
@@ -263,6 +265,96 @@ def test_an_untrained_row_is_measured_before_training(straight, monkeypatch):
         want = jax.tree.leaves(run.params[part])
         assert all(map(np.array_equal, jax.tree.leaves(of_run[part]), want))
         assert not all(map(np.array_equal, jax.tree.leaves(untrained[part]), want))
+
+
+def test_what_has_no_data_yet_is_measured_once_they_are_there(
+    straight, tmp_path, capsys
+):
+    shutil.copytree(straight, tmp_path / "home")
+    home = tmp_path / "home"
+    found = cells.Cells([], config.build(tree_of(home)), home / "work" / "runs")
+    cell = found.of(tiny_study.TUNED, 0)
+    bias = Measure(
+        name="bias", eval="shape_bias", settings=dict(set="cue_conflict", examples=0)
+    )
+    filled = Measure(name="filled", eval="reconstruction")  # which no label run does
+    cell.measures.update(bias=bias, filled=filled)
+    bench = work.Bench(home / "work" / "runs", home / "results" / "cells", "digits")
+    assert job._lacks(bench, cell)
+    work._warn(bench, cell, ["bias", "filled"])
+    said = capsys.readouterr().err
+    assert said.count("WARNING") == 1 and "bias cannot be measured" in said
+    work._finish(bench, cell)
+    said = capsys.readouterr().err
+    assert said.startswith(work.UNMEASURED) and "CUE_CONFLICT_DIR" in said
+    finished = cells.read(bench.cells, cell, "digits")
+    assert finished is not None and finished.lacks(cell) == ["bias"]
+    assert (
+        "want an objective that predicts pixels" in finished.measured["filled"].missing
+    )
+    bench.log(cell).parent.mkdir(exist_ok=True)
+    bench.log(cell).write_text(f"{said}{said}measuring\n")
+    assert job._warnings(bench.log(cell)) == said.splitlines()
+
+
+def test_a_run_whose_parent_decided_its_network_is_trained(straight):
+    """Its config says more than the declared one: here, whose tokens are pooled."""
+    found = cells.Cells([], config.build(tree_of(straight)), straight / "work" / "runs")
+    cell = found.of(tiny_study.TUNED, 0)
+    assert work.is_trained(cell.folder, cell)
+    declared = copy.deepcopy(cell.tree)
+    declared.objective.encoder.width = 32  # the parent's is 16
+    of_parent = dataclasses.replace(cell, recipe=declared)
+    assert work.is_trained(cell.folder, of_parent)
+    declared = copy.deepcopy(cell.tree)
+    declared.optim.base_lr = 9e-9
+    assert not work.is_trained(cell.folder, dataclasses.replace(cell, recipe=declared))
+
+
+def test_numbers_are_not_left_on_machines_that_go_away(tmp_path, monkeypatch, capsys):
+    full = dict(study="p1_table5", size="full", results="", commands="jobset")
+    where = tmp_path / "work" / "x"
+    with pytest.raises(config.ConfigError, match="results is empty: other machines"):
+        job.run(tree_of(tmp_path, **full), where)
+    tree = tree_of(tmp_path, **(full | {"results": "bucket/studies"}))
+    folders = ("TFDS_DATA_DIR=gs://b/tfds", "COCO_DIR=/data/coco")
+    monkeypatch.setenv("TFDS_DATA_DIR", "before")
+    monkeypatch.setenv("COCO_DIR", "before")
+    tree.data = folders
+    job.run(tree, where)
+    assert os.environ["TFDS_DATA_DIR"] == "gs://b/tfds"
+    lines = [x for x in capsys.readouterr().out.splitlines() if "jobset" in x]
+    for line in lines:
+        words = shlex.split(line)
+        assert "--config.results=bucket/studies" in words
+        assert f"--config.data={folders!r}".replace(" ", "") in [
+            word.replace(" ", "").replace(",)", ")") for word in words
+        ]
+    # Slurm's nodes share a disk.
+    job.run(tree_of(tmp_path, **(full | {"commands": "slurm"})), where)
+    slurm = [x for x in capsys.readouterr().out.splitlines() if "slurm.sh" in x]
+    assert len(slurm) == len(lines) > 30
+    want = f"--config.results={ROOT / 'docs' / 'studies'}"
+    assert all(want in shlex.split(line) for line in slurm)
+
+    only = shlex.split(slurm[0])[-2].partition("=")[2]
+    plain = full | {"commands": "", "only": only}
+    with pytest.raises(config.ConfigError, match="results is empty"):
+        job.on_other_machines(tree_of(tmp_path, **plain), where)
+    plain["results"] = "bucket/studies"
+    cell = job.on_other_machines(tree_of(tmp_path, **plain), where)
+    assert (cell.job, cell.epochs) == ("train", 200)  # supervised, the first row
+    with pytest.raises(config.ConfigError, match="data=.*'HOME=x' is no NAME=FOLDER"):
+        job.run(tree_of(tmp_path, data=("HOME=x",)), where)
+
+
+def test_each_run_of_a_study_is_priced_and_those_that_it_begins_with(tmp_path, capsys):
+    # Table 3 of P2 measures detectors alone.
+    tree = tree_of(tmp_path, study="p2_table3", size="full", commands="aot")
+    job.run(tree, tmp_path / "work" / "x")
+    lines = capsys.readouterr().out.splitlines()
+    for recipe, count in (("mae", 5), ("rmae", 1), ("cmae", 1), ("detect", 2)):
+        assert sum(f"configs/{recipe}.py" in line for line in lines) == count, recipe
 
 
 def test_two_processes_do_not_make_the_same_cell(tmp_path):

@@ -25,7 +25,8 @@ from mim_jax import sharding
 from mim_jax.aot.devices import over_memory
 from mim_jax.aot.lines import after_compiling
 from mim_jax.aot.step import plan_on, sizes, verdict
-from mim_jax.data.pipeline import eval_batches, train_batches
+from mim_jax.data.passes import EvalPasses
+from mim_jax.data.pipeline import train_batches
 from mim_jax.plan import Plan
 from mim_jax.run import files, hosts, loading, rundir, storage, warmstart
 from mim_jax.run.wandb_run import check_wandb
@@ -60,11 +61,14 @@ def check(config: configs.Tree, devices: int) -> None:
         notes.append(f"attention={config.attention} needs the devices")
         config.attention = "auto"
     plan, source = plan_on(config, jax.devices())
+    length = f"{plan.total} steps"
     if source != config.data.source.name:
         notes.append(source)
+        if config.steps is None:
+            length = f"{config.epochs:g} epochs"
     print(
         f"checked: {type(plan.objective).__name__} on {plan.mesh.size} devices, "
-        f"{plan.total} steps" + "".join(f"; not checked: {note}" for note in notes),
+        f"{length}" + "".join(f"; not checked: {note}" for note in notes),
         flush=True,
     )
 
@@ -184,8 +188,8 @@ class _Training:
 
     def _held_out(self) -> None:
         """Read a batch of held-out images."""
-        begun, rows = time.monotonic(), self._settings.batch_size
-        read = eval_batches(self._settings.data, batch_size=rows)
+        begun = time.monotonic()
+        read = EvalPasses(self._settings.data).held_out()
         with read as batches, hosts.deadline("a batch of held-out images"):
             batch = next(batches)
             sound, bad = int(batch["valid"].sum()), int(batch["replaced"].sum())

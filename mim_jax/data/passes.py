@@ -27,6 +27,8 @@ from mim_jax.data.sets.base import EvaluationSet
 from mim_jax.data.sources.base import Source
 from mim_jax.data.workers import Batch, Batches, read_ahead
 
+_MOST_ROWS, _MOST_PIXELS = 64, 8 * 1024**2
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalPasses:
@@ -34,7 +36,10 @@ class EvalPasses:
 
     Attributes:
         data: whose training source and held-out split are read.
-        batch_size: images per batch.
+        batch_size: images per batch; None: 64, or as many as have the pixels of eight
+            images of 1024 x 1024. The detector of configs/detect.py finds objects in
+            eight such images with 4.2 GiB (docs/performance.md), and would need more
+            than a chip has for 64.
 
     Example:
         >>> from mim_jax.data.sources.digits import Digits
@@ -47,17 +52,25 @@ class EvalPasses:
     """
 
     data: Input
-    batch_size: int = 64
+    batch_size: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Images per batch."""
+        if self.batch_size is not None:
+            return self.batch_size
+        height, width = self.data.image_size
+        return max(1, min(_MOST_ROWS, _MOST_PIXELS // (height * width)))
 
     def train(self, spread: bool = False) -> Batches:
         """One pass over the training images, without augmentation; `spread` is as for
         `eval_batches`."""
-        rows, source = self.batch_size, self.data.source
+        rows, source = self.rows, self.data.source
         return eval_batches(self.data, batch_size=rows, source=source, spread=spread)
 
     def held_out(self, spread: bool = False) -> Batches:
         """One pass over the held-out images; `spread` is as for `eval_batches`."""
-        return eval_batches(self.data, batch_size=self.batch_size, spread=spread)
+        return eval_batches(self.data, batch_size=self.rows, spread=spread)
 
     def train_examples(self, indices: Sequence[int]) -> Batch:
         """Those training records as one batch."""
@@ -103,7 +116,7 @@ class EvalPasses:
             known = ", ".join(sorted(SETS))
             raise ValueError(f"set {name!r} is unknown; known: {known}")
         images = SETS[name](name, folder, self.data.source)
-        found = SetPasses(self.data, images, self.batch_size)
+        found = SetPasses(self.data, images, self.rows)
         found.check(entry)
         return found
 
@@ -158,7 +171,7 @@ class SetPasses:
 
     data: Input
     images: EvaluationSet
-    batch_size: int = 64
+    batch_size: int
 
     def batches(self) -> Batches:
         """One pass: `image`, `index`, `replaced` and `valid` as in `eval_batches`, and

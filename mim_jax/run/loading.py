@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads trained runs from their directories, and measures them."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable
@@ -231,6 +232,22 @@ def check(evaluation: Eval, one: Loaded) -> None:
     """
     evaluation.check_objective(one.run.objective)
     evaluation.check_data(one.run.objective, one.passes)
+
+
+def absent(evaluation: Eval, training: configs.Train) -> str:
+    """Why the data of an evaluation are not there; "" if they are, or if it could not
+    measure such an objective with any.
+
+    Args:
+        training: the built config of a run, which need not be trained yet.
+    """
+    with contextlib.suppress(ValueError):
+        evaluation.check_objective(training.objective)
+        try:
+            evaluation.check_data(training.objective, EvalPasses(training.data))
+        except (ValueError, OSError) as error:
+            return str(error)
+    return ""
 
 
 def _check_same_images(one: Loaded, other: Loaded) -> None:

@@ -183,9 +183,11 @@ class Cells:
         file = pathlib.Path(self.recipes) / f"{training.recipe}.py"
         tree = configs.read(f"{file}:{variant}" if variant else str(file))
         sizes.shrink(tree, self.size)
-        sizes.quiet(tree)
+        sizes.quiet(tree, self.size)
         tree.compile_cache = False  # one for all runs
-        leaves = training.leaves_at(self.size)
+        leaves = dict(training.leaves_at(self.size))
+        if self._classes:  # of ImageNet, and not of a data set that has only those
+            leaves.pop("data.source.dataset", None)
         # The side of a patch comes before what is counted in patches.
         for leaf in sorted(leaves, key=lambda leaf: isinstance(leaves[leaf], Patches)):
             _set(tree, leaf, sizes.value(leaves[leaf], tree, leaf))
@@ -427,10 +429,21 @@ def _text(value: Any) -> str:
 def stale(saved: Mapping[str, Any], cell: Cell) -> list[str]:
     """Where the config of a saved cell differs from that of the declared one: a
     default has changed since."""
-    tree = configs.filled(saved["config"], f"cell {cell.name}")
+    return differences(saved["config"], cell.tree, cell.name)
+
+
+def differences(
+    saved: Mapping[str, Any], declared: configs.Tree, name: str
+) -> list[str]:
+    """Where a saved config would learn something else than the declared one.
+
+    Args:
+        name: of the cell, for messages.
+    """
+    tree = configs.filled(saved, f"cell {name}")
     return [
         line
-        for line in configs.difference(tree, cell.tree)
+        for line in configs.difference(tree, declared)
         if not line.startswith(_NOT_LEARNED)
     ]
 

@@ -125,6 +125,7 @@ class Column:
         run: the run of a row that is measured, a key of `Row.runs`.
         measure: how.
         keys: of the measured numbers; "*" stands for any letters. Several are averaged.
+        full: those at the paper's size; (): the same.
         scale: what the numbers are multiplied by: 100 makes percent of a share.
         metric: the paper's, as in paper_tables.csv; "" if the paper has none.
         sizes: sizes that have the column; () is all.
@@ -136,14 +137,20 @@ class Column:
     run: str
     measure: Measure
     keys: tuple[str, ...]
+    full: tuple[str, ...] = ()
     scale: float = 100.0
     metric: str = ""
     sizes: tuple[str, ...] = ()
     digits: int = 1
     note: str = ""
 
-    def value(self, numbers: Mapping[str, float | int]) -> float | None:
-        """The number of a run, given all that was measured; None if one is missing.
+    def keys_at(self, size: str) -> tuple[str, ...]:
+        """The keys at a size."""
+        return self.full if size == "full" and self.full else self.keys
+
+    def value(self, numbers: Mapping[str, float | int], size: str = "") -> float | None:
+        """The number of a run of a study's size, given all that was measured; None if
+        one is missing.
 
         Example:
             >>> knn = Measure(name="knn", eval="knn")
@@ -152,7 +159,7 @@ class Column:
             50.0
         """
         found = []
-        for key in self.keys:
+        for key in self.keys_at(size):
             names = fnmatch.filter(numbers, key)
             if not names:
                 return None

@@ -2,6 +2,7 @@
 """Job "study": makes the missing cells of a study, then its page."""
 
 import dataclasses
+import os
 import pathlib
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 
@@ -19,7 +21,7 @@ from mim_jax.run.interrupt import EXIT_INTERRUPTED, Interrupted
 from mim_jax.schema import unknown
 from mim_jax.studies import STUDIES, cells, claims, page, results, sizes, work
 from mim_jax.studies.cells import Cell, Cells, Finished
-from mim_jax.studies.grid import Study, with_given
+from mim_jax.studies.grid import Study, Training, with_given
 from mim_jax.studies.work import Bench
 
 _TOPOLOGY = "v5e:4x8"  # of the commands for the compiler's account
@@ -78,41 +80,23 @@ def run(config: configs.Tree, workdir: files.Place) -> None:
         Interrupted: SIGTERM or SIGINT came; the run under way is saved.
         FailedCellsError: cells failed. The others are finished and the page is written.
     """
-    settings = configs.build(config)
-    if settings.study not in STUDIES:
-        raise configs.ConfigError(
-            f"config.study: {unknown('study', settings.study, STUDIES)}"
-        )
-    if not isinstance(workdir, pathlib.Path):
-        raise configs.ConfigError(
-            f"workdir={str(workdir)!r}: a study needs a directory of a file system; "
-            "want one, or mount the bucket"
-        )
-    try:
-        given = dict(one.split("=", 1) for one in settings.given)
-        study = with_given(STUDIES[settings.study], given)
-    except ValueError as error:
-        raise configs.ConfigError(
-            f"config.given={settings.given}: {error}; want ROW=RUNDIR"
-        ) from error
-    if not study.full and settings.size != study.small:
-        raise configs.ConfigError(
-            f"config.size={settings.size!r}: study {study.name} has size "
-            f"{study.small!r} alone"
-        )
-    places = Places.of(settings, study, workdir)
-    found = Cells(_at(settings.size, study), settings, places.runs)
+    settings, study, places, found = _opened(config, workdir)
     mine = found.of_study(study)
     bench = Bench(places.runs, places.cells, settings.size)
+    several = jax.process_count() > 1
     if settings.only:
+        if several:
+            _check_results(settings)
         work.make(bench, _named(settings.only, found))
         return
-    if jax.process_count() > 1:
+    if several:
         raise configs.ConfigError(
             "a study runs one process per cell: want --config.only=CELL with "
             "--distributed, as --config.commands=slurm and =jobset print it"
         )
-    commands = _Commands(settings, workdir)
+    if settings.commands == "jobset":
+        _check_results(settings)
+    commands = _Commands(settings, workdir, places)
     wanted = [cell for cell in mine if not cell.undefined]
     missing = [cell for cell in wanted if _lacks(bench, cell)]
     if settings.commands:
@@ -131,6 +115,62 @@ def run(config: configs.Tree, workdir: files.Place) -> None:
             + "\n".join(f"  {names[key]}: {why}" for key, why in failed.items())
             + f"\nWhat they printed is in {places.runs / 'logs'}; the same command "
             "tries them again"
+        )
+
+
+def on_other_machines(config: configs.Tree, workdir: files.Place) -> configs.Tree:
+    """The config of the training run that a study's command makes on machines that are
+    not this one; the study's own if it names no cell.
+
+    Raises:
+        ConfigError: as `run`; or the numbers would be lost with those machines.
+    """
+    settings, _, _, found = _opened(config, workdir)
+    if not settings.only:
+        return config
+    _check_results(settings)
+    return _named(settings.only, found).tree
+
+
+def _opened(
+    config: configs.Tree, workdir: files.Place
+) -> tuple[configs.RunStudy, Study, Places, Cells]:
+    """What a config says of a study; folders of data go into the environment."""
+    settings = configs.build(config)
+    os.environ.update(one.split("=", 1) for one in settings.data)
+    if not isinstance(workdir, pathlib.Path):
+        raise configs.ConfigError(
+            f"workdir={str(workdir)!r}: a study needs a directory of a file system; "
+            "want one, or mount the bucket"
+        )
+    if settings.study not in STUDIES:
+        raise configs.ConfigError(
+            f"config.study: {unknown('study', settings.study, STUDIES)}"
+        )
+    try:
+        given = dict(one.split("=", 1) for one in settings.given)
+        study = with_given(STUDIES[settings.study], given)
+    except ValueError as error:
+        raise configs.ConfigError(
+            f"config.given={settings.given}: {error}; want ROW=RUNDIR"
+        ) from error
+    if not study.full and settings.size != study.small:
+        raise configs.ConfigError(
+            f"config.size={settings.size!r}: study {study.name} has size "
+            f"{study.small!r} alone"
+        )
+    places = Places.of(settings, study, workdir)
+    found = Cells(_at(settings.size, study), settings, places.runs)
+    return settings, study, places, found
+
+
+def _check_results(settings: configs.RunStudy) -> None:
+    """Refuse to leave numbers in a copy of docs/studies on machines that go away."""
+    if not settings.results:
+        raise configs.ConfigError(
+            "results is empty: other machines have a copy of docs/studies, which is "
+            "lost with them; want --config.results=DIR on a disk or in a mounted "
+            "bucket that this machine sees too, e.g. bucket/studies"
         )
 
 
@@ -190,6 +230,8 @@ def _make_all(
             print(f"    failed: {failed[cell.key]}", flush=True)
         else:
             print(f"    {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+            for line in _warnings(bench.log(cell)):
+                print(f"    {line}", flush=True)
     return failed
 
 
@@ -224,6 +266,12 @@ def _run(command: list[str], log: pathlib.Path) -> int:
     return child.returncode
 
 
+def _warnings(log: pathlib.Path) -> list[str]:
+    """What the newest process that wrote a log could not measure, each line once."""
+    lines = log.read_text().splitlines()
+    return [*dict.fromkeys(line for line in lines if line.startswith(work.UNMEASURED))]
+
+
 def _last_words(log: pathlib.Path) -> str:
     """The line of a log that says what went wrong."""
     lines = [line for line in log.read_text().splitlines() if line.strip()]
@@ -234,7 +282,9 @@ def _last_words(log: pathlib.Path) -> str:
 class _Commands:
     """The commands that make cells."""
 
-    def __init__(self, settings: configs.RunStudy, workdir: pathlib.Path):
+    def __init__(
+        self, settings: configs.RunStudy, workdir: files.Place, places: Places
+    ):
         own = pathlib.Path(settings.recipes) / f"study_{settings.study}.py"
         if not own.exists():  # a study from outside
             own = pathlib.Path(settings.recipes) / "study.py"
@@ -245,8 +295,13 @@ class _Commands:
             flags.insert(0, f"--plugins={','.join(settings.plugins)}")
         if own.stem == "study":
             flags.append(f"--config.study={settings.study}")
-        for name in ("seeds", "class_list", "given", "recipes", "results", "runs"):
-            value = getattr(settings, name)
+        results = settings.results
+        if settings.commands == "slurm":  # whose nodes share this disk
+            results = results or str(places.cells.parent.absolute())
+        for name in (
+            *("seeds", "class_list", "given", "data", "recipes", "results", "runs"),
+        ):
+            value = results if name == "results" else getattr(settings, name)
             if value != getattr(usual, name):
                 flags.append(f"--config.{name}={_flag(value)}")
         self._arguments = [*flags, f"--workdir={workdir}"]
@@ -264,7 +319,9 @@ class _Commands:
     def plain(self) -> str:
         """The command that makes all that is missing, without folders of this
         machine."""
-        folders = ("--config.recipes=", "--config.results=", "--config.runs=")
+        folders = tuple(
+            f"--config.{name}=" for name in ("recipes", "results", "runs", "data")
+        )
         words = [word for word in self._arguments[:-1] if not word.startswith(folders)]
         workdir = f"--workdir=studies/{self._settings.study.replace('_', '-')}"
         return shlex.join(["python", "-m", "mim_jax.main", *words, workdir])
@@ -297,7 +354,7 @@ class _Commands:
     def _accounts(self, study: Study, found: Cells) -> list[str]:
         """One command of `aot` for each distinct run, without its seed and images."""
         lines: dict[str, None] = {}
-        for training in {id(t): t for t, _ in study.measures()}.values():
+        for training in _with_parents(t for t, _ in study.measures()):
             cell = found.of(training, found.seeds[0])
             if cell.undefined:
                 continue
@@ -312,6 +369,17 @@ class _Commands:
                 words.append(f"--config.{leaf}={_flag(value)}")
             lines[shlex.join([*words, f"--topology={_TOPOLOGY}"])] = None
         return list(lines)
+
+
+def _with_parents(trainings: Iterable[Training]) -> list[Training]:
+    """Each training after those that it begins with, once."""
+    found: dict[int, Training] = {}
+    for training in trainings:
+        line = [training]
+        while line[0].parent is not None:
+            line.insert(0, line[0].parent)
+        found |= {id(one): one for one in line if id(one) not in found}
+    return list(found.values())
 
 
 def _flag(value: object) -> str:

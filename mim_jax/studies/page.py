@@ -65,9 +65,10 @@ def _lines(
     yield from _table(results)
     yield ""
     seeds = len(results.cells.seeds)
+    others = "" if size == "full" else ", of another data set and a larger network"
     yield (
         f"Ours: mean ± standard deviation over seeds, n of {seeds} where it is less. "
-        "In brackets the paper's number, of another data set and a larger network; "
+        f"In brackets the paper's number{others}; "
         "? marks those that are uncertain. Hidden: the share of patches that is really "
         "hidden in pre-training."
     )

@@ -275,7 +275,7 @@ def _entry(study, row, column, cells, finished, failed, evals) -> Entry:
             cell = cells.of(row.runs[column.run], seed)
             if cell.given and values:
                 continue  # one run, which all seeds share, is one value
-            found = _value(cell, column, measure, finished, failed, evals)
+            found = _value(cell, column, measure, finished, failed, evals, cells.size)
             if isinstance(found, str):
                 reasons.append(found)
             else:
@@ -284,7 +284,7 @@ def _entry(study, row, column, cells, finished, failed, evals) -> Entry:
 
 
 def _value(
-    cell: Cell, column: Column, measure: Measure, finished, failed, evals
+    cell: Cell, column: Column, measure: Measure, finished, failed, evals, size: str
 ) -> float | str:
     """The number of a cell in a column, or why there is none."""
     name = measure.name
@@ -304,7 +304,8 @@ def _value(
         )
     if measured[name].missing:
         return measured[name].missing
-    found = column.value({key: n.value for key, n in measured[name].numbers.items()})
+    numbers = {key: n.value for key, n in measured[name].numbers.items()}
+    found = column.value(numbers, size)
     if found is None:
-        return f"{name} does not give {', '.join(column.keys)} for such a run"
+        return f"{name} does not give {', '.join(column.keys_at(size))} for such a run"
     return found

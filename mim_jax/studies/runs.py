@@ -36,7 +36,16 @@ CMAE_DROPPED = CMAE_AVERAGE.but(leaves={"objective.mask_token": False})
 CMAE_DROPPED_BYOL = CMAE_DROPPED.but(leaves={"objective.contrast": "byol"})
 
 MOCO = Training(recipe="mocov3")
-DINO = Training(recipe="dino", full={"epochs": 800.0})
+# The first 50 epochs warm the teacher up, and 3 freeze the prototypes, as they do in a
+# run of 400 epochs.
+DINO = Training(
+    recipe="dino",
+    full={
+        "epochs": 800.0,
+        "objective.teacher_warmup": 50 / 800,
+        "objective.freeze_prototypes": 3 / 800,
+    },
+)
 BEIT = Training(recipe="beit", full={"epochs": 300.0})
 
 # From scratch, on all labels and on a tenth of them.
@@ -92,7 +101,12 @@ RECONSTRUCTION = Measure(
     settings=dict(images=256, draws=1, inpainted=8, rows=1),
     full=dict(images=5000, inpainted=64),
 )
-KNN = Measure(name="knn", eval="knn", settings=dict(k=(10,), rows=1, neighbours=1))
+KNN = Measure(
+    name="knn",
+    eval="knn",
+    settings=dict(k=(10,), rows=1, neighbours=1),
+    full=dict(untrained=False),
+)
 RIDGE = Measure(name="ridge", eval="ridge")
 CKA = Measure(name="cka", eval="cka", keep=("cka", "ratios", "occlusion"))
 CKA_AS_TRAINED = Measure(

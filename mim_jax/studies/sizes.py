@@ -40,7 +40,7 @@ def shrink(tree: config.Tree, size: str) -> None:
     tree.checkpoint.every = 250
 
 
-def quiet(tree: config.Tree) -> None:
+def quiet(tree: config.Tree, size: str) -> None:
     """A short closing report, without pictures that nobody sees: a study measures each
     run itself."""
     if "decoder" in tree.objective:
@@ -50,6 +50,8 @@ def quiet(tree: config.Tree) -> None:
         report = config.choose(Eval, "detection", images=8, shown=1)
     elif "classes" in tree.objective:
         report = config.choose(Eval, "robustness", mistakes=0)
+    elif size == "full":  # neighbours would take a pass over ImageNet
+        report = config.choose(Eval, "cka", images=64)
     else:
         report = config.choose(Eval, "knn", k=(10,), rows=1, neighbours=1)
     with tree.unlocked():

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Iterator
 
@@ -16,8 +17,10 @@ import mim_jax
 from mim_jax import config as configs
 from mim_jax import train
 from mim_jax.evals.base import Eval
-from mim_jax.run import files, loading, programs, rundir
+from mim_jax.run import files, loading, programs, rundir, warmstart
+from mim_jax.run.hosts import REPORT
 from mim_jax.run.loading import Loaded
+from mim_jax.run.storage import wait_for_all
 from mim_jax.studies import cells, sizes
 from mim_jax.studies.cells import Cell, Measured
 from mim_jax.studies.grid import Measure
@@ -25,6 +28,8 @@ from mim_jax.studies.grid import Measure
 _WAIT = 5.0  # seconds between two looks at a lock
 # The file of a run directory that says that the run is whole; it holds the cell's key.
 _MARK = "trained"
+# Begins a line on stderr about a measure whose data are not there.
+UNMEASURED = "WARNING: not measured: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,8 @@ def make(bench: Bench, cell: Cell) -> None:
                 _finish(bench, one)
             elif not is_trained(one.folder, one):
                 _finish(bench, one, again=True)
+        if jax.process_count() > 1:  # the first host may measure for hours
+            wait_for_all(f"{one.name} is made", REPORT)
 
 
 @contextlib.contextmanager
@@ -103,6 +110,8 @@ def _finish(bench: Bench, cell: Cell, again: bool = False) -> None:
     start, processor = time.monotonic(), time.process_time()
     resumed = folder.exists()
     if not is_trained(folder, cell):
+        if jax.process_index() == 0:
+            _warn(bench, cell, lacks)
         train.run(cell.tree, folder)
         if jax.process_index() == 0:
             files.write(folder / _MARK, cell.key)
@@ -116,7 +125,9 @@ def _finish(bench: Bench, cell: Cell, again: bool = False) -> None:
     for name in lacks:
         if cell.measures[name].eval in known:
             print(f"measuring {name}", flush=True)
-            measured[name] = _measured(cell.measures[name], loaded, bench.size)
+            found = _measured(cell.measures[name], loaded, bench.size)
+            if found is not None:
+                measured[name] = found
     about = {} if before is None else before.file
     if before is None:
         about = {
@@ -148,26 +159,58 @@ def is_trained(folder: pathlib.Path, cell: Cell) -> bool:
         return False
     try:
         saved = rundir.saved_config(folder)
-        # Somebody may have trained on there, with other settings.
-        return saved is not None and not cells.stale({"config": saved}, cell)
+        if saved is None:
+            return False
+        # The run that it began with decided some settings, which only its own config
+        # has. Somebody may have trained on there, with other settings.
+        declared = warmstart.adopt(cell.tree, folder)
+        return not cells.differences(saved, declared, cell.name)
     except configs.ConfigError:
         return False
 
 
-def _measured(measure: Measure, loaded: Loaded, size: str) -> Measured:
-    """What a measure finds on a run; or why it cannot measure it."""
+def _evaluation(measure: Measure, size: str) -> Eval:
     settings = {
         name: sizes.setting(value, size)
         for name, value in measure.settings_at(size).items()
     }
-    evaluation = configs.KINDS[Eval][1][measure.eval](**settings)
+    return configs.KINDS[Eval][1][measure.eval](**settings)
+
+
+def _measured(measure: Measure, loaded: Loaded, size: str) -> Measured | None:
+    """What a measure finds on a run, or why it cannot measure such a run; None if its
+    data are not there, so that a later start measures it."""
+    evaluation = _evaluation(measure, size)
     one = loaded if measure.weights == "trained" else loaded.untrained("random")
+    if reason := loading.absent(evaluation, loaded.training):
+        print(f"{UNMEASURED}{measure.name}: {reason}", file=sys.stderr, flush=True)
+        return None
     reports, reasons = loading.measure(evaluation, {"run": one})
     if reasons:
         return Measured({}, {}, missing=reasons["run"])
     report = reports["run"]
     kept = {name: report.arrays[name] for name in measure.keep}
     return Measured(report.numbers, kept)
+
+
+def _warn(bench: Bench, cell: Cell, lacks: list[str]) -> None:
+    """Say before a run is trained what could not be measured on it."""
+    known = configs.KINDS[Eval][1]
+    try:
+        settings = configs.build(warmstart.adopt(cell.tree, cell.folder))
+    except configs.ConfigError:
+        return  # training says it
+    for measure in (cell.measures[name] for name in lacks):
+        if measure.eval in known:
+            evaluation = _evaluation(measure, bench.size)
+            if reason := loading.absent(evaluation, settings):
+                print(
+                    f"WARNING: {measure.name} cannot be measured as it is: {reason}. "
+                    "Once its data are there, the same command measures it, if the run "
+                    "directory is still there",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _minutes(seconds: float) -> float:

@@ -12,6 +12,7 @@ from mim_jax import config
 from mim_jax.data.examples.base import Examples, common_fields
 from mim_jax.data.fields import FieldSpec
 from mim_jax.data.input import Input
+from mim_jax.data.passes import EvalPasses
 from mim_jax.data.pipeline import train_batches
 from mim_jax.data.sources.digits import Digits
 
@@ -195,3 +196,15 @@ def test_examples_are_chosen_by_name_and_old_configs_get_the_default(tmp_path):
 def test_no_more_processes_read_than_there_are_cores(monkeypatch, workers, cores, want):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
     assert make(workers=workers).processes == want
+
+
+@pytest.mark.parametrize(
+    "side, rows", [(8, 64), (224, 64), (384, 56), (512, 32), (1024, 8), (4096, 1)]
+)
+def test_evaluations_read_fewer_images_at_a_time_where_they_are_large(side, rows):
+    data = Input(source=Digits(), image_size=(side, side), workers=0)
+    assert EvalPasses(data).rows == rows
+    assert EvalPasses(data, batch_size=5).rows == 5
+    if side <= 512:
+        with EvalPasses(data).held_out() as batches:
+            assert next(iter(batches))["image"].shape == (rows, side, side, 1)

