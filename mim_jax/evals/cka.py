@@ -16,6 +16,7 @@ from mim_jax.evals.occluded import IN_WORDS, Choice, encode_occluded, resolved
 from mim_jax.evals.report import Number, Report
 from mim_jax.maskings.random import Random
 from mim_jax.objectives.base import Objective
+from mim_jax.ops.attention import accurate
 from mim_jax.ops.cka import Moments
 from mim_jax.ops.masking import Mask, take
 from mim_jax.ops.patches import to_float
@@ -135,6 +136,7 @@ class CKA(Eval):
             return full[:, :, :1], part[:, :, :1]
         full, part = full[:, :, 1:], part[:, :, 1:]
         if self.feature == "mean":
+            full, part = (one.astype(accurate(one.dtype)) for one in (full, part))
             return full.mean(axis=2, keepdims=True), part.mean(axis=2, keepdims=True)
 
         def visible(tokens):

@@ -162,7 +162,10 @@ def _vote(
     counts: tuple[int, ...],
     temperature: float,
 ) -> Int[Array, "k r"]:
-    similar, near = jax.lax.top_k(rows @ vectors.T, max(counts))
+    # TPUs and GPUs would round the vectors first. Features that hardly differ between
+    # images would lose what they differ in.
+    products = jnp.matmul(rows, vectors.T, precision="highest")
+    similar, near = jax.lax.top_k(products, max(counts))
     # Relative to the nearest, as exp(1 / .07) is 1.6e6.
     weights = jnp.exp((similar - similar[:, :1]) / temperature)
     ballots = jax.nn.one_hot(labels[near], classes)  # all zero where the label is -1

@@ -79,9 +79,10 @@ class Form(NamedTuple):
         >>> import jax, jax.numpy as jnp
         >>> from mim_jax.kernels import FORMS
         >>> from mim_jax.kernels.choice import choose_attention
+        >>> from mim_jax.ops.attention import repeated
         >>> def by_jax(qkv, bias, heads):
         ...     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        ...     parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, -1)
+        ...     parts = (qkv + repeated(bias, qkv)).reshape(rows, tokens, 3, heads, -1)
         ...     q, k, v = jnp.moveaxis(parts, 2, 0)
         ...     mixed = jax.nn.dot_product_attention(q, k, v)
         ...     return mixed.reshape(rows, tokens, width)
@@ -93,8 +94,10 @@ class Form(NamedTuple):
         'by_jax'
 
     Attributes:
-        run: from (qkv "b n e", bias "e", heads) to mixed values "b n e//3", as the
-            first result of `mim_jax.ops.attention.attention`; JAX differentiates it.
+        run: from (qkv "b n e", bias "e", heads) to mixed values "b n e//3" of qkv's
+            dtype, as the first result of `mim_jax.ops.attention.attention`; JAX
+            differentiates it. The bias is float32, whatever qkv is: its gradient is a
+            sum over all tokens (`mim_jax.ops.attention.repeated`).
         platform: the only one that can run it: "cpu", "gpu" or "tpu".
         misfit: says of a site why this form cannot run there; "" if it can.
         preferred: says whether "auto" takes it at a site where it can run. The default

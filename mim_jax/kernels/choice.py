@@ -8,7 +8,7 @@ import jax
 
 from mim_jax.kernels import FORMS
 from mim_jax.kernels.base import Form, Kernels, Site
-from mim_jax.ops.attention import attention
+from mim_jax.ops.attention import accurate, attention
 from mim_jax.schema import brief, raised, returned
 
 _Objective = TypeVar("_Objective")
@@ -117,7 +117,7 @@ def check_forms(
 def _check_form(name: str, site: Site) -> None:
     """ValueError unless a form's result is like that of the plain form."""
     qkv = jax.ShapeDtypeStruct((2, site.tokens, 3 * site.width), site.dtype)
-    bias = jax.ShapeDtypeStruct(qkv.shape[2:], site.dtype)
+    bias = jax.ShapeDtypeStruct(qkv.shape[2:], accurate(site.dtype))
 
     def shape_of(run):
         return jax.eval_shape(lambda qkv, bias: run(qkv, bias, site.heads), qkv, bias)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mim_jax.kernels.base import Site
-from mim_jax.ops.attention import accurate
+from mim_jax.ops.attention import accurate, repeated
 
 # Measured sizes are in docs/performance.md.
 LOOP_BYTES = 2**19  # An image whose weights have so many bytes, or more, goes alone.
@@ -53,7 +53,7 @@ def recomputing_attention(
 def _over_heads(run: Callable[..., Any], qkv, bias, heads: int):
     """Splits and joins heads around a function of "b 3 a n c"."""
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, width // heads)
+    parts = (qkv + repeated(bias, qkv)).reshape(rows, tokens, 3, heads, width // heads)
     mixed = run(jnp.transpose(parts, (0, 2, 3, 1, 4)))
     return jnp.moveaxis(mixed, 1, 2).reshape(rows, tokens, width)
 

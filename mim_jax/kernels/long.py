@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from mim_jax.kernels.base import Site
 from mim_jax.kernels.tpu import LANES, up
+from mim_jax.ops.attention import repeated
 
 _SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
 _MOST = 1024  # tokens of a block, for which the vector memory of every TPU suffices
@@ -80,7 +81,7 @@ def long_attention(
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     size, block = width // heads, block_of(tokens)
     filled = up(tokens, block)
-    parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, size)
+    parts = (qkv + repeated(bias, qkv)).reshape(rows, tokens, 3, heads, size)
     parts = jnp.pad(parts, ((0, 0), (0, filled - tokens), (0, 0), (0, 0), (0, 0)))
     q, k, v = jnp.moveaxis(parts, (2, 3), (0, 2))
     kernel = splash.make_splash_mha(

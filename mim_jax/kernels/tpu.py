@@ -61,7 +61,12 @@ def short_attention(
     """
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = jax.ShapeDtypeStruct((rows, tokens, width), qkv.dtype)
-    return _call(_forward, [qkv, bias[None]], [out], heads, interpret)[0]
+    return _call(_forward, [qkv, _row(bias, qkv)], [out], heads, interpret)[0]
+
+
+def _row(bias, qkv):
+    """The bias as the kernel reads it; the kernel sums its gradient in float32."""
+    return bias.astype(qkv.dtype)[None]
 
 
 def _short_forward(qkv, bias, heads, interpret):
@@ -72,7 +77,7 @@ def _short_backward(heads, interpret, saved, gradient):
     # The weights are computed again: keeping them is what costs.
     qkv, bias = saved
     out = [qkv, jax.ShapeDtypeStruct((1, *bias.shape), jnp.float32)]
-    arrays = [qkv, bias[None], gradient]
+    arrays = [qkv, _row(bias, qkv), gradient]
     dqkv, dbias = _call(_backward, arrays, out, heads, interpret)
     return dqkv, dbias[0].astype(bias.dtype)
 

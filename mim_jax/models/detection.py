@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mim_jax.models.heads import WideDense
 from mim_jax.models.vit import LayerNorm, gelu
-from mim_jax.ops.attention import accurate
+from mim_jax.ops.attention import accurate, repeated
 from mim_jax.schema import check_ranges, shared, within
 
 LEVELS = 4  # of the pyramid, at a quarter, a half, one and two patches
@@ -50,7 +51,7 @@ class Conv(nn.Module):
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return x + jnp.asarray(bias, self.dtype)[None, None, None]
+        return x + repeated(bias, x)
 
 
 class Up(nn.Module):
@@ -70,7 +71,7 @@ class Up(nn.Module):
         b, h, w, _ = x.shape
         x = jnp.einsum("bhwc,yxcf->bhywxf", x.astype(self.dtype), kernel)
         x = x.reshape(b, 2 * h, 2 * w, self.features)
-        return x + jnp.asarray(bias, self.dtype)[None, None, None]
+        return x + repeated(bias, x)
 
 
 class Norm(nn.Module):
@@ -231,16 +232,14 @@ class BoxHead(nn.Module):
             x = Conv(width, 3, self.dtype, name=f"conv{number}")(x)
             x = jax.nn.relu(Norm(self.dtype, name=f"norm{number}")(x))
         x = x.reshape(len(x), -1)
-        x = jax.nn.relu(self._linear(self.hidden, "fc")(x))
+        x = jax.nn.relu(self._linear(self.hidden, "fc")(x)).astype(self.dtype)
         score = self._linear(classes + 1, "score", nn.initializers.normal(0.01))
         offset = self._linear(4 * classes, "offset", nn.initializers.normal(0.001))
-        kind = accurate(self.dtype)
-        offsets = offset(x).astype(kind).reshape(len(x), classes, 4)
-        return score(x).astype(kind), offsets
+        return score(x), offset(x).reshape(len(x), classes, 4)
 
-    def _linear(self, features: int, name: str, init=None) -> nn.Dense:
-        init = nn.initializers.xavier_uniform() if init is None else init
-        return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
+    def _linear(self, features: int, name: str, start=None) -> WideDense:
+        start = nn.initializers.xavier_uniform() if start is None else start
+        return WideDense(features, start, self.dtype, name=name)
 
     def flops(self, side: int, width: int, classes: int) -> float:
         """FLOPs of one forward pass of one region."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from mim_jax.kernels.base import PLAIN, Kernels
 from mim_jax.models.vit import Dense, LayerNorm, gelu
-from mim_jax.ops.attention import accurate
+from mim_jax.ops.attention import accurate, repeated
 from mim_jax.ops.contrastive import l2_normalise
 from mim_jax.schema import check_ranges, internal, shared, within
 
@@ -164,8 +164,30 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.classes}"]:
         init = nn.initializers.normal(self.deviation)
-        x = nn.Dense(self.classes, dtype=self.dtype, kernel_init=init, name="linear")(x)
-        return x.astype(accurate(self.dtype))
+        return WideDense(self.classes, init, self.dtype, name="linear")(x)
+
+
+class WideDense(nn.Module):
+    """Linear layer whose outputs are float32 at least. Rounded to bfloat16, logits of
+    two classes would often be the same.
+
+    Attributes:
+        features: output width.
+        start: initialiser of the kernel; biases start at zero.
+        dtype: of what is multiplied.
+    """
+
+    features: int
+    start: nn.initializers.Initializer
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.features}"]:
+        kind, shape = accurate(self.dtype), (x.shape[-1], self.features)
+        kernel = jnp.asarray(self.param("kernel", self.start, shape), self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=kind)
+        return x + repeated(bias, x)
 
 
 def init_heads(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mim_jax.kernels import attend
 from mim_jax.kernels.base import PLAIN, Kernels
 from mim_jax.kernels.spread import gathered
-from mim_jax.ops.attention import accurate, attention
+from mim_jax.ops.attention import accurate, attention, repeated
 from mim_jax.ops.masking import take
 from mim_jax.ops.patches import Grid, sincos_2d
 from mim_jax.ops.posembed import relative_pairs
@@ -263,19 +263,19 @@ class Dense(nn.Module):
         product, bias = self.product_and_bias(x)
         if bias is None:
             return product
-        return product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
+        return product + repeated(bias, product)
 
     @nn.compact
     def product_and_bias(
         self, x: Float[Array, "*b d"]
     ) -> tuple[Float[Array, "*b {self.features}"], Any]:
-        """The product, without the bias added, and the bias "f" (None: no bias)."""
+        """The product, without the bias added, and the bias "f", float32 (None: no
+        bias)."""
         init, shape = nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
         kernel: Any = jnp.asarray(self.param("kernel", init, shape), self.dtype)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
-            bias = jnp.asarray(bias, self.dtype)
         if self.kernels.mesh is not None:
             kernel = gathered(kernel, self.kernels.mesh, self.split)
         x = x.astype(self.dtype)
@@ -345,10 +345,11 @@ class Block(nn.Module):
         if self.layer_scale is not None:
             start = nn.initializers.constant(self.layer_scale)
             gains = self.param(f"scale{branch + 1}", start, y.shape[-1:])
-            y = y * gains.astype(y.dtype)[None, None]
-        return (
-            y if scales is None else y * scales[branch][:, None, None].astype(y.dtype)
-        )
+            y = y * repeated(gains, y)
+        if scales is None:
+            return y
+        wide = y.astype(accurate(y.dtype)) * scales[branch][:, None, None]
+        return wide.astype(y.dtype)  # a rounded factor would not be 1 on average
 
 
 def positions(
@@ -451,9 +452,9 @@ class Encoder(nn.Module):
         x = embed(patches)  # hidden patches, left out already, cost nothing
         if hidden is not None:
             x = self._with_mask_tokens(x, hidden, keep)
-        x = x + (table[None] if keep is None else table[keep]).astype(x.dtype)
+        x = x + repeated(table if keep is None else table[keep], x)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls = jnp.broadcast_to((cls + first).astype(x.dtype), (len(x), 1, self.width))
+        cls = repeated(cls + first, x[:, :1])
         keys = keys if self.drop_path else None
         scales = None if keys is None else drop_path(keys, self.depth, self.drop_path)
         offsets = self._offsets(grid, keep) if self.relative_positions else None
@@ -462,7 +463,9 @@ class Encoder(nn.Module):
         norm = LayerNorm(self.dtype, self.epsilon, name="norm")
         if self.norm == "tokens":
             return norm(x), seen
-        return x, seen | {"pooled": norm(x[:, 1:].mean(axis=1, keepdims=True))[:, 0]}
+        # The mean of tokens in bfloat16 has more digits than they have.
+        mean = x[:, 1:].astype(accurate(x.dtype)).mean(axis=1, keepdims=True)
+        return x, seen | {"pooled": norm(mean)[:, 0]}
 
     def _offsets(self, grid: Grid, keep) -> Float[Array, "l _ a t t"]:
         """The relative position bias of each block, for the tokens that it sees."""
@@ -481,7 +484,7 @@ class Encoder(nn.Module):
             raise ValueError("keep drops patches and hidden replaces them: want one")
         init = nn.initializers.normal(0.02)
         mask_token = self.param("mask_token", init, (1, 1, self.width))
-        return jnp.where(hidden[:, :, None], mask_token.astype(x.dtype), x)
+        return jnp.where(hidden[:, :, None], repeated(mask_token, x), x)
 
     def check_sizes(self) -> None:
         """ValueError if the sizes do not fit together."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 from mim_jax.maskings.base import Masking
 from mim_jax.models.decoder import Decoder
 from mim_jax.models.vit import Encoder
+from mim_jax.ops.attention import accurate
 from mim_jax.ops.losses import cross_entropy
 from mim_jax.ops.masking import Mask, masks_of, unshuffle
 from mim_jax.ops.patches import (
@@ -340,7 +341,9 @@ class Objective(abc.ABC):
         """One vector per image, as `feature` says, from what `encode` returns."""
         if self.feature == "cls":
             return tokens[:, 0]
-        return seen["pooled"] if "pooled" in seen else tokens[:, 1:].mean(axis=1)
+        if "pooled" in seen:
+            return seen["pooled"]
+        return tokens[:, 1:].astype(accurate(tokens.dtype)).mean(axis=1)
 
     def check_encoder(self, image_shape: tuple[int, int, int]) -> None:
         """ValueError if encoder, standardisation or maskings do not fit the images."""
