@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mim_jax.kernels import FORMS
 from mim_jax.kernels.base import Form
-from mim_jax.ops.attention import accurate
+from mim_jax.ops.attention import accurate, repeated
 
 TILE = 8  # keys that are read together
 
@@ -22,12 +22,13 @@ def tiled_attention(qkv, bias, heads):
 
     Args:
         qkv: queries, keys and values side by side, without their bias, "b n e".
-        bias: theirs, "e".
+        bias: theirs, "e", float32 whatever qkv is; `repeated` adds it so that its
+            gradient is summed in float32.
     Returns:
         The mixed values "b n e//3".
     """
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    parts = (qkv + bias[None, None]).reshape(rows, tokens, 3, heads, width // heads)
+    parts = (qkv + repeated(bias, qkv)).reshape(rows, tokens, 3, heads, width // heads)
     q, k, v = jnp.moveaxis(parts, 2, 0)
     q, kind = q * q.shape[-1] ** -0.5, accurate(q.dtype)
     count = -(-tokens // TILE)
