@@ -16,10 +16,12 @@ from mim_jax.models.vit import (
     positions,
     run_blocks,
 )
-from mim_jax.ops.attention import repeated
+from mim_jax.ops.attention import accurate
 from mim_jax.ops.masking import Mask
 from mim_jax.ops.patches import Grid
 from mim_jax.schema import check_ranges, internal, shared, within
+
+_INIT = nn.initializers.normal(0.02)
 
 
 class Decoder(nn.Module):
@@ -70,18 +72,15 @@ class Decoder(nn.Module):
                 (`mim_jax.ops.masking.unshuffle` restores grid order).
         """
         x = Dense(self.width, self.dtype, self.kernels, name="embed")(tokens)
-        first, table = positions(self, grid)
-        if self.positions != "learned":  # no gradient is summed over its rows
-            table = table.astype(x.dtype)
-        init = nn.initializers.normal(0.02)
-        mask_token = self.param("mask_token", init, (1, 1, self.width))
+        # The gradients of tokens and positions are sums, which are made in float32.
+        x = x.astype(accurate(self.dtype))
+        first, table = (one.astype(x.dtype) for one in positions(self, grid))
+        mask_token = self.param("mask_token", _INIT, (1, 1, self.width)).astype(x.dtype)
         # Visible tokens get positions here too: those that the encoder added have
         # another width.
-        hidden = table[mask.drop].astype(x.dtype)
-        hidden = repeated(mask_token, hidden) + hidden
-        seen = x[:, 1:] + table[mask.keep].astype(x.dtype)
-        cls = x[:, :1] + repeated(first, x[:, :1])
-        x, _ = run_blocks(self, jnp.concatenate([cls, seen, hidden], 1))
+        seen, hidden = x[:, 1:] + table[mask.keep], mask_token + table[mask.drop]
+        x = jnp.concatenate([x[:, :1] + first, seen, hidden], 1).astype(self.dtype)
+        x, _ = run_blocks(self, x)
         middle = 1 + mask.keep.shape[1]
         ends = {"hidden": (middle, None), "visible": (1, middle), "all": (1, None)}
         begin, end = ends[predict]

@@ -261,9 +261,7 @@ class Dense(nn.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b {self.features}"]:
         product, bias = self.product_and_bias(x)
-        if bias is None:
-            return product
-        return product + repeated(bias, product)
+        return product if bias is None else product + repeated(bias, product)
 
     @nn.compact
     def product_and_bias(
@@ -275,7 +273,7 @@ class Dense(nn.Module):
         kernel: Any = jnp.asarray(self.param("kernel", init, shape), self.dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,))
+            bias = jnp.asarray(self.param("bias", self.bias_init, (self.features,)))
         if self.kernels.mesh is not None:
             kernel = gathered(kernel, self.kernels.mesh, self.split)
         x = x.astype(self.dtype)
@@ -458,14 +456,11 @@ class Encoder(nn.Module):
         keys = keys if self.drop_path else None
         scales = None if keys is None else drop_path(keys, self.depth, self.drop_path)
         offsets = self._offsets(grid, keep) if self.relative_positions else None
-        x = jnp.concatenate([cls, x], axis=1)
-        x, seen = through(self, x, taps, (scales, offsets))
+        x, seen = through(self, jnp.concatenate([cls, x], 1), taps, (scales, offsets))
         norm = LayerNorm(self.dtype, self.epsilon, name="norm")
         if self.norm == "tokens":
             return norm(x), seen
-        # The mean of tokens in bfloat16 has more digits than they have.
-        mean = x[:, 1:].astype(accurate(x.dtype)).mean(axis=1, keepdims=True)
-        return x, seen | {"pooled": norm(mean)[:, 0]}
+        return x, seen | {"pooled": norm(mean_token(x[:, 1:]))[:, 0]}
 
     def _offsets(self, grid: Grid, keep) -> Float[Array, "l _ a t t"]:
         """The relative position bias of each block, for the tokens that it sees."""
@@ -496,6 +491,12 @@ class Encoder(nn.Module):
         embed = 2 * visible * self.patch**2 * channels * self.width
         layer = layer_flops(visible + 1, self.width, self.mlp_ratio)
         return embed + self.depth * layer
+
+
+def mean_token(tokens: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
+    """The mean of an image's tokens, float32 at least: it has more digits than tokens
+    in bfloat16 have."""
+    return tokens.astype(accurate(tokens.dtype)).mean(axis=1, keepdims=True)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

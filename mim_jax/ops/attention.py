@@ -37,7 +37,7 @@ def attention(
     return jnp.moveaxis(mixed, 1, 2).reshape(rows, tokens, width), weights
 
 
-def repeated(parameter: Array, like: Array) -> Array:
+def repeated(parameter: Any, like: Array) -> Array:
     """A parameter, repeated to the shape of an array and then cast to its dtype.
 
     In this order the parameter's gradient is a sum in its own dtype. In the other order
