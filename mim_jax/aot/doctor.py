@@ -68,7 +68,8 @@ def check(config: configs.Tree, devices: int) -> None:
             length = f"{config.epochs:g} epochs"
     print(
         f"checked: {type(plan.objective).__name__} on {plan.mesh.size} devices, "
-        f"{length}" + "".join(f"; not checked: {note}" for note in notes),
+        + length
+        + "".join(f"; not checked: {note}" for note in notes),
         flush=True,
     )
 

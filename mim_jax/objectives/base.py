@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from mim_jax.maskings.base import Masking
 from mim_jax.models.decoder import Decoder
-from mim_jax.models.vit import Encoder
-from mim_jax.ops.attention import accurate
+from mim_jax.models.vit import Encoder, mean_token
 from mim_jax.ops.losses import cross_entropy
 from mim_jax.ops.masking import Mask, masks_of, unshuffle
 from mim_jax.ops.patches import (
@@ -343,7 +342,7 @@ class Objective(abc.ABC):
             return tokens[:, 0]
         if "pooled" in seen:
             return seen["pooled"]
-        return tokens[:, 1:].astype(accurate(tokens.dtype)).mean(axis=1)
+        return mean_token(tokens[:, 1:])[:, 0]
 
     def check_encoder(self, image_shape: tuple[int, int, int]) -> None:
         """ValueError if encoder, standardisation or maskings do not fit the images."""
